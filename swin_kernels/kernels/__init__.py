@@ -1,0 +1,1 @@
+"""The kernels behind the ops, one module per way to run them."""

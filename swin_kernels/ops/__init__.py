@@ -1,0 +1,1 @@
+"""The public operation: dispatch, autograd and the functions that users call."""

@@ -1,0 +1,102 @@
+"""Which backend runs a problem: the first that can, or every reason why none does."""
+
+from __future__ import annotations
+
+import logging
+import os
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from swin_kernels import reference
+from swin_kernels.kernels import native
+from swin_kernels.problem import Operands, Options, Problem
+
+_log = logging.getLogger("swin_kernels")
+_already_logged: set[str] = set()
+
+# read once: an environment look-up costs as much as an op call
+DEFAULT_BACKEND = os.environ.get("SWIN_KERNELS_BACKEND") or None
+
+
+class Backend(Protocol):
+    """One way to compute the contract."""
+
+    name: str
+
+    def why_not(self, problem: Problem) -> str | None:
+        """None if it can run `problem`, else the reason."""
+
+    def forward(self, operands: Operands, options: Options) -> Tensor: ...
+
+    def backward(
+        self, grad_out: Tensor, operands: Operands, options: Options, needed: tuple[bool, ...]
+    ) -> tuple[Tensor | None, ...]: ...
+
+
+class ReferenceBackend:
+    """Plain PyTorch: whatever torch runs on, differentiable to any order."""
+
+    name = "reference"
+
+    def why_not(self, problem: Problem) -> str | None:
+        return None
+
+    def forward(self, operands: Operands, options: Options) -> Tensor:
+        return reference.forward(operands, options)
+
+    def backward(
+        self, grad_out: Tensor, operands: Operands, options: Options, needed: tuple[bool, ...]
+    ) -> tuple[Tensor | None, ...]:
+        grads = reference.backward(grad_out, operands, options)
+        return tuple(g if wanted else None for g, wanted in zip(grads, needed))
+
+
+REFERENCE = ReferenceBackend()
+BACKENDS: dict[str, Backend] = {b.name: b for b in (native.CpuBackend(), REFERENCE)}  # the first that can, wins
+
+
+def reasons_against(problem: Problem) -> dict[str, str | None]:
+    """Each backend's reason why it cannot run `problem`, None where it can, in order of preference."""
+    return {name: backend.why_not(problem) for name, backend in BACKENDS.items()}
+
+
+def _listed(reasons: dict[str, str | None]) -> str:
+    return "\n".join(f"  {name}: {reason}" for name, reason in reasons.items() if reason)
+
+
+def check_name(name: str) -> Backend:
+    """The backend of that name; ValueError if there is none."""
+    if name not in BACKENDS:
+        raise ValueError(f"backend: expected one of {', '.join(BACKENDS)} or None, got {name!r}")
+    return BACKENDS[name]
+
+
+def choose(problem: Problem, name: str | None = None) -> Backend:
+    """The backend called `name`, or the first that can run `problem`.
+
+    Raises NotImplementedError, with the reason, if the one asked for by name (here, or in the environment variable
+    SWIN_KERNELS_BACKEND) cannot; there is no fallback from a name. Without a name the choice of `reference` is
+    logged once, with what kept the others from running.
+    """
+    name = name or DEFAULT_BACKEND
+    if name is not None:
+        backend = check_name(name)
+        if (reason := backend.why_not(problem)) is not None:
+            raise NotImplementedError(f"backend {name!r} cannot run {problem}:\n  {name}: {reason}")
+        return backend
+    for backend in BACKENDS.values():
+        if backend.why_not(problem) is None:
+            break
+    else:
+        raise NotImplementedError(f"no backend for {problem}:\n{_listed(reasons_against(problem))}")
+    if backend is REFERENCE and not torch.compiler.is_compiling():
+        _log_once(f"using the reference backend, which fuses nothing:\n{_listed(reasons_against(problem))}")
+    return backend
+
+
+def _log_once(message: str) -> None:
+    if message not in _already_logged:
+        _already_logged.add(message)
+        _log.warning(message)
