@@ -1,0 +1,169 @@
+// Vectors of Sum (float or double) as wide as the instruction set, in the compilers' own vector types: arithmetic,
+// exp, transposition and a register-tiled product. Included once per instruction set.
+
+template <class T>
+struct Lanes {
+  typedef T Vec __attribute__((vector_size(SWIN_VECTOR_BYTES)));
+  typedef T Loose __attribute__((vector_size(SWIN_VECTOR_BYTES), aligned(sizeof(T)), may_alias));
+  static constexpr int64_t kCount = SWIN_VECTOR_BYTES / sizeof(T);
+};
+template <class T>
+using Vec = typename Lanes<T>::Vec;
+
+#define SWIN_INLINE inline __attribute__((always_inline))
+
+template <class T>
+SWIN_INLINE int64_t round_up(int64_t n) {
+  return (n + Lanes<T>::kCount - 1) / Lanes<T>::kCount * Lanes<T>::kCount;
+}
+
+template <class T>
+SWIN_INLINE Vec<T> load(const T* p) {
+  return *reinterpret_cast<const typename Lanes<T>::Loose*>(p);
+}
+
+template <class T>
+SWIN_INLINE void store(T* p, Vec<T> v) {
+  *reinterpret_cast<typename Lanes<T>::Loose*>(p) = v;
+}
+
+template <class T>
+SWIN_INLINE Vec<T> splat(T x) {
+  return x - Vec<T>{};
+}
+
+template <class T>
+SWIN_INLINE T sum_of(Vec<T> v) {
+  T total = v[0];
+  for (int64_t i = 1; i < Lanes<T>::kCount; ++i) total += v[i];
+  return total;
+}
+
+template <class T>
+SWIN_INLINE T max_of(Vec<T> v) {
+  T most = v[0];
+  for (int64_t i = 1; i < Lanes<T>::kCount; ++i) most = v[i] > most ? v[i] : most;
+  return most;
+}
+
+// exp(x) for x <= 0, 0 where the result would be subnormal: −100 of a shift mask would otherwise make every product
+// with it several times slower. Range reduction by ln 2 in two parts, then the polynomial of Cephes' expf.
+SWIN_INLINE Vec<float> exp_flushed(Vec<float> x) {
+  typedef int32_t Int __attribute__((vector_size(SWIN_VECTOR_BYTES)));
+  constexpr float kLowest = -87.33654f;       // ln of the smallest normal number
+  constexpr float kRound = 12582912.f;        // 1.5·2^23: adding it rounds to a whole number in the low bits
+  const auto flushed = x < kLowest;
+  x = flushed ? splat(kLowest) : x;
+  const Vec<float> rounded = x * 1.44269504088896341f + kRound;
+  const Vec<float> n = rounded - kRound;
+  Vec<float> r = x - n * 0.693359375f;
+  r = r - n * -2.12194440e-4f;
+  Vec<float> p = r * 1.9875691500e-4f + 1.3981999507e-3f;
+  p = p * r + 8.3334519073e-3f;
+  p = p * r + 4.1665795894e-2f;
+  p = p * r + 1.6666665459e-1f;
+  p = p * r + 5.0000001201e-1f;
+  p = p * (r * r) + r + 1.0f;
+  const Int exponent = ((Int)rounded << 23) + (127 << 23);  // kRound leaves nothing above the low bits here
+  const Vec<float> result = p * (Vec<float>)exponent;
+  return flushed ? Vec<float>{} : result;
+}
+
+SWIN_INLINE Vec<double> exp_flushed(Vec<double> x) {
+  constexpr double kLowest = -708.39;
+  Vec<double> result;
+  for (int64_t i = 0; i < Lanes<double>::kCount; ++i) result[i] = x[i] < kLowest ? 0.0 : std::exp(x[i]);
+  return result;
+}
+
+template <class T, size_t... I>
+SWIN_INLINE Vec<T> interleave(Vec<T> a, Vec<T> b, std::index_sequence<I...>, bool high) {
+  constexpr int kCount = Lanes<T>::kCount;
+  return high ? __builtin_shufflevector(a, b, ((I % 2 ? kCount : 0) + kCount / 2 + I / 2)...)
+              : __builtin_shufflevector(a, b, ((I % 2 ? kCount : 0) + I / 2)...);
+}
+
+// to(columns, rows) = factor·from(rows, columns)ᵀ; both counts multiples of the lanes.
+// log2(lanes) perfect shuffles of the rows transpose a square block.
+template <class T>
+void transpose(const T* from, int64_t ld_from, int64_t rows, int64_t columns, T factor, T* to, int64_t ld_to) {
+  constexpr int kCount = Lanes<T>::kCount;
+  constexpr auto kSequence = std::make_index_sequence<kCount>();
+  for (int64_t i0 = 0; i0 < rows; i0 += kCount) {
+    for (int64_t j0 = 0; j0 < columns; j0 += kCount) {
+      Vec<T> a[kCount], b[kCount];
+#pragma GCC unroll 16
+      for (int i = 0; i < kCount; ++i) a[i] = load(from + (i0 + i) * ld_from + j0) * factor;
+#pragma GCC unroll 4
+      for (int step = 1; step < kCount; step *= 2) {
+#pragma GCC unroll 8
+        for (int i = 0; i < kCount / 2; ++i) {
+          b[2 * i] = interleave<T>(a[i], a[i + kCount / 2], kSequence, false);
+          b[2 * i + 1] = interleave<T>(a[i], a[i + kCount / 2], kSequence, true);
+        }
+#pragma GCC unroll 16
+        for (int i = 0; i < kCount; ++i) a[i] = b[i];
+      }
+#pragma GCC unroll 16
+      for (int i = 0; i < kCount; ++i) store(to + (j0 + i) * ld_to + i0, a[i]);
+    }
+  }
+}
+
+constexpr int kMaxRows = 6;
+constexpr int kMaxColumns = SWIN_COLUMN_VECTORS;
+
+// c(R, C vectors) = a(R, depth)·b(depth, C vectors), or += it: the tile stays in registers over the depth.
+template <class T, int R, int C, bool kAdd>
+void product_tile(const T* a, int64_t a_row, int64_t a_step, const T* b, int64_t ldb, int64_t depth, T* c,
+                  int64_t ldc) {
+  constexpr int64_t kCount = Lanes<T>::kCount;
+  Vec<T> sum[R][C];
+#pragma GCC unroll 8
+  for (int r = 0; r < R; ++r)
+#pragma GCC unroll 8
+    for (int v = 0; v < C; ++v) sum[r][v] = kAdd ? load(c + r * ldc + v * kCount) : Vec<T>{};
+  for (int64_t k = 0; k < depth; ++k) {
+    Vec<T> panel[C];
+#pragma GCC unroll 8
+    for (int v = 0; v < C; ++v) panel[v] = load(b + k * ldb + v * kCount);
+#pragma GCC unroll 8
+    for (int r = 0; r < R; ++r) {
+      const T x = a[r * a_row + k * a_step];
+#pragma GCC unroll 8
+      for (int v = 0; v < C; ++v) sum[r][v] += x * panel[v];
+    }
+  }
+#pragma GCC unroll 8
+  for (int r = 0; r < R; ++r)
+#pragma GCC unroll 8
+    for (int v = 0; v < C; ++v) store(c + r * ldc + v * kCount, sum[r][v]);
+}
+
+template <class T>
+using ProductTile = void (*)(const T*, int64_t, int64_t, const T*, int64_t, int64_t, T*, int64_t);
+
+template <class T, bool kAdd, size_t... I>
+constexpr ProductTile<T> product_tile_of(int rows, int columns, std::index_sequence<I...>) {
+  constexpr ProductTile<T> kTable[] = {&product_tile<T, int(I) / kMaxColumns + 1, int(I) % kMaxColumns + 1, kAdd>...};
+  return kTable[(rows - 1) * kMaxColumns + columns - 1];
+}
+
+// c(rows, columns) = a·b, or c += a·b. a is read at (row·a_row + step·a_step), so that aᵀ costs nothing;
+// columns is a multiple of the lanes. Tiles are of even size: 49 rows are 9 tiles of 5 or 6, not 8 and a lone row.
+template <class T, bool kAdd>
+void product(const T* a, int64_t a_row, int64_t a_step, const T* b, int64_t ldb, int64_t depth, T* c, int64_t ldc,
+             int64_t rows, int64_t columns) {
+  constexpr int64_t kCount = Lanes<T>::kCount;
+  constexpr auto kTiles = std::make_index_sequence<kMaxRows * kMaxColumns>();
+  const int64_t vectors = columns / kCount;
+  const int64_t row_tiles = (rows + kMaxRows - 1) / kMaxRows, column_tiles = (vectors + kMaxColumns - 1) / kMaxColumns;
+  for (int64_t ct = 0; ct < column_tiles; ++ct) {
+    const int64_t v0 = vectors * ct / column_tiles, v1 = vectors * (ct + 1) / column_tiles;
+    for (int64_t rt = 0; rt < row_tiles; ++rt) {
+      const int64_t r0 = rows * rt / row_tiles, r1 = rows * (rt + 1) / row_tiles;
+      product_tile_of<T, kAdd>(int(r1 - r0), int(v1 - v0), kTiles)(
+          a + r0 * a_row, a_row, a_step, b + v0 * kCount, ldb, depth, c + r0 * ldc + v0 * kCount, ldc);
+    }
+  }
+}

@@ -1,0 +1,76 @@
+// What the fused CPU kernels are told, and the table of their variants: one per instruction set.
+#pragma once
+
+#include <cstdint>
+
+#include "problem.h"
+
+namespace swin_kernels::cpu {
+
+enum class Element : int { kFloat = 0, kDouble = 1, kHalf = 2, kBFloat16 = 3 };
+constexpr int kElements = 4;
+
+// A tensor (batch, *S, heads, channels) at its strides, in elements.
+struct TokenView {
+  void* data = nullptr;
+  int64_t batch = 0, axis[kAxes] = {0, 0, 0}, head = 0, channel = 1;
+};
+
+// A mask (nW, N, N) at its strides, in elements, of any floating dtype.
+struct MaskView {
+  const void* data = nullptr;
+  Element element = Element::kFloat;
+  int64_t window = 0, row = 0, column = 1;
+};
+
+// Everything a tile reads. Sums are in double for double tokens, else in float: `Sum` below. Pointers to void hold
+// Sum; they are null where the call has no such operand.
+struct Operands {
+  Problem problem;
+  TokenView query, key, value;
+  const void* bias = nullptr;         // (H, N, N rounded up to lanes), −inf in the columns added
+  MaskView mask;                      // null data: none
+  const void* pad_key = nullptr;      // (H, D)
+  const void* pad_value = nullptr;    // (H, Dv)
+  const void* logit_scale = nullptr;  // (H,): cosine attention
+  double mask_value = 0, scale = 1;
+  double dropout_p = 0;
+  uint64_t dropout_seed = 0;
+};
+
+struct Forward {
+  Operands in;
+  TokenView out;
+};
+
+// The backward runs over chunks of windows. Each (chunk, head) sums what has no place of its own in the map, and a
+// second pass adds the chunks up in order: the same bits for any number of threads.
+struct Backward {
+  Operands in;
+  TokenView grad_out, grad_query, grad_key, grad_value;
+  int64_t windows_per_chunk = 1;
+  const int32_t* bias_index = nullptr;  // (N, N), with partial_table
+  int64_t table_rows = 0;
+  void* partial_bias = nullptr;         // (chunks, H, N, N rounded up to lanes)
+  void* partial_table = nullptr;        // (chunks, H, table_rows)
+  void* partial_pad_key = nullptr;      // (chunks, H, D)
+  void* partial_pad_value = nullptr;    // (chunks, H, Dv)
+  void* partial_logit_scale = nullptr;  // (chunks, H), double: one number sums over every token
+};
+
+// One instruction set's kernels. A forward task is (image, window, head), a backward task (chunk, head), in this
+// order, the last fastest.
+struct Kernels {
+  const char* name;
+  int vector_bytes;
+  void (*forward[kElements])(const Forward&, int64_t begin, int64_t end);
+  void (*backward[kElements])(const Backward&, int64_t begin, int64_t end);
+};
+
+extern const Kernels kPortable;
+#if defined(__x86_64__)
+extern const Kernels kAvx2;
+extern const Kernels kAvx512;
+#endif
+
+}  // namespace swin_kernels::cpu

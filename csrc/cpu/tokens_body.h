@@ -1,0 +1,242 @@
+// Tokens of one window: which they are, and their rows between the caller's memory and packed tiles of Sum.
+// Included once per instruction set.
+
+struct Half {
+  uint16_t bits;
+};
+struct BFloat16 {
+  uint16_t bits;
+};
+
+template <class Token>
+struct SumOf {
+  using type = float;
+};
+template <>
+struct SumOf<double> {
+  using type = double;
+};
+
+SWIN_INLINE float bits_to_float(uint32_t bits) {
+  float x;
+  std::memcpy(&x, &bits, 4);
+  return x;
+}
+SWIN_INLINE uint32_t float_to_bits(float x) {
+  uint32_t bits;
+  std::memcpy(&bits, &x, 4);
+  return bits;
+}
+
+SWIN_INLINE void convert(const float& from, float& to) { to = from; }
+SWIN_INLINE void convert(const double& from, double& to) { to = from; }
+SWIN_INLINE void convert(const float& from, double& to) { to = from; }
+SWIN_INLINE void convert(const double& from, float& to) { to = float(from); }
+SWIN_INLINE void convert(const BFloat16& from, float& to) { to = bits_to_float(uint32_t(from.bits) << 16); }
+SWIN_INLINE void convert(const float& from, BFloat16& to) {
+  const uint32_t bits = float_to_bits(from);
+  const uint32_t rounded = (bits + 0x7FFFu + ((bits >> 16) & 1u)) >> 16;  // to nearest, ties to even
+  to.bits = uint16_t(from != from ? 0x7FC0u : rounded);
+}
+
+#if defined(SWIN_F16C)
+SWIN_INLINE void convert(const Half& from, float& to) { to = _cvtsh_ss(from.bits); }
+SWIN_INLINE void convert(const float& from, Half& to) { to.bits = uint16_t(_cvtss_sh(from, _MM_FROUND_TO_NEAREST_INT)); }
+#else
+SWIN_INLINE void convert(const Half& from, float& to) {
+  const uint32_t sign = uint32_t(from.bits & 0x8000u) << 16, rest = from.bits & 0x7FFFu;
+  if (rest >= 0x7C00u) {
+    to = bits_to_float(sign | 0x7F800000u | ((rest & 0x3FFu) << 13));
+  } else if (rest >= 0x400u) {
+    to = bits_to_float(sign | ((rest << 13) + (112u << 23)));
+  } else {
+    const float magnitude = float(rest) * 5.9604644775390625e-8f;  // 2^-24, the unit of subnormals
+    to = bits_to_float(sign | float_to_bits(magnitude));
+  }
+}
+SWIN_INLINE void convert(const float& from, Half& to) {
+  const uint32_t bits = float_to_bits(from), sign = (bits >> 16) & 0x8000u, rest = bits & 0x7FFFFFFFu;
+  uint32_t result;
+  if (rest > 0x7F800000u) {
+    result = 0x7E00u;
+  } else if (rest >= 0x477FF000u) {  // rounds to 65536 or more
+    result = 0x7C00u;
+  } else if (rest >= 0x38800000u) {
+    const uint32_t rebased = rest - (112u << 23);
+    result = (rebased + 0xFFFu + ((rebased >> 13) & 1u)) >> 13;
+  } else {
+    // adding 0.5 leaves the subnormal's bits, rounded to even, at the bottom of the float
+    result = float_to_bits(bits_to_float(rest) + 0.5f) - 0x3F000000u;
+  }
+  to.bits = uint16_t(sign | result);
+}
+#endif
+SWIN_INLINE void convert(const Half& from, double& to) {
+  float x;
+  convert(from, x);
+  to = x;
+}
+SWIN_INLINE void convert(const BFloat16& from, double& to) {
+  float x;
+  convert(from, x);
+  to = x;
+}
+
+// n elements into Sum, zeros up to `width`.
+template <class Token, class T>
+SWIN_INLINE void load_row(const Token* from, int64_t stride, int64_t n, T* to, int64_t width) {
+  if (stride == 1) {
+    for (int64_t i = 0; i < n; ++i) convert(from[i], to[i]);
+  } else {
+    for (int64_t i = 0; i < n; ++i) convert(from[i * stride], to[i]);
+  }
+  for (int64_t i = n; i < width; ++i) to[i] = 0;
+}
+
+template <class Token, class T>
+SWIN_INLINE void store_row(const T* from, int64_t n, Token* to) {
+  for (int64_t i = 0; i < n; ++i) convert(from[i], to[i]);
+}
+
+template <class T>
+inline void load_mask_row(const MaskView& mask, int64_t window, int64_t row, int64_t n, T* to, int64_t width) {
+  const int64_t offset = window * mask.window + row * mask.row;
+  switch (mask.element) {
+    case Element::kFloat:
+      return load_row(static_cast<const float*>(mask.data) + offset, mask.column, n, to, width);
+    case Element::kDouble:
+      return load_row(static_cast<const double*>(mask.data) + offset, mask.column, n, to, width);
+    case Element::kHalf:
+      return load_row(static_cast<const Half*>(mask.data) + offset, mask.column, n, to, width);
+    case Element::kBFloat16:
+      return load_row(static_cast<const BFloat16*>(mask.data) + offset, mask.column, n, to, width);
+  }
+}
+
+// Memory of one thread for the length of a call, handed out in pieces that start on cache lines.
+class Scratch {
+ public:
+  explicit Scratch(int64_t bytes) : base_(static_cast<char*>(std::aligned_alloc(64, size_t(aligned(bytes))))) {
+    if (base_ == nullptr) throw std::bad_alloc();
+  }
+  ~Scratch() { std::free(base_); }
+  Scratch(const Scratch&) = delete;
+  Scratch& operator=(const Scratch&) = delete;
+
+  template <class T>
+  T* take(int64_t n) {
+    T* piece = reinterpret_cast<T*>(base_ + used_);
+    used_ += aligned(n * int64_t(sizeof(T)));
+    return piece;
+  }
+  static int64_t aligned(int64_t bytes) { return (bytes + 63) / 64 * 64; }
+
+ private:
+  char* base_;
+  int64_t used_ = 0;
+};
+
+// The tokens of one window of one image.
+struct Window {
+  int64_t image = -1, index = -1;  // window within the image
+  int64_t real = 0;                // tokens that are not padding
+  int regions = 1;
+  int64_t* token;                  // (N): the real ones, in order
+  int64_t* coordinate;             // (N, 3): where a token comes from; the first is −1 for padding
+  int32_t* region;                 // (N): 0 … regions − 1
+
+  static int64_t bytes(const Problem& p) {
+    return 2 * Scratch::aligned(3 * p.tokens() * int64_t(sizeof(int64_t))) + Scratch::aligned(p.tokens() * 4);
+  }
+
+  Window(const Problem& p, Scratch& scratch)
+      : token(scratch.take<int64_t>(p.tokens())),
+        coordinate(scratch.take<int64_t>(3 * p.tokens())),
+        region(scratch.take<int32_t>(p.tokens())) {}
+
+  void place(const Problem& p, int64_t image_index, int64_t window_index) {
+    if (image == image_index && index == window_index) return;
+    const int64_t counts[kAxes] = {p.axis[0].count(), p.axis[1].count(), p.axis[2].count()};
+    const bool same_place = index == window_index;
+    image = image_index;
+    index = window_index;
+    if (same_place) return;
+    const int64_t first[kAxes] = {window_index / (counts[1] * counts[2]) * p.axis[0].window,
+                                  window_index / counts[2] % counts[1] * p.axis[1].window,
+                                  window_index % counts[2] * p.axis[2].window};
+    int codes[8];  // a window meets at most two regions on an axis
+    int64_t t = 0;
+    real = 0;
+    regions = 0;
+    for (int64_t i = 0; i < p.axis[0].window; ++i) {
+      const int64_t s0 = p.axis[0].source(first[0] + i, p.roll_then_pad);
+      const int r0 = p.axis[0].region(first[0] + i);
+      for (int64_t j = 0; j < p.axis[1].window; ++j) {
+        const int64_t s1 = p.axis[1].source(first[1] + j, p.roll_then_pad);
+        const int r1 = r0 * 3 + p.axis[1].region(first[1] + j);
+        for (int64_t k = 0; k < p.axis[2].window; ++k, ++t) {
+          const int64_t s2 = p.axis[2].source(first[2] + k, p.roll_then_pad);
+          const int code = r1 * 3 + p.axis[2].region(first[2] + k);
+          int known = 0;
+          while (known < regions && codes[known] != code) ++known;
+          if (known == regions) codes[regions++] = code;
+          region[t] = known;
+          const bool padding = s0 < 0 || s1 < 0 || s2 < 0;
+          coordinate[3 * t] = padding ? -1 : s0;
+          coordinate[3 * t + 1] = s1;
+          coordinate[3 * t + 2] = s2;
+          if (!padding) token[real++] = t;
+        }
+      }
+    }
+  }
+
+  bool padding(int64_t t) const { return coordinate[3 * t] < 0; }
+
+  template <class Token>
+  Token* row(const TokenView& view, int64_t t, int64_t head) const {
+    const int64_t* at = coordinate + 3 * t;
+    return static_cast<Token*>(view.data) + image * view.batch + at[0] * view.axis[0] + at[1] * view.axis[1] +
+           at[2] * view.axis[2] + head * view.head;
+  }
+};
+
+// The real tokens of a window, packed to (real, width).
+template <class Token, class T>
+void pack_real(const Window& w, const TokenView& view, int64_t head, int64_t channels, T* to, int64_t width) {
+  for (int64_t i = 0; i < w.real; ++i)
+    load_row(w.row<const Token>(view, w.token[i], head), view.channel, channels, to + i * width, width);
+}
+
+// All tokens of a window, padding included, packed to (rows, width); rows past the N tokens are zero.
+template <class Token, class T>
+void pack_all(const Window& w, const TokenView& view, int64_t head, int64_t tokens, int64_t channels, const T* pad,
+              T* to, int64_t rows, int64_t width) {
+  for (int64_t t = 0; t < tokens; ++t) {
+    if (!w.padding(t)) {
+      load_row(w.row<const Token>(view, t, head), view.channel, channels, to + t * width, width);
+    } else if (pad != nullptr) {
+      load_row(pad + head * channels, 1, channels, to + t * width, width);
+    } else {
+      std::memset(to + t * width, 0, size_t(width) * sizeof(T));
+    }
+  }
+  std::memset(to + tokens * width, 0, size_t((rows - tokens) * width) * sizeof(T));
+}
+
+// Each row divided by max(‖row‖, 1e-12), as F.normalize does; 1/that norm goes to `inverse`, if not null. A negative
+// inverse marks a row that the clamp holds.
+template <class T>
+void normalise_rows(T* rows, int64_t n, int64_t width, T* inverse) {
+  constexpr T kClamp = T(1e-12);
+  for (int64_t i = 0; i < n; ++i) {
+    T* row = rows + i * width;
+    Vec<T> squares{};
+    for (int64_t c = 0; c < width; c += Lanes<T>::kCount) squares += load(row + c) * load(row + c);
+    const T norm = std::sqrt(sum_of<T>(squares));
+    const bool clamped = norm <= kClamp;
+    const T scale = 1 / (clamped ? kClamp : norm);
+    for (int64_t c = 0; c < width; c += Lanes<T>::kCount) store(row + c, Vec<T>(load(row + c) * scale));
+    if (inverse != nullptr) inverse[i] = clamped ? -scale : scale;
+  }
+}

@@ -1,0 +1,225 @@
+// The native ops on CPU tensors: which kernels, which buffers, which threads. The arithmetic is in the tiles.
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/util/BFloat16.h>
+#include <torch/headeronly/util/Exception.h>
+#include <torch/headeronly/util/Half.h>
+
+#include <algorithm>
+#include <cstdlib>
+#include <cstring>
+#include <string>
+#include <tuple>
+#include <vector>
+
+#include "cpu/call.h"
+
+namespace swin_kernels::cpu {
+namespace {
+
+using torch::headeronly::ScalarType;
+
+const Kernels& choose_kernels() {
+  const char* wish = std::getenv("ATEN_CPU_CAPABILITY");  // torch's own override
+  const bool below_512 = wish != nullptr && (!std::strcmp(wish, "avx2") || !std::strcmp(wish, "default"));
+  const bool below_256 = wish != nullptr && !std::strcmp(wish, "default");
+#if defined(__x86_64__)
+  __builtin_cpu_init();
+  if (!below_512 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+      __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq"))
+    return kAvx512;
+  if (!below_256 && __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c"))
+    return kAvx2;
+#endif
+  return kPortable;
+}
+
+const Kernels& kernels() {
+  static const Kernels& chosen = choose_kernels();
+  return chosen;
+}
+
+std::string cpu_capability() { return kernels().name; }
+
+Tensor empty_tensor(const std::vector<int64_t>& shape, ScalarType dtype) {
+  return torch::stable::empty(shape, dtype);
+}
+
+std::vector<int64_t> shape_of(const Tensor& t) {
+  std::vector<int64_t> shape;
+  for (int64_t i = 0; i < t.dim(); ++i) shape.push_back(t.size(i));
+  return shape;
+}
+
+// (B, *S, H, Dv)
+std::vector<int64_t> output_shape(const Arguments& a) {
+  if (!a.packed()) return shape_of(*a.value);
+  std::vector<int64_t> shape = shape_of(a.query);
+  shape.erase(shape.end() - 3);
+  return shape;
+}
+
+template <class T>
+Tensor forward_as(const Arguments& a, const Problem& p) {
+  const Element element = element_of(a.query);
+  Tensor out = empty_tensor(output_shape(a), a.query.scalar_type());
+  if (p.batch == 0) return out;
+  Buffers<T> buffers;
+  Forward call;
+  call.in = operands_of(a, p, kernels().vector_bytes / int64_t(sizeof(T)), buffers);
+  call.out = view_of(out, out.mutable_data_ptr(), -1);
+  const auto run = kernels().forward[int(element)];
+  torch::stable::parallel_for(0, p.batch * p.windows() * p.heads, 1,
+                              [&](int64_t begin, int64_t end) { run(call, begin, end); });
+  return out;
+}
+
+constexpr int64_t kNeedsBias = 1, kNeedsTable = 2, kNeedsPadKey = 4, kNeedsPadValue = 8, kNeedsLogitScale = 16;
+
+// Sums over chunks, added up in order: (chunks, n) -> (n).
+template <class T>
+std::vector<T> summed(const std::vector<T>& partials, int64_t chunks, int64_t n) {
+  std::vector<T> total(size_t(n), T(0));
+  torch::stable::parallel_for(0, n, 4096, [&](int64_t begin, int64_t end) {
+    for (int64_t c = 0; c < chunks; ++c)
+      for (int64_t i = begin; i < end; ++i) total[size_t(i)] += partials[size_t(c * n + i)];
+  });
+  return total;
+}
+
+// A contiguous tensor like `like`, of value(row-major position).
+template <class F>
+Tensor filled_like(const Tensor& like, const F& value) {
+  Tensor t = empty_tensor(shape_of(like), like.scalar_type());
+  void* data = t.mutable_data_ptr();
+  for (int64_t i = 0; i < t.numel(); ++i) {
+    switch (element_of(like)) {
+      case Element::kFloat:
+        static_cast<float*>(data)[i] = float(value(i));
+        break;
+      case Element::kDouble:
+        static_cast<double*>(data)[i] = double(value(i));
+        break;
+      case Element::kHalf:
+        static_cast<torch::headeronly::Half*>(data)[i] = float(value(i));
+        break;
+      case Element::kBFloat16:
+        static_cast<torch::headeronly::BFloat16*>(data)[i] = float(value(i));
+        break;
+    }
+  }
+  return t;
+}
+
+// How many windows a task runs over: a function of the problem alone, so that the sums do not depend on the threads.
+// Chunks are few enough that their partial biases stay within 64 MiB.
+int64_t windows_per_chunk(int64_t windows, int64_t partial_bytes) {
+  constexpr int64_t kChunks = 64, kPartialBytes = 64 << 20;
+  const int64_t chunks = std::clamp<int64_t>(kPartialBytes / std::max<int64_t>(partial_bytes, 1), 1, kChunks);
+  return std::max<int64_t>(1, (windows + chunks - 1) / chunks);
+}
+
+using Gradients = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
+
+template <class T>
+Gradients backward_as(const Tensor& grad_out, const Arguments& a, const Problem& p, int64_t needs) {
+  const ScalarType dtype = a.query.scalar_type();
+  const int64_t lanes = kernels().vector_bytes / int64_t(sizeof(T)), n = p.tokens();
+  const int64_t width = (n + lanes - 1) / lanes * lanes;
+  const bool wants_bias = (needs & kNeedsBias) && a.bias.has_value();
+  const bool wants_table = (needs & kNeedsTable) && a.bias_table.has_value();
+  const int64_t table_rows = wants_table ? a.bias_table->size(0) : 0;
+
+  Tensor grad_query = empty_tensor(shape_of(a.query), dtype);
+  Tensor grad_key = empty_tensor(a.packed() ? std::vector<int64_t>{0} : shape_of(*a.key), dtype);
+  Tensor grad_value = empty_tensor(a.packed() ? std::vector<int64_t>{0} : shape_of(*a.value), dtype);
+
+  Buffers<T> buffers;
+  Backward call;
+  call.in = operands_of(a, p, lanes, buffers);
+  call.grad_out = view_of(grad_out, const_cast<void*>(grad_out.const_data_ptr()), -1);
+  Tensor& key_home = a.packed() ? grad_query : grad_key;
+  Tensor& value_home = a.packed() ? grad_query : grad_value;
+  call.grad_query = view_of(grad_query, grad_query.mutable_data_ptr(), a.packed() ? 0 : -1);
+  call.grad_key = view_of(key_home, key_home.mutable_data_ptr(), a.packed() ? 1 : -1);
+  call.grad_value = view_of(value_home, value_home.mutable_data_ptr(), a.packed() ? 2 : -1);
+
+  const int64_t windows = p.batch * p.windows();
+  const int64_t bias_size = wants_bias ? n * width : 0;
+  call.windows_per_chunk = windows_per_chunk(windows, p.heads * (bias_size + table_rows) * int64_t(sizeof(T)));
+  const int64_t chunks = (windows + call.windows_per_chunk - 1) / call.windows_per_chunk;
+  const auto partial = [&]<class Sum>(Sum, bool wanted, int64_t size, void*& pointer) {
+    std::vector<Sum> sums(wanted ? size_t(chunks * p.heads * size) : 0);
+    pointer = wanted ? sums.data() : nullptr;
+    return sums;  // moved, so the pointer holds
+  };
+  const bool wants_pad_key = (needs & kNeedsPadKey) && a.pad_key.has_value();
+  const bool wants_pad_value = (needs & kNeedsPadValue) && a.pad_value.has_value();
+  const bool wants_logit_scale = (needs & kNeedsLogitScale) && a.logit_scale.has_value();
+  const std::vector<T> biases = partial(T(), wants_bias, bias_size, call.partial_bias);
+  const std::vector<T> tables = partial(T(), wants_table, table_rows, call.partial_table);
+  const std::vector<T> pad_keys = partial(T(), wants_pad_key, p.head_dim, call.partial_pad_key);
+  const std::vector<T> pad_values = partial(T(), wants_pad_value, p.value_dim, call.partial_pad_value);
+  const std::vector<double> logit_scales = partial(double(), wants_logit_scale, 1, call.partial_logit_scale);
+  call.bias_index = buffers.bias_index.data();
+  call.table_rows = table_rows;
+
+  const auto run = kernels().backward[int(element_of(a.query))];
+  torch::stable::parallel_for(0, chunks * p.heads, 1, [&](int64_t begin, int64_t end) { run(call, begin, end); });
+
+  const auto finish = [&](bool wanted, const MaybeTensor& like, const auto& partials, int64_t size,
+                          const auto& position) {
+    if (!wanted) return empty_tensor({0}, dtype);
+    const auto total = summed(partials, chunks, p.heads * size);
+    return filled_like(*like, [&](int64_t i) { return total[size_t(position(i))]; });
+  };
+  const auto same = [](int64_t i) { return i; };
+  return {grad_query,
+          grad_key,
+          grad_value,
+          finish(wants_bias, a.bias, biases, bias_size, [&](int64_t i) { return i / n * width + i % n; }),
+          finish(wants_table, a.bias_table, tables, table_rows,
+                 [&](int64_t i) { return i % p.heads * table_rows + i / p.heads; }),
+          finish(wants_pad_key, a.pad_key, pad_keys, p.head_dim, same),
+          finish(wants_pad_value, a.pad_value, pad_values, p.value_dim, same),
+          finish(wants_logit_scale, a.logit_scale, logit_scales, 1, same)};
+}
+
+#define SWIN_PARAMETERS                                                                                       \
+  Tensor query, MaybeTensor key, MaybeTensor value, MaybeTensor bias, MaybeTensor bias_table,                 \
+      MaybeTensor bias_index, MaybeTensor mask, MaybeTensor pad_key, MaybeTensor pad_value,                   \
+      MaybeTensor logit_scale, MaybeTensor dropout_seed, std::vector<int64_t> window_size,                    \
+      std::vector<int64_t> shift_size, std::vector<bool> periodic, bool roll_then_pad, double mask_value,     \
+      double scale, double dropout_p
+#define SWIN_ARGUMENTS                                                                                            \
+  {query,     key,         value,        bias,        bias_table, bias_index, mask,          pad_key,    pad_value, \
+   logit_scale, dropout_seed, window_size, shift_size, periodic,   roll_then_pad, mask_value, scale,     dropout_p}
+
+Tensor window_attention_forward(SWIN_PARAMETERS) {
+  const Arguments a SWIN_ARGUMENTS;
+  const Problem p = checked_problem(a);
+  return element_of(query) == Element::kDouble ? forward_as<double>(a, p) : forward_as<float>(a, p);
+}
+
+Gradients window_attention_backward(Tensor grad_out, SWIN_PARAMETERS, int64_t needs) {
+  const Arguments a SWIN_ARGUMENTS;
+  const Problem p = checked_problem(a);
+  STD_TORCH_CHECK(shape_of(grad_out) == output_shape(a) && grad_out.scalar_type() == query.scalar_type() &&
+                      grad_out.is_cpu(),
+                  "swin_kernels: grad_out: expected the shape, dtype and device of the output");
+  return element_of(query) == Element::kDouble ? backward_as<double>(grad_out, a, p, needs)
+                                               : backward_as<float>(grad_out, a, p, needs);
+}
+
+}  // namespace
+}  // namespace swin_kernels::cpu
+
+STABLE_TORCH_LIBRARY_IMPL(swin_kernels, CPU, m) {
+  m.impl("window_attention_forward", TORCH_BOX(&swin_kernels::cpu::window_attention_forward));
+  m.impl("window_attention_backward", TORCH_BOX(&swin_kernels::cpu::window_attention_backward));
+}
+
+STABLE_TORCH_LIBRARY_IMPL(swin_kernels, CompositeExplicitAutograd, m) {
+  m.impl("cpu_capability", TORCH_BOX(&swin_kernels::cpu::cpu_capability));
+}
