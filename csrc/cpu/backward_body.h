@@ -153,8 +153,8 @@ void backward(const Backward& call, int64_t begin, int64_t end) {
   const Problem& p = in.problem;
   BackwardTiles<T> t(p);
   const bool to_table = call.partial_table != nullptr;
-  Scratch scratch(Window::bytes(p) + Softmax<T>::bytes(p) + t.elements(to_table) * int64_t(sizeof(T)));
-  Window w(p, scratch);
+  Scratch scratch(2 * Window::bytes(p) + Softmax<T>::bytes(p) + t.elements(to_table) * int64_t(sizeof(T)));
+  Window places[2] = {Window(p, scratch), Window(p, scratch)};  // this window and the one prefetched
   Softmax<T> softmax(in, scratch);
   t.take(scratch, to_table);
 
@@ -170,6 +170,7 @@ void backward(const Backward& call, int64_t begin, int64_t end) {
     double* logit_scale = partial<double>(call.partial_logit_scale, task, 1);
 
     for (int64_t window = first; window < last; ++window) {
+      Window& w = places[window % 2];
       w.place(p, window / p.windows(), window % p.windows());
       softmax.place(w, head);
       pack_real<Token>(w, in.query, head, p.head_dim, t.query, t.depth);
@@ -177,6 +178,14 @@ void backward(const Backward& call, int64_t begin, int64_t end) {
                       t.depth);
       pack_all<Token>(w, in.value, head, t.tokens, p.value_dim, static_cast<const T*>(in.pad_value), t.value, t.keys,
                       t.value_depth);
+      if (window + 1 < last) {
+        Window& next = places[(window + 1) % 2];
+        next.place(p, (window + 1) / p.windows(), (window + 1) % p.windows());
+        prefetch<Token>(next, in.query, head, p.head_dim);
+        prefetch<Token>(next, in.key, head, p.head_dim);
+        prefetch<Token>(next, in.value, head, p.value_dim);
+        prefetch<Token>(next, call.grad_out, head, p.value_dim);
+      }
       if (in.logit_scale != nullptr) {
         normalise_rows<T>(t.query, w.real, t.depth, t.query_inverse);
         normalise_rows<T>(t.key, t.tokens, t.depth, t.key_inverse);

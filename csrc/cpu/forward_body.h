@@ -109,11 +109,11 @@ void forward(const Forward& call, int64_t begin, int64_t end) {
   const int64_t depth = round_up<T>(p.head_dim), value_depth = round_up<T>(p.value_dim);
   const int64_t group = rows_at_once<T>(tokens, keys, kForwardLogitBytes);
   const int64_t element = int64_t(sizeof(T));
-  Scratch scratch(Window::bytes(p) + Softmax<T>::bytes(p) + Scratch::aligned(tokens * depth * element) +
+  Scratch scratch(2 * Window::bytes(p) + Softmax<T>::bytes(p) + Scratch::aligned(tokens * depth * element) +
                   2 * Scratch::aligned(keys * depth * element) + Scratch::aligned(keys * value_depth * element) +
                   Scratch::aligned(group * keys * element) + Scratch::aligned(group * value_depth * element) +
                   Scratch::aligned(group * element));
-  Window w(p, scratch);
+  Window places[2] = {Window(p, scratch), Window(p, scratch)};  // this window and the one prefetched
   Softmax<T> softmax(in, scratch);
   T* query = scratch.take<T>(tokens * depth);
   T* key = scratch.take<T>(keys * depth);
@@ -125,12 +125,20 @@ void forward(const Forward& call, int64_t begin, int64_t end) {
 
   for (int64_t task = begin; task < end; ++task) {
     const int64_t head = task % p.heads, window = task / p.heads;
+    Window& w = places[window % 2];
     w.place(p, window / p.windows(), window % p.windows());
     softmax.place(w, head);
     pack_real<Token>(w, in.query, head, p.head_dim, query, depth);
     pack_all<Token>(w, in.key, head, tokens, p.head_dim, static_cast<const T*>(in.pad_key), key, keys, depth);
     pack_all<Token>(w, in.value, head, tokens, p.value_dim, static_cast<const T*>(in.pad_value), value, keys,
                     value_depth);
+    if (task + 1 < end) {
+      const int64_t next_head = (task + 1) % p.heads, next = (task + 1) / p.heads;
+      places[next % 2].place(p, next / p.windows(), next % p.windows());
+      prefetch<Token>(places[next % 2], in.query, next_head, p.head_dim);
+      prefetch<Token>(places[next % 2], in.key, next_head, p.head_dim);
+      prefetch<Token>(places[next % 2], in.value, next_head, p.value_dim);
+    }
     if (in.logit_scale != nullptr) {
       normalise_rows<T>(query, w.real, depth, nullptr);
       normalise_rows<T>(key, tokens, depth, nullptr);

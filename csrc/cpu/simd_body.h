@@ -32,18 +32,31 @@ SWIN_INLINE Vec<T> splat(T x) {
   return x - Vec<T>{};
 }
 
-template <class T>
-SWIN_INLINE T sum_of(Vec<T> v) {
-  T total = v[0];
-  for (int64_t i = 1; i < Lanes<T>::kCount; ++i) total += v[i];
-  return total;
+template <int kStep, class T, size_t... I>
+SWIN_INLINE Vec<T> rotated(Vec<T> v, std::index_sequence<I...>) {
+  return __builtin_shufflevector(v, v, ((int(I) + kStep) % int(sizeof...(I)))...);
 }
 
-template <class T>
+// Folded in halves: as many steps as the lanes have bits.
+template <class T, int kStep = int(Lanes<T>::kCount / 2)>
+SWIN_INLINE T sum_of(Vec<T> v) {
+  v += rotated<kStep, T>(v, std::make_index_sequence<Lanes<T>::kCount>());
+  if constexpr (kStep == 1) {
+    return v[0];
+  } else {
+    return sum_of<T, kStep / 2>(v);
+  }
+}
+
+template <class T, int kStep = int(Lanes<T>::kCount / 2)>
 SWIN_INLINE T max_of(Vec<T> v) {
-  T most = v[0];
-  for (int64_t i = 1; i < Lanes<T>::kCount; ++i) most = v[i] > most ? v[i] : most;
-  return most;
+  const Vec<T> other = rotated<kStep, T>(v, std::make_index_sequence<Lanes<T>::kCount>());
+  v = v > other ? v : other;
+  if constexpr (kStep == 1) {
+    return v[0];
+  } else {
+    return max_of<T, kStep / 2>(v);
+  }
 }
 
 // exp(x) for x <= 0, 0 where the result would be subnormal: −100 of a shift mask would otherwise make every product

@@ -113,10 +113,11 @@ Tensor filled_like(const Tensor& like, const F& value) {
 }
 
 // How many windows a task runs over: a function of the problem alone, so that the sums do not depend on the threads.
-// Chunks are few enough that their partial biases stay within 64 MiB.
-int64_t windows_per_chunk(int64_t windows, int64_t partial_bytes) {
-  constexpr int64_t kChunks = 64, kPartialBytes = 64 << 20;
-  const int64_t chunks = std::clamp<int64_t>(kPartialBytes / std::max<int64_t>(partial_bytes, 1), 1, kChunks);
+// Enough tasks for many threads, few enough that clearing and adding up the partial sums stays cheap.
+int64_t windows_per_chunk(int64_t windows, int64_t heads, int64_t partial_bytes) {
+  constexpr int64_t kTasks = 128, kPartialBytes = 64 << 20;
+  const int64_t most = std::max<int64_t>(1, kPartialBytes / std::max<int64_t>(partial_bytes, 1));
+  const int64_t chunks = std::min(most, (kTasks + heads - 1) / heads);
   return std::max<int64_t>(1, (windows + chunks - 1) / chunks);
 }
 
@@ -147,7 +148,7 @@ Gradients backward_as(const Tensor& grad_out, const Arguments& a, const Problem&
 
   const int64_t windows = p.batch * p.windows();
   const int64_t bias_size = wants_bias ? n * width : 0;
-  call.windows_per_chunk = windows_per_chunk(windows, p.heads * (bias_size + table_rows) * int64_t(sizeof(T)));
+  call.windows_per_chunk = windows_per_chunk(windows, p.heads, p.heads * (bias_size + table_rows) * int64_t(sizeof(T)));
   const int64_t chunks = (windows + call.windows_per_chunk - 1) / call.windows_per_chunk;
   const auto partial = [&]<class Sum>(Sum, bool wanted, int64_t size, void*& pointer) {
     std::vector<Sum> sums(wanted ? size_t(chunks * p.heads * size) : 0);
