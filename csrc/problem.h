@@ -27,12 +27,14 @@ struct Axis {
   SWIN_HOST_DEVICE int64_t source(int64_t rolled, bool roll_then_pad) const {
     const int64_t period = roll_then_pad ? size : padded();
     if (rolled >= period) return -1;
-    int64_t position = rolled + shift;  // shift < window <= padded, but a map can be smaller than its shift
+    int64_t position =
+        rolled + shift;  // shift < window <= padded, but a map can be smaller than its shift
     if (position >= period) position %= period;
     return position < size ? position : -1;
   }
 
-  // 0 in the body of the map, 1 and 2 on either side of the seam that the roll made in the last window.
+  // 0 in the body of the map, 1 and 2 on either side of the seam that the roll made in the last
+  // window.
   SWIN_HOST_DEVICE int region(int64_t rolled) const {
     if (shift == 0 || wraps) return 0;
     return int(rolled >= padded() - window) + int(rolled >= padded() - shift);
@@ -44,13 +46,17 @@ struct Problem {
   bool roll_then_pad = false;
   int64_t batch = 0, heads = 0, head_dim = 0, value_dim = 0;
 
-  SWIN_HOST_DEVICE int64_t tokens() const { return axis[0].window * axis[1].window * axis[2].window; }
-  SWIN_HOST_DEVICE int64_t windows() const { return axis[0].count() * axis[1].count() * axis[2].count(); }
+  SWIN_HOST_DEVICE int64_t tokens() const {
+    return axis[0].window * axis[1].window * axis[2].window;
+  }
+  SWIN_HOST_DEVICE int64_t windows() const {
+    return axis[0].count() * axis[1].count() * axis[2].count();
+  }
 };
 
 // The counter-based dropout mask of docs/contract.md: Philox4x32-10, first word of the block.
-SWIN_HOST_DEVICE inline uint32_t philox_first_word(uint32_t c0, uint32_t c1, uint32_t c2, uint32_t c3,
-                                                   uint64_t seed) {
+SWIN_HOST_DEVICE inline uint32_t philox_first_word(uint32_t c0, uint32_t c1, uint32_t c2,
+                                                   uint32_t c3, uint64_t seed) {
   uint32_t k0 = uint32_t(seed), k1 = uint32_t(seed >> 32);
   for (int round = 0; round < 10; ++round) {
     const uint64_t p0 = uint64_t(0xD2511F53u) * c0, p1 = uint64_t(0xCD9E8D57u) * c2;

@@ -1,7 +1,9 @@
-// The fused backward of one (chunk of windows, head): recomputes the probabilities, writes the gradients of the
-// tokens in place and sums the others over the chunk. Included once per instruction set.
+// The fused backward of one (chunk of windows, head): recomputes the probabilities, writes the
+// gradients of the tokens in place and sums the others over the chunk. Included once per
+// instruction set.
 
-constexpr int64_t kBackwardLogitBytes = 192 << 10;  // P and dS of a group of rows, twice this, stay in L2
+constexpr int64_t kBackwardLogitBytes =
+    192 << 10;  // P and dS of a group of rows, twice this, stay in L2
 
 template <class T>
 inline T dot(const T* a, const T* b, int64_t n) {
@@ -14,12 +16,14 @@ inline T dot(const T* a, const T* b, int64_t n) {
 template <class Token, class T>
 inline void through_norm(const T* unit, T inverse, int64_t width, T* grad) {
   constexpr int64_t kCount = Lanes<T>::kCount;
-  const T radial = inverse < 0 ? T(0) : dot(unit, grad, width), scale = inverse < 0 ? -inverse : inverse;
+  const T radial = inverse < 0 ? T(0) : dot(unit, grad, width),
+          scale = inverse < 0 ? -inverse : inverse;
   for (int64_t c = 0; c < width; c += kCount)
     store(grad + c, Vec<T>((load(grad + c) - load(unit + c) * radial) * scale));
   // fp16 cannot hold dx̂/1e-12: inf would turn into NaN against the zero input behind it
   if (std::is_same_v<Token, Half> && inverse < 0)
-    for (int64_t c = 0; c < width; ++c) grad[c] = grad[c] > 65504 ? 65504 : grad[c] < -65504 ? -65504 : grad[c];
+    for (int64_t c = 0; c < width; ++c)
+      grad[c] = grad[c] > 65504 ? 65504 : grad[c] < -65504 ? -65504 : grad[c];
 }
 
 template <class T>
@@ -35,38 +39,34 @@ struct BackwardTiles {
   T *probabilities, *grad_logits, *grad_query, *grad_key, *grad_value;
   T *bias, *query_inverse, *key_inverse;
 
-  explicit BackwardTiles(const Problem& p)
-      : tokens(p.tokens()), keys(round_up<T>(tokens)), depth(round_up<T>(p.head_dim)),
-        value_depth(round_up<T>(p.value_dim)), group(rows_at_once<T>(tokens, keys, kBackwardLogitBytes)) {}
-
   // The bias tile is summed in scratch only where it goes on into a table; else in its partial.
-  int64_t elements(bool own_bias) const {
-    return 4 * keys * depth + 3 * keys * value_depth + 2 * group * keys + group * depth + group * value_depth +
-           2 * keys + (own_bias ? tokens * keys : 0) + 14 * 16;
-  }
-
-  void take(Scratch& scratch, bool own_bias) {
-    query = scratch.take<T>(keys * depth);
-    key = scratch.take<T>(keys * depth);
-    key_t = scratch.take<T>(keys * depth);
-    value = scratch.take<T>(keys * value_depth);
-    value_t = scratch.take<T>(keys * value_depth);
-    grad_out = scratch.take<T>(group * value_depth);
-    probabilities = scratch.take<T>(group * keys);
-    grad_logits = scratch.take<T>(group * keys);
-    grad_query = scratch.take<T>(group * depth);
-    grad_key = scratch.take<T>(keys * depth);
-    grad_value = scratch.take<T>(keys * value_depth);
-    query_inverse = scratch.take<T>(keys);
-    key_inverse = scratch.take<T>(keys);
-    bias = own_bias ? scratch.take<T>(tokens * keys) : nullptr;
-  }
+  BackwardTiles(const Problem& p, bool own_bias, Scratch& scratch)
+      : tokens(p.tokens()),
+        keys(round_up<T>(tokens)),
+        depth(round_up<T>(p.head_dim)),
+        value_depth(round_up<T>(p.value_dim)),
+        group(rows_at_once<T>(tokens, keys, kBackwardLogitBytes)),
+        query(scratch.take<T>(keys * depth)),
+        key(scratch.take<T>(keys * depth)),
+        key_t(scratch.take<T>(keys * depth)),
+        value(scratch.take<T>(keys * value_depth)),
+        value_t(scratch.take<T>(keys * value_depth)),
+        grad_out(scratch.take<T>(group * value_depth)),
+        probabilities(scratch.take<T>(group * keys)),
+        grad_logits(scratch.take<T>(group * keys)),
+        grad_query(scratch.take<T>(group * depth)),
+        grad_key(scratch.take<T>(keys * depth)),
+        grad_value(scratch.take<T>(keys * value_depth)),
+        bias(own_bias ? scratch.take<T>(tokens * keys) : nullptr),
+        query_inverse(scratch.take<T>(keys)),
+        key_inverse(scratch.take<T>(keys)) {}
 };
 
-// dS = P∘(dP − Σ P∘dP) of one row, in place of dP; with dropout M, P becomes P∘M for dV. Added to `bias` if not null.
+// dS = P∘(dP − Σ P∘dP) of one row, in place of dP; with dropout M, P becomes P∘M for dV. Added to
+// `bias` if not null.
 template <class T>
-inline void grad_logits_row(const Operands& in, const Window& w, int64_t head, int64_t i, int64_t keys, T* p, T* dp,
-                            T* bias) {
+inline void grad_logits_row(const Operands& in, const Window& w, int64_t head, int64_t i,
+                            int64_t keys, T* p, T* dp, T* bias) {
   constexpr int64_t kCount = Lanes<T>::kCount;
   if (in.dropout_p > 0) drop(in, w, head, i, dp);
   const T delta = dot(p, dp, keys);
@@ -80,30 +80,34 @@ inline void grad_logits_row(const Operands& in, const Window& w, int64_t head, i
 
 // The rows [r0, r0 + rows) of the real tokens: dQ is finished and stored, dK and dV are added to.
 template <class Token, class T>
-void backward_rows(const Backward& call, const Window& w, Softmax<T>& softmax, BackwardTiles<T>& t, int64_t head,
-                   int64_t r0, int64_t rows, T* bias, double* logit_scale) {
+void backward_rows(const Backward& call, const Window& w, Softmax<T>& softmax, BackwardTiles<T>& t,
+                   int64_t head, int64_t r0, int64_t rows, T* bias, double* logit_scale) {
   const Operands& in = call.in;
   const Problem& p = in.problem;
   const T factor = factor_of<T>(in, head);
   T* query = t.query + r0 * t.depth;
   for (int64_t r = 0; r < rows; ++r)
-    load_row(w.row<const Token>(call.grad_out, w.token[r0 + r], head), call.grad_out.channel, p.value_dim,
-             t.grad_out + r * t.value_depth, t.value_depth);
-  product<T, false>(query, t.depth, 1, t.key_t, t.keys, p.head_dim, t.probabilities, t.keys, rows, t.keys);
-  product<T, false>(t.grad_out, t.value_depth, 1, t.value_t, t.keys, p.value_dim, t.grad_logits, t.keys, rows,
+    load_row(w.row<const Token>(call.grad_out, w.token[r0 + r], head), call.grad_out.channel,
+             p.value_dim, t.grad_out + r * t.value_depth, t.value_depth);
+  product<T, false>(query, t.depth, 1, t.key_t, t.keys, p.head_dim, t.probabilities, t.keys, rows,
                     t.keys);
+  product<T, false>(t.grad_out, t.value_depth, 1, t.value_t, t.keys, p.value_dim, t.grad_logits,
+                    t.keys, rows, t.keys);
   for (int64_t r = 0; r < rows; ++r) {
     const int64_t i = w.token[r0 + r];
     T* row = t.probabilities + r * t.keys;
     const T inverse = softmax.weigh(i, row);
-    for (int64_t j = 0; j < t.keys; j += Lanes<T>::kCount) store(row + j, Vec<T>(load(row + j) * inverse));
+    for (int64_t j = 0; j < t.keys; j += Lanes<T>::kCount)
+      store(row + j, Vec<T>(load(row + j) * inverse));
     grad_logits_row(in, w, head, i, t.keys, row, t.grad_logits + r * t.keys,
                     bias == nullptr ? nullptr : bias + i * t.keys);
   }
-  product<T, false>(t.grad_logits, t.keys, 1, t.key, t.depth, t.tokens, t.grad_query, t.depth, rows, t.depth);
-  product<T, true>(t.grad_logits, 1, t.keys, query, t.depth, rows, t.grad_key, t.depth, t.tokens, t.depth);
-  product<T, true>(t.probabilities, 1, t.keys, t.grad_out, t.value_depth, rows, t.grad_value, t.value_depth, t.tokens,
-                   t.value_depth);
+  product<T, false>(t.grad_logits, t.keys, 1, t.key, t.depth, t.tokens, t.grad_query, t.depth, rows,
+                    t.depth);
+  product<T, true>(t.grad_logits, 1, t.keys, query, t.depth, rows, t.grad_key, t.depth, t.tokens,
+                   t.depth);
+  product<T, true>(t.probabilities, 1, t.keys, t.grad_out, t.value_depth, rows, t.grad_value,
+                   t.value_depth, t.tokens, t.value_depth);
   for (int64_t r = 0; r < rows; ++r) {
     T* grad = t.grad_query + r * t.depth;
     if (in.logit_scale != nullptr) {
@@ -119,7 +123,8 @@ void backward_rows(const Backward& call, const Window& w, Softmax<T>& softmax, B
 
 // dK and dV of the window to their places; those of padding are summed.
 template <class Token, class T>
-void finish_keys(const Backward& call, const Window& w, BackwardTiles<T>& t, int64_t head, T* pad_key, T* pad_value) {
+void finish_keys(const Backward& call, const Window& w, BackwardTiles<T>& t, int64_t head,
+                 T* pad_key, T* pad_value) {
   const Problem& p = call.in.problem;
   const T factor = factor_of<T>(call.in, head);
   for (int64_t j = 0; j < t.tokens; ++j) {
@@ -129,7 +134,8 @@ void finish_keys(const Backward& call, const Window& w, BackwardTiles<T>& t, int
       through_norm<Token>(t.key + j * t.depth, t.key_inverse[j], t.depth, grad);
     if (!w.padding(j)) {
       store_row(grad, p.head_dim, w.row<Token>(call.grad_key, j, head));
-      store_row(t.grad_value + j * t.value_depth, p.value_dim, w.row<Token>(call.grad_value, j, head));
+      store_row(t.grad_value + j * t.value_depth, p.value_dim,
+                w.row<Token>(call.grad_value, j, head));
     } else {
       if (pad_key != nullptr) add_row(grad, p.head_dim, pad_key);
       if (pad_value != nullptr) add_row(t.grad_value + j * t.value_depth, p.value_dim, pad_value);
@@ -137,7 +143,8 @@ void finish_keys(const Backward& call, const Window& w, BackwardTiles<T>& t, int
   }
 }
 
-// This (chunk, head)'s piece of a buffer of partial sums, cleared; null where the call wants no such gradient.
+// This (chunk, head)'s piece of a buffer of partial sums, cleared; null where the call wants no
+// such gradient.
 template <class T>
 inline T* partial(void* buffer, int64_t task, int64_t n) {
   if (buffer == nullptr) return nullptr;
@@ -151,17 +158,18 @@ void backward(const Backward& call, int64_t begin, int64_t end) {
   using T = typename SumOf<Token>::type;
   const Operands& in = call.in;
   const Problem& p = in.problem;
-  BackwardTiles<T> t(p);
   const bool to_table = call.partial_table != nullptr;
-  Scratch scratch(2 * Window::bytes(p) + Softmax<T>::bytes(p) + t.elements(to_table) * int64_t(sizeof(T)));
-  Window places[2] = {Window(p, scratch), Window(p, scratch)};  // this window and the one prefetched
+  Scratch scratch;
+  Window places[2] = {Window(p, scratch),
+                      Window(p, scratch)};  // this window and the one prefetched
   Softmax<T> softmax(in, scratch);
-  t.take(scratch, to_table);
+  BackwardTiles<T> t(p, to_table, scratch);
 
   for (int64_t task = begin; task < end; ++task) {
     const int64_t head = task % p.heads, chunk = task / p.heads;
     const int64_t all = p.batch * p.windows(), first = chunk * call.windows_per_chunk;
-    const int64_t last = first + call.windows_per_chunk < all ? first + call.windows_per_chunk : all;
+    const int64_t last =
+        first + call.windows_per_chunk < all ? first + call.windows_per_chunk : all;
     T* bias = to_table ? t.bias : partial<T>(call.partial_bias, task, t.tokens * t.keys);
     if (to_table) std::memset(bias, 0, size_t(t.tokens * t.keys) * sizeof(T));
     T* table = partial<T>(call.partial_table, task, call.table_rows);
@@ -174,10 +182,10 @@ void backward(const Backward& call, int64_t begin, int64_t end) {
       w.place(p, window / p.windows(), window % p.windows());
       softmax.place(w, head);
       pack_real<Token>(w, in.query, head, p.head_dim, t.query, t.depth);
-      pack_all<Token>(w, in.key, head, t.tokens, p.head_dim, static_cast<const T*>(in.pad_key), t.key, t.keys,
-                      t.depth);
-      pack_all<Token>(w, in.value, head, t.tokens, p.value_dim, static_cast<const T*>(in.pad_value), t.value, t.keys,
-                      t.value_depth);
+      pack_all<Token>(w, in.key, head, t.tokens, p.head_dim, static_cast<const T*>(in.pad_key),
+                      t.key, t.keys, t.depth);
+      pack_all<Token>(w, in.value, head, t.tokens, p.value_dim, static_cast<const T*>(in.pad_value),
+                      t.value, t.keys, t.value_depth);
       if (window + 1 < last) {
         Window& next = places[(window + 1) % 2];
         next.place(p, (window + 1) / p.windows(), (window + 1) % p.windows());

@@ -27,7 +27,8 @@ void expect_shape(const char* name, const MaybeTensor& t, const std::vector<int6
   for (size_t i = 0; same && i < shape.size(); ++i) same = t->size(int64_t(i)) == shape[i];
   std::string wanted = "(";
   for (size_t i = 0; i < shape.size(); ++i) wanted += (i ? ", " : "") + std::to_string(shape[i]);
-  STD_TORCH_CHECK(same, "swin_kernels: ", name, ": expected shape ", wanted, "), got ", shape_of(*t));
+  STD_TORCH_CHECK(same, "swin_kernels: ", name, ": expected shape ", wanted, "), got ",
+                  shape_of(*t));
 }
 
 // f(index, value) over every element of a tensor of at most three axes, whatever its strides.
@@ -97,7 +98,8 @@ std::vector<int32_t> bias_index_of(const Arguments& a, const Problem& p) {
       index[size_t(i * n + j)] = int32_t(row);
     });
     STD_TORCH_CHECK(low >= 0 && high < rows && rows <= std::numeric_limits<int32_t>::max(),
-                    "swin_kernels: bias_index: expected rows of the table, 0 to ", rows - 1, ", got ", low, " to ", high);
+                    "swin_kernels: bias_index: expected rows of the table, 0 to ", rows - 1,
+                    ", got ", low, " to ", high);
     return index;
   }
   const int64_t w0 = p.axis[0].window, w1 = p.axis[1].window, w2 = p.axis[2].window;
@@ -111,9 +113,11 @@ std::vector<int32_t> bias_index_of(const Arguments& a, const Problem& p) {
   return index;
 }
 
-// (H, N, N rounded up to lanes): a row is added to a row of logits as it is, and −inf empties the columns added.
+// (H, N, N rounded up to lanes): a row is added to a row of logits as it is, and −inf empties the
+// columns added.
 template <class T>
-std::vector<T> bias_rows(const Arguments& a, const Problem& p, int64_t lanes, const std::vector<int32_t>& index) {
+std::vector<T> bias_rows(const Arguments& a, const Problem& p, int64_t lanes,
+                         const std::vector<int32_t>& index) {
   const int64_t n = p.tokens(), width = (n + lanes - 1) / lanes * lanes;
   if (!a.bias.has_value() && !a.bias_table.has_value()) return {};
   std::vector<T> rows(size_t(p.heads * n * width));
@@ -126,14 +130,16 @@ std::vector<T> bias_rows(const Arguments& a, const Problem& p, int64_t lanes, co
     } else {
       std::vector<T> column(size_t(a.bias_table->size(0)));
       for (int64_t h = begin; h < end; ++h) {
-        for (size_t t = 0; t < column.size(); ++t) column[t] = table[t * size_t(p.heads) + size_t(h)];
+        for (size_t t = 0; t < column.size(); ++t)
+          column[t] = table[t * size_t(p.heads) + size_t(h)];
         for (int64_t i = 0; i < n; ++i)
           for (int64_t j = 0; j < n; ++j)
             rows[size_t((h * n + i) * width + j)] = column[size_t(index[size_t(i * n + j)])];
       }
     }
     for (int64_t row = begin * n; row < end * n; ++row)
-      for (int64_t j = n; j < width; ++j) rows[size_t(row * width + j)] = -std::numeric_limits<T>::infinity();
+      for (int64_t j = n; j < width; ++j)
+        rows[size_t(row * width + j)] = -std::numeric_limits<T>::infinity();
   });
   return rows;
 }
@@ -141,13 +147,16 @@ std::vector<T> bias_rows(const Arguments& a, const Problem& p, int64_t lanes, co
 void check_tokens(const Arguments& a) {
   const Tensor& q = a.query;
   const int64_t axes = int64_t(a.window_size.size()), extra = a.packed() ? 1 : 0;
-  STD_TORCH_CHECK(1 <= axes && axes <= kAxes && q.dim() == axes + 3 + extra, "swin_kernels: expected ", 3 + extra,
-                  " axes beside 1 to 3 axes of windows, got ", shape_of(q), " with ", axes, " axes of windows");
+  STD_TORCH_CHECK(1 <= axes && axes <= kAxes && q.dim() == axes + 3 + extra,
+                  "swin_kernels: expected ", 3 + extra, " axes beside 1 to 3 axes of windows, got ",
+                  shape_of(q), " with ", axes, " axes of windows");
   STD_TORCH_CHECK(a.shift_size.size() == size_t(axes) && a.periodic.size() == size_t(axes),
                   "swin_kernels: expected window_size, shift_size and periodic of one length");
-  STD_TORCH_CHECK(a.key.has_value() == a.value.has_value(), "swin_kernels: expected both key and value, or neither");
+  STD_TORCH_CHECK(a.key.has_value() == a.value.has_value(),
+                  "swin_kernels: expected both key and value, or neither");
   if (a.packed()) {
-    STD_TORCH_CHECK(q.size(axes + 1) == 3, "swin_kernels: qkv: expected (B, *S, 3, H, D), got ", shape_of(q));
+    STD_TORCH_CHECK(q.size(axes + 1) == 3, "swin_kernels: qkv: expected (B, *S, 3, H, D), got ",
+                    shape_of(q));
     return;
   }
   std::vector<int64_t> shape;
@@ -155,8 +164,9 @@ void check_tokens(const Arguments& a) {
   expect_shape("key", a.key, shape);
   shape.back() = a.value->dim() > 0 ? a.value->size(a.value->dim() - 1) : 0;
   expect_shape("value", a.value, shape);
-  STD_TORCH_CHECK(a.key->scalar_type() == q.scalar_type() && a.value->scalar_type() == q.scalar_type(),
-                  "swin_kernels: expected query, key and value of one dtype");
+  STD_TORCH_CHECK(
+      a.key->scalar_type() == q.scalar_type() && a.value->scalar_type() == q.scalar_type(),
+      "swin_kernels: expected query, key and value of one dtype");
 }
 
 void check_extras(const Arguments& a, const Problem& p) {
@@ -168,20 +178,26 @@ void check_extras(const Arguments& a, const Problem& p) {
   expect_shape("pad_value", a.pad_value, {p.heads, p.value_dim});
   expect_shape("logit_scale", a.logit_scale, {p.heads});
   expect_shape("dropout_seed", a.dropout_seed, {1});
-  STD_TORCH_CHECK(!(a.bias.has_value() && a.bias_table.has_value()), "swin_kernels: both bias and bias_table given");
-  if (a.bias_table.has_value()) expect_shape("bias_table", a.bias_table, {a.bias_table->size(0), p.heads});
+  STD_TORCH_CHECK(!(a.bias.has_value() && a.bias_table.has_value()),
+                  "swin_kernels: both bias and bias_table given");
+  if (a.bias_table.has_value())
+    expect_shape("bias_table", a.bias_table, {a.bias_table->size(0), p.heads});
   if (a.bias_table.has_value() && !a.bias_index.has_value())
     expect_shape("bias_table", a.bias_table, {table_length(p), p.heads});
-  for (const MaybeTensor* t : {&a.bias, &a.bias_table, &a.mask, &a.pad_key, &a.pad_value, &a.logit_scale})
+  for (const MaybeTensor* t :
+       {&a.bias, &a.bias_table, &a.mask, &a.pad_key, &a.pad_value, &a.logit_scale})
     if (t->has_value()) element_of(**t);
   if (a.bias_index.has_value())
-    STD_TORCH_CHECK(a.bias_index->scalar_type() == ScalarType::Int || a.bias_index->scalar_type() == ScalarType::Long,
+    STD_TORCH_CHECK(a.bias_index->scalar_type() == ScalarType::Int ||
+                        a.bias_index->scalar_type() == ScalarType::Long,
                     "swin_kernels: bias_index: expected int32 or int64");
-  STD_TORCH_CHECK(a.dropout_p == 0 || (a.dropout_seed.has_value() && a.dropout_seed->scalar_type() == ScalarType::Long),
+  STD_TORCH_CHECK(a.dropout_p == 0 || (a.dropout_seed.has_value() &&
+                                       a.dropout_seed->scalar_type() == ScalarType::Long),
                   "swin_kernels: expected an int64 dropout_seed with dropout_p > 0");
-  for (const MaybeTensor* t : {&a.key, &a.value, &a.bias, &a.bias_table, &a.bias_index, &a.mask, &a.pad_key,
-                               &a.pad_value, &a.logit_scale, &a.dropout_seed})
-    STD_TORCH_CHECK(!t->has_value() || (*t)->is_cpu(), "swin_kernels: expected every tensor on the CPU");
+  for (const MaybeTensor* t : {&a.key, &a.value, &a.bias, &a.bias_table, &a.bias_index, &a.mask,
+                               &a.pad_key, &a.pad_value, &a.logit_scale, &a.dropout_seed})
+    STD_TORCH_CHECK(!t->has_value() || (*t)->is_cpu(),
+                    "swin_kernels: expected every tensor on the CPU");
 }
 
 }  // namespace
@@ -215,7 +231,8 @@ Problem checked_problem(const Arguments& a) {
   p.heads = a.query.size(a.query.dim() - 2);
   p.head_dim = a.query.size(a.query.dim() - 1);
   p.value_dim = a.packed() ? p.head_dim : a.value->size(a.value->dim() - 1);
-  STD_TORCH_CHECK(p.heads > 0 && p.head_dim > 0 && p.value_dim > 0, "swin_kernels: expected heads and channels");
+  STD_TORCH_CHECK(p.heads > 0 && p.head_dim > 0 && p.value_dim > 0,
+                  "swin_kernels: expected heads and channels");
   for (int64_t i = 0; i < axes; ++i) {
     Axis& axis = p.axis[kAxes - axes + i];
     axis.size = a.query.size(1 + i);
@@ -223,8 +240,8 @@ Problem checked_problem(const Arguments& a) {
     axis.shift = a.shift_size[size_t(i)];
     axis.wraps = a.periodic[size_t(i)];
     STD_TORCH_CHECK(axis.size > 0 && axis.window > 0 && axis.shift >= 0 && axis.shift < axis.window,
-                    "swin_kernels: expected tokens on each axis and 0 <= shift < window, got ", axis.size, " tokens, window ",
-                    axis.window, ", shift ", axis.shift);
+                    "swin_kernels: expected tokens on each axis and 0 <= shift < window, got ",
+                    axis.size, " tokens, window ", axis.window, ", shift ", axis.shift);
   }
   check_extras(a, p);
   return p;
@@ -238,7 +255,8 @@ TokenView view_of(const Tensor& t, void* data, int part) {
   for (int64_t i = 0; i < axes; ++i) view.axis[kAxes - axes + i] = t.stride(1 + i);
   view.head = t.stride(t.dim() - 2);
   view.channel = t.stride(t.dim() - 1);
-  if (packed) view.data = static_cast<char*>(data) + part * t.stride(axes + 1) * int64_t(t.element_size());
+  if (packed)
+    view.data = static_cast<char*>(data) + part * t.stride(axes + 1) * int64_t(t.element_size());
   return view;
 }
 
@@ -263,11 +281,13 @@ Operands operands_of(const Arguments& a, const Problem& p, int64_t lanes, Buffer
   in.pad_value = buffers.pad_value.empty() ? nullptr : buffers.pad_value.data();
   in.logit_scale = buffers.logit_scale.empty() ? nullptr : buffers.logit_scale.data();
   if (a.mask.has_value())
-    in.mask = {a.mask->const_data_ptr(), element_of(*a.mask), a.mask->stride(0), a.mask->stride(1), a.mask->stride(2)};
+    in.mask = {a.mask->const_data_ptr(), element_of(*a.mask), a.mask->stride(0), a.mask->stride(1),
+               a.mask->stride(2)};
   in.mask_value = a.mask_value;
   in.scale = a.scale;
   in.dropout_p = a.dropout_p;
-  if (a.dropout_p > 0) in.dropout_seed = uint64_t(*static_cast<const int64_t*>(a.dropout_seed->const_data_ptr()));
+  if (a.dropout_p > 0)
+    in.dropout_seed = uint64_t(*static_cast<const int64_t*>(a.dropout_seed->const_data_ptr()));
   return in;
 }
 

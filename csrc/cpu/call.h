@@ -1,4 +1,5 @@
-// A call of the native ops as the dispatcher hands it over, checked and turned into what the tiles read.
+// A call of the native ops as the dispatcher hands it over, checked and turned into what the tiles
+// read.
 #pragma once
 
 #include <torch/csrc/stable/tensor.h>
@@ -17,8 +18,8 @@ using MaybeTensor = std::optional<Tensor>;
 // The arguments of both ops, in the order of their schemas (registration.cpp).
 struct Arguments {
   const Tensor& query;
-  const MaybeTensor &key, &value, &bias, &bias_table, &bias_index, &mask, &pad_key, &pad_value, &logit_scale,
-      &dropout_seed;
+  const MaybeTensor &key, &value, &bias, &bias_table, &bias_index, &mask, &pad_key, &pad_value,
+      &logit_scale, &dropout_seed;
   const std::vector<int64_t>&window_size, &shift_size;
   const std::vector<bool>& periodic;
   bool roll_then_pad;
@@ -39,15 +40,17 @@ Problem checked_problem(const Arguments& a);
 
 Element element_of(const Tensor& t);
 
-// Spatial axes of `t` are its axes 1 … ; `part` picks query, key or value out of a packed tensor (B, *S, 3, H, D),
-// −1 says that it is not packed.
+// Spatial axes of `t` are its axes 1 … ; `part` picks query, key or value out of a packed tensor
+// (B, *S, 3, H, D), −1 says that it is not packed.
 TokenView view_of(const Tensor& t, void* data, int part);
 
 template <class T>
 Operands operands_of(const Arguments& a, const Problem& p, int64_t lanes, Buffers<T>& buffers);
 
-extern template Operands operands_of<float>(const Arguments&, const Problem&, int64_t, Buffers<float>&);
-extern template Operands operands_of<double>(const Arguments&, const Problem&, int64_t, Buffers<double>&);
+extern template Operands operands_of<float>(const Arguments&, const Problem&, int64_t,
+                                            Buffers<float>&);
+extern template Operands operands_of<double>(const Arguments&, const Problem&, int64_t,
+                                             Buffers<double>&);
 
 // Rows of a table of all relative positions in a window.
 int64_t table_length(const Problem& p);

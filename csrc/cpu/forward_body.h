@@ -1,24 +1,27 @@
-// The fused forward of one (window, head), and what the backward recomputes of it. Included once per instruction set.
+// The fused forward of one (window, head), and what the backward recomputes of it. Included once
+// per instruction set.
 
 // Logits to probabilities, row by row, with every term that is added to them.
 template <class T>
 class Softmax {
  public:
   Softmax(const Operands& in, Scratch& scratch)
-      : in_(in), tokens_(in.problem.tokens()), width_(round_up<T>(tokens_)),
-        no_bias_(scratch.take<T>(width_)), row_(scratch.take<T>(width_)), shift_(scratch.take<T>(8 * width_)) {
-    for (int64_t j = 0; j < width_; ++j) no_bias_[j] = j < tokens_ ? T(0) : -std::numeric_limits<T>::infinity();
+      : in_(in),
+        tokens_(in.problem.tokens()),
+        width_(round_up<T>(tokens_)),
+        no_bias_(scratch.take<T>(width_)),
+        row_(scratch.take<T>(width_)),
+        shift_(scratch.take<T>(8 * width_)) {
+    for (int64_t j = 0; j < width_; ++j)
+      no_bias_[j] = j < tokens_ ? T(0) : -std::numeric_limits<T>::infinity();
   }
 
-  static int64_t bytes(const Problem& p) {
-    const int64_t width = round_up<T>(p.tokens());
-    return 2 * Scratch::aligned(width * int64_t(sizeof(T))) + Scratch::aligned(8 * width * int64_t(sizeof(T)));
-  }
-
-  // Between regions of a window: one row of mask per region, as a row's mask depends on its region alone.
+  // Between regions of a window: one row of mask per region, as a row's mask depends on its region
+  // alone.
   void place(const Window& w, int64_t head) {
     window_ = &w;
-    bias_ = in_.bias == nullptr ? nullptr : static_cast<const T*>(in_.bias) + head * tokens_ * width_;
+    bias_ =
+        in_.bias == nullptr ? nullptr : static_cast<const T*>(in_.bias) + head * tokens_ * width_;
     if (w.regions < 2 || shift_window_ == w.index) return;
     shift_window_ = w.index;
     for (int region = 0; region < w.regions; ++region) {
@@ -28,7 +31,8 @@ class Softmax {
     }
   }
 
-  // Row i of the window: s becomes exp(s + terms − max); returns 1/sum, or 0 where every key is at −inf.
+  // Row i of the window: s becomes exp(s + terms − max); returns 1/sum, or 0 where every key is at
+  // −inf.
   T weigh(int64_t i, T* s) {
     const T* bias = bias_ == nullptr ? no_bias_ : bias_ + i * width_;
     const T* mask = nullptr;
@@ -80,8 +84,9 @@ inline void drop(const Operands& in, const Window& w, int64_t head, int64_t i, T
   const uint64_t threshold = uint64_t(in.dropout_p * 4294967296.0);
   const T kept = in.dropout_p < 1 ? T(1 / (1 - in.dropout_p)) : T(0);
   for (int64_t j = 0; j < tokens; ++j) {
-    const uint32_t word = philox_first_word(uint32_t(i * tokens + j), uint32_t(head), uint32_t(window),
-                                            uint32_t(window >> 32), in.dropout_seed);
+    const uint32_t word =
+        philox_first_word(uint32_t(i * tokens + j), uint32_t(head), uint32_t(window),
+                          uint32_t(window >> 32), in.dropout_seed);
     x[j] *= word >= threshold ? kept : T(0);
   }
 }
@@ -108,12 +113,9 @@ void forward(const Forward& call, int64_t begin, int64_t end) {
   const int64_t tokens = p.tokens(), keys = round_up<T>(tokens);
   const int64_t depth = round_up<T>(p.head_dim), value_depth = round_up<T>(p.value_dim);
   const int64_t group = rows_at_once<T>(tokens, keys, kForwardLogitBytes);
-  const int64_t element = int64_t(sizeof(T));
-  Scratch scratch(2 * Window::bytes(p) + Softmax<T>::bytes(p) + Scratch::aligned(tokens * depth * element) +
-                  2 * Scratch::aligned(keys * depth * element) + Scratch::aligned(keys * value_depth * element) +
-                  Scratch::aligned(group * keys * element) + Scratch::aligned(group * value_depth * element) +
-                  Scratch::aligned(group * element));
-  Window places[2] = {Window(p, scratch), Window(p, scratch)};  // this window and the one prefetched
+  Scratch scratch;
+  Window places[2] = {Window(p, scratch),
+                      Window(p, scratch)};  // this window and the one prefetched
   Softmax<T> softmax(in, scratch);
   T* query = scratch.take<T>(tokens * depth);
   T* key = scratch.take<T>(keys * depth);
@@ -129,9 +131,10 @@ void forward(const Forward& call, int64_t begin, int64_t end) {
     w.place(p, window / p.windows(), window % p.windows());
     softmax.place(w, head);
     pack_real<Token>(w, in.query, head, p.head_dim, query, depth);
-    pack_all<Token>(w, in.key, head, tokens, p.head_dim, static_cast<const T*>(in.pad_key), key, keys, depth);
-    pack_all<Token>(w, in.value, head, tokens, p.value_dim, static_cast<const T*>(in.pad_value), value, keys,
-                    value_depth);
+    pack_all<Token>(w, in.key, head, tokens, p.head_dim, static_cast<const T*>(in.pad_key), key,
+                    keys, depth);
+    pack_all<Token>(w, in.value, head, tokens, p.value_dim, static_cast<const T*>(in.pad_value),
+                    value, keys, value_depth);
     if (task + 1 < end) {
       const int64_t next_head = (task + 1) % p.heads, next = (task + 1) / p.heads;
       places[next % 2].place(p, next / p.windows(), next % p.windows());
@@ -146,12 +149,14 @@ void forward(const Forward& call, int64_t begin, int64_t end) {
     transpose<T>(key, depth, keys, depth, factor_of<T>(in, head), key_t, keys);
     for (int64_t r0 = 0; r0 < w.real; r0 += group) {
       const int64_t rows = r0 + group < w.real ? group : w.real - r0;
-      product<T, false>(query + r0 * depth, depth, 1, key_t, keys, p.head_dim, logits, keys, rows, keys);
+      product<T, false>(query + r0 * depth, depth, 1, key_t, keys, p.head_dim, logits, keys, rows,
+                        keys);
       for (int64_t r = 0; r < rows; ++r) {
         inverse[r] = softmax.weigh(w.token[r0 + r], logits + r * keys);
         if (in.dropout_p > 0) drop(in, w, head, w.token[r0 + r], logits + r * keys);
       }
-      product<T, false>(logits, keys, 1, value, value_depth, tokens, out, value_depth, rows, value_depth);
+      product<T, false>(logits, keys, 1, value, value_depth, tokens, out, value_depth, rows,
+                        value_depth);
       for (int64_t r = 0; r < rows; ++r) {
         T* row = out + r * value_depth;
         for (int64_t c = 0; c < value_depth; c += Lanes<T>::kCount)

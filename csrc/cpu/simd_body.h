@@ -1,5 +1,6 @@
-// Vectors of Sum (float or double) as wide as the instruction set, in the compilers' own vector types: arithmetic,
-// exp, transposition and a register-tiled product. Included once per instruction set.
+// Vectors of Sum (float or double) as wide as the instruction set, in the compilers' own vector
+// types: arithmetic, exp, transposition and a register-tiled product. Included once per instruction
+// set.
 
 template <class T>
 struct Lanes {
@@ -59,12 +60,14 @@ SWIN_INLINE T max_of(Vec<T> v) {
   }
 }
 
-// exp(x) for x <= 0, 0 where the result would be subnormal: −100 of a shift mask would otherwise make every product
-// with it several times slower. Range reduction by ln 2 in two parts, then the polynomial of Cephes' expf.
+// exp(x) for x <= 0, 0 where the result would be subnormal: −100 of a shift mask would otherwise
+// make every product with it several times slower. Range reduction by ln 2 in two parts, then the
+// polynomial of Cephes' expf.
 SWIN_INLINE Vec<float> exp_flushed(Vec<float> x) {
   typedef int32_t Int __attribute__((vector_size(SWIN_VECTOR_BYTES)));
-  constexpr float kLowest = -87.33654f;       // ln of the smallest normal number
-  constexpr float kRound = 12582912.f;        // 1.5·2^23: adding it rounds to a whole number in the low bits
+  constexpr float kLowest = -87.33654f;  // ln of the smallest normal number
+  constexpr float kRound =
+      12582912.f;  // 1.5·2^23: adding it rounds to a whole number in the low bits
   const auto flushed = x < kLowest;
   x = flushed ? splat(kLowest) : x;
   const Vec<float> rounded = x * 1.44269504088896341f + kRound;
@@ -77,7 +80,8 @@ SWIN_INLINE Vec<float> exp_flushed(Vec<float> x) {
   p = p * r + 1.6666665459e-1f;
   p = p * r + 5.0000001201e-1f;
   p = p * (r * r) + r + 1.0f;
-  const Int exponent = ((Int)rounded << 23) + (127 << 23);  // kRound leaves nothing above the low bits here
+  const Int exponent =
+      ((Int)rounded << 23) + (127 << 23);  // kRound leaves nothing above the low bits here
   const Vec<float> result = p * (Vec<float>)exponent;
   return flushed ? Vec<float>{} : result;
 }
@@ -85,7 +89,8 @@ SWIN_INLINE Vec<float> exp_flushed(Vec<float> x) {
 SWIN_INLINE Vec<double> exp_flushed(Vec<double> x) {
   constexpr double kLowest = -708.39;
   Vec<double> result;
-  for (int64_t i = 0; i < Lanes<double>::kCount; ++i) result[i] = x[i] < kLowest ? 0.0 : std::exp(x[i]);
+  for (int64_t i = 0; i < Lanes<double>::kCount; ++i)
+    result[i] = x[i] < kLowest ? 0.0 : std::exp(x[i]);
   return result;
 }
 
@@ -99,7 +104,8 @@ SWIN_INLINE Vec<T> interleave(Vec<T> a, Vec<T> b, std::index_sequence<I...>, boo
 // to(columns, rows) = factor·from(rows, columns)ᵀ; both counts multiples of the lanes.
 // log2(lanes) perfect shuffles of the rows transpose a square block.
 template <class T>
-void transpose(const T* from, int64_t ld_from, int64_t rows, int64_t columns, T factor, T* to, int64_t ld_to) {
+void transpose(const T* from, int64_t ld_from, int64_t rows, int64_t columns, T factor, T* to,
+               int64_t ld_to) {
   constexpr int kCount = Lanes<T>::kCount;
   constexpr auto kSequence = std::make_index_sequence<kCount>();
   for (int64_t i0 = 0; i0 < rows; i0 += kCount) {
@@ -126,10 +132,11 @@ void transpose(const T* from, int64_t ld_from, int64_t rows, int64_t columns, T 
 constexpr int kMaxRows = 6;
 constexpr int kMaxColumns = SWIN_COLUMN_VECTORS;
 
-// c(R, C vectors) = a(R, depth)·b(depth, C vectors), or += it: the tile stays in registers over the depth.
+// c(R, C vectors) = a(R, depth)·b(depth, C vectors), or += it: the tile stays in registers over the
+// depth.
 template <class T, int R, int C, bool kAdd>
-void product_tile(const T* a, int64_t a_row, int64_t a_step, const T* b, int64_t ldb, int64_t depth, T* c,
-                  int64_t ldc) {
+void product_tile(const T* a, int64_t a_row, int64_t a_step, const T* b, int64_t ldb, int64_t depth,
+                  T* c, int64_t ldc) {
   constexpr int64_t kCount = Lanes<T>::kCount;
   Vec<T> sum[R][C];
 #pragma GCC unroll 8
@@ -158,25 +165,29 @@ using ProductTile = void (*)(const T*, int64_t, int64_t, const T*, int64_t, int6
 
 template <class T, bool kAdd, size_t... I>
 constexpr ProductTile<T> product_tile_of(int rows, int columns, std::index_sequence<I...>) {
-  constexpr ProductTile<T> kTable[] = {&product_tile<T, int(I) / kMaxColumns + 1, int(I) % kMaxColumns + 1, kAdd>...};
+  constexpr ProductTile<T> kTable[] = {
+      &product_tile<T, int(I) / kMaxColumns + 1, int(I) % kMaxColumns + 1, kAdd>...};
   return kTable[(rows - 1) * kMaxColumns + columns - 1];
 }
 
-// c(rows, columns) = a·b, or c += a·b. a is read at (row·a_row + step·a_step), so that aᵀ costs nothing;
-// columns is a multiple of the lanes. Tiles are of even size: 49 rows are 9 tiles of 5 or 6, not 8 and a lone row.
+// c(rows, columns) = a·b, or c += a·b. a is read at (row·a_row + step·a_step), so that aᵀ costs
+// nothing; columns is a multiple of the lanes. Tiles are of even size: 49 rows are 9 tiles of 5 or
+// 6, not 8 and a lone row.
 template <class T, bool kAdd>
-void product(const T* a, int64_t a_row, int64_t a_step, const T* b, int64_t ldb, int64_t depth, T* c, int64_t ldc,
-             int64_t rows, int64_t columns) {
+void product(const T* a, int64_t a_row, int64_t a_step, const T* b, int64_t ldb, int64_t depth,
+             T* c, int64_t ldc, int64_t rows, int64_t columns) {
   constexpr int64_t kCount = Lanes<T>::kCount;
   constexpr auto kTiles = std::make_index_sequence<kMaxRows * kMaxColumns>();
   const int64_t vectors = columns / kCount;
-  const int64_t row_tiles = (rows + kMaxRows - 1) / kMaxRows, column_tiles = (vectors + kMaxColumns - 1) / kMaxColumns;
+  const int64_t row_tiles = (rows + kMaxRows - 1) / kMaxRows,
+                column_tiles = (vectors + kMaxColumns - 1) / kMaxColumns;
   for (int64_t ct = 0; ct < column_tiles; ++ct) {
     const int64_t v0 = vectors * ct / column_tiles, v1 = vectors * (ct + 1) / column_tiles;
     for (int64_t rt = 0; rt < row_tiles; ++rt) {
       const int64_t r0 = rows * rt / row_tiles, r1 = rows * (rt + 1) / row_tiles;
-      product_tile_of<T, kAdd>(int(r1 - r0), int(v1 - v0), kTiles)(
-          a + r0 * a_row, a_row, a_step, b + v0 * kCount, ldb, depth, c + r0 * ldc + v0 * kCount, ldc);
+      product_tile_of<T, kAdd>(int(r1 - r0), int(v1 - v0), kTiles)(a + r0 * a_row, a_row, a_step,
+                                                                   b + v0 * kCount, ldb, depth,
+                                                                   c + r0 * ldc + v0 * kCount, ldc);
     }
   }
 }

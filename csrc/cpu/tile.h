@@ -23,8 +23,8 @@ struct MaskView {
   int64_t window = 0, row = 0, column = 1;
 };
 
-// Everything a tile reads. Sums are in double for double tokens, else in float: `Sum` below. Pointers to void hold
-// Sum; they are null where the call has no such operand.
+// Everything a tile reads. Sums are in double for double tokens, else in float: `Sum` below.
+// Pointers to void hold Sum; they are null where the call has no such operand.
 struct Operands {
   Problem problem;
   TokenView query, key, value;
@@ -43,8 +43,8 @@ struct Forward {
   TokenView out;
 };
 
-// The backward runs over chunks of windows. Each (chunk, head) sums what has no place of its own in the map, and a
-// second pass adds the chunks up in order: the same bits for any number of threads.
+// The backward runs over chunks of windows. Each (chunk, head) sums what has no place of its own in
+// the map, and a second pass adds the chunks up in order: the same bits for any number of threads.
 struct Backward {
   Operands in;
   TokenView grad_out, grad_query, grad_key, grad_value;
@@ -58,8 +58,8 @@ struct Backward {
   void* partial_logit_scale = nullptr;  // (chunks, H), double: one number sums over every token
 };
 
-// One instruction set's kernels. A forward task is (image, window, head), a backward task (chunk, head), in this
-// order, the last fastest.
+// One instruction set's kernels. A forward task is (image, window, head), a backward task (chunk,
+// head), in this order, the last fastest.
 struct Kernels {
   const char* name;
   int vector_bytes;

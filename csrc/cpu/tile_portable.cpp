@@ -3,7 +3,8 @@
 #define SWIN_VECTOR_BYTES 16
 #define SWIN_COLUMN_VECTORS 2
 #include "cpu/tile_std.h"
-// the body comes after the headers it uses, so that no shared inline function is compiled for one processor only
+// the body comes after the headers it uses, so that no shared inline function is compiled for one
+// processor only
 #include "cpu/tile_body.h"
 
 namespace swin_kernels::cpu {

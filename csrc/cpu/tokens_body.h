@@ -1,5 +1,5 @@
-// Tokens of one window: which they are, and their rows between the caller's memory and packed tiles of Sum.
-// Included once per instruction set.
+// Tokens of one window: which they are, and their rows between the caller's memory and packed tiles
+// of Sum. Included once per instruction set.
 
 struct Half {
   uint16_t bits;
@@ -32,16 +32,21 @@ SWIN_INLINE void convert(const float& from, float& to) { to = from; }
 SWIN_INLINE void convert(const double& from, double& to) { to = from; }
 SWIN_INLINE void convert(const float& from, double& to) { to = from; }
 SWIN_INLINE void convert(const double& from, float& to) { to = float(from); }
-SWIN_INLINE void convert(const BFloat16& from, float& to) { to = bits_to_float(uint32_t(from.bits) << 16); }
+SWIN_INLINE void convert(const BFloat16& from, float& to) {
+  to = bits_to_float(uint32_t(from.bits) << 16);
+}
 SWIN_INLINE void convert(const float& from, BFloat16& to) {
   const uint32_t bits = float_to_bits(from);
-  const uint32_t rounded = (bits + 0x7FFFu + ((bits >> 16) & 1u)) >> 16;  // to nearest, ties to even
+  const uint32_t rounded =
+      (bits + 0x7FFFu + ((bits >> 16) & 1u)) >> 16;  // to nearest, ties to even
   to.bits = uint16_t(from != from ? 0x7FC0u : rounded);
 }
 
 #if defined(SWIN_F16C)
 SWIN_INLINE void convert(const Half& from, float& to) { to = _cvtsh_ss(from.bits); }
-SWIN_INLINE void convert(const float& from, Half& to) { to.bits = uint16_t(_cvtss_sh(from, _MM_FROUND_TO_NEAREST_INT)); }
+SWIN_INLINE void convert(const float& from, Half& to) {
+  to.bits = uint16_t(_cvtss_sh(from, _MM_FROUND_TO_NEAREST_INT));
+}
 #else
 SWIN_INLINE void convert(const Half& from, float& to) {
   const uint32_t sign = uint32_t(from.bits & 0x8000u) << 16, rest = from.bits & 0x7FFFu;
@@ -55,7 +60,8 @@ SWIN_INLINE void convert(const Half& from, float& to) {
   }
 }
 SWIN_INLINE void convert(const float& from, Half& to) {
-  const uint32_t bits = float_to_bits(from), sign = (bits >> 16) & 0x8000u, rest = bits & 0x7FFFFFFFu;
+  const uint32_t bits = float_to_bits(from), sign = (bits >> 16) & 0x8000u,
+                 rest = bits & 0x7FFFFFFFu;
   uint32_t result;
   if (rest > 0x7F800000u) {
     result = 0x7E00u;
@@ -99,7 +105,8 @@ SWIN_INLINE void store_row(const T* from, int64_t n, Token* to) {
 }
 
 template <class T>
-inline void load_mask_row(const MaskView& mask, int64_t window, int64_t row, int64_t n, T* to, int64_t width) {
+inline void load_mask_row(const MaskView& mask, int64_t window, int64_t row, int64_t n, T* to,
+                          int64_t width) {
   const int64_t offset = window * mask.window + row * mask.row;
   switch (mask.element) {
     case Element::kFloat:
@@ -113,27 +120,29 @@ inline void load_mask_row(const MaskView& mask, int64_t window, int64_t row, int
   }
 }
 
-// Memory of one thread for the length of a call, handed out in pieces that start on cache lines.
+// Memory of one thread for the length of a call, in pieces that start on cache lines.
 class Scratch {
  public:
-  explicit Scratch(int64_t bytes) : base_(static_cast<char*>(std::aligned_alloc(64, size_t(aligned(bytes))))) {
-    if (base_ == nullptr) throw std::bad_alloc();
+  Scratch() = default;
+  ~Scratch() {
+    for (int i = 0; i < used_; ++i) std::free(pieces_[i]);
   }
-  ~Scratch() { std::free(base_); }
   Scratch(const Scratch&) = delete;
   Scratch& operator=(const Scratch&) = delete;
 
   template <class T>
   T* take(int64_t n) {
-    T* piece = reinterpret_cast<T*>(base_ + used_);
-    used_ += aligned(n * int64_t(sizeof(T)));
-    return piece;
+    const size_t bytes = (size_t(n) * sizeof(T) + 63) / 64 * 64;
+    void* piece = used_ < kMost ? std::aligned_alloc(64, bytes) : nullptr;
+    if (piece == nullptr) throw std::bad_alloc();
+    pieces_[used_++] = piece;
+    return static_cast<T*>(piece);
   }
-  static int64_t aligned(int64_t bytes) { return (bytes + 63) / 64 * 64; }
 
  private:
-  char* base_;
-  int64_t used_ = 0;
+  static constexpr int kMost = 32;  // pieces that one thread takes
+  void* pieces_[kMost];
+  int used_ = 0;
 };
 
 // The tokens of one window of one image.
@@ -141,13 +150,9 @@ struct Window {
   int64_t image = -1, index = -1;  // window within the image
   int64_t real = 0;                // tokens that are not padding
   int regions = 1;
-  int64_t* token;                  // (N): the real ones, in order
-  int64_t* coordinate;             // (N, 3): where a token comes from; the first is −1 for padding
-  int32_t* region;                 // (N): 0 … regions − 1
-
-  static int64_t bytes(const Problem& p) {
-    return 2 * Scratch::aligned(3 * p.tokens() * int64_t(sizeof(int64_t))) + Scratch::aligned(p.tokens() * 4);
-  }
+  int64_t* token;       // (N): the real ones, in order
+  int64_t* coordinate;  // (N, 3): where a token comes from; the first is −1 for padding
+  int32_t* region;      // (N): 0 … regions − 1
 
   Window(const Problem& p, Scratch& scratch)
       : token(scratch.take<int64_t>(p.tokens())),
@@ -196,22 +201,25 @@ struct Window {
   template <class Token>
   Token* row(const TokenView& view, int64_t t, int64_t head) const {
     const int64_t* at = coordinate + 3 * t;
-    return static_cast<Token*>(view.data) + image * view.batch + at[0] * view.axis[0] + at[1] * view.axis[1] +
-           at[2] * view.axis[2] + head * view.head;
+    return static_cast<Token*>(view.data) + image * view.batch + at[0] * view.axis[0] +
+           at[1] * view.axis[1] + at[2] * view.axis[2] + head * view.head;
   }
 };
 
 // The real tokens of a window, packed to (real, width).
 template <class Token, class T>
-void pack_real(const Window& w, const TokenView& view, int64_t head, int64_t channels, T* to, int64_t width) {
+void pack_real(const Window& w, const TokenView& view, int64_t head, int64_t channels, T* to,
+               int64_t width) {
   for (int64_t i = 0; i < w.real; ++i)
-    load_row(w.row<const Token>(view, w.token[i], head), view.channel, channels, to + i * width, width);
+    load_row(w.row<const Token>(view, w.token[i], head), view.channel, channels, to + i * width,
+             width);
 }
 
-// All tokens of a window, padding included, packed to (rows, width); rows past the N tokens are zero.
+// All tokens of a window, padding included, packed to (rows, width); rows past the N tokens are
+// zero.
 template <class Token, class T>
-void pack_all(const Window& w, const TokenView& view, int64_t head, int64_t tokens, int64_t channels, const T* pad,
-              T* to, int64_t rows, int64_t width) {
+void pack_all(const Window& w, const TokenView& view, int64_t head, int64_t tokens,
+              int64_t channels, const T* pad, T* to, int64_t rows, int64_t width) {
   for (int64_t t = 0; t < tokens; ++t) {
     if (!w.padding(t)) {
       load_row(w.row<const Token>(view, t, head), view.channel, channels, to + t * width, width);
@@ -224,8 +232,9 @@ void pack_all(const Window& w, const TokenView& view, int64_t head, int64_t toke
   std::memset(to + tokens * width, 0, size_t((rows - tokens) * width) * sizeof(T));
 }
 
-// Asks for the rows of a (window, head) that comes up next: they are too far apart for the processor to foresee.
-// Inline by force: GCC takes a function of prefetches for one without effect and drops the call.
+// Asks for the rows of a (window, head) that comes up next: they are too far apart for the
+// processor to foresee. Inline by force: GCC takes a function of prefetches for one without effect
+// and drops the call.
 template <class Token>
 SWIN_INLINE void prefetch(const Window& w, const TokenView& view, int64_t head, int64_t channels) {
   constexpr int64_t kLine = 64 / sizeof(Token);
@@ -237,8 +246,8 @@ SWIN_INLINE void prefetch(const Window& w, const TokenView& view, int64_t head, 
   }
 }
 
-// Each row divided by max(‖row‖, 1e-12), as F.normalize does; 1/that norm goes to `inverse`, if not null. A negative
-// inverse marks a row that the clamp holds.
+// Each row divided by max(‖row‖, 1e-12), as F.normalize does; 1/that norm goes to `inverse`, if not
+// null. A negative inverse marks a row that the clamp holds.
 template <class T>
 void normalise_rows(T* rows, int64_t n, int64_t width, T* inverse) {
   constexpr T kClamp = T(1e-12);
@@ -249,7 +258,8 @@ void normalise_rows(T* rows, int64_t n, int64_t width, T* inverse) {
     const T norm = std::sqrt(sum_of<T>(squares));
     const bool clamped = norm <= kClamp;
     const T scale = 1 / (clamped ? kClamp : norm);
-    for (int64_t c = 0; c < width; c += Lanes<T>::kCount) store(row + c, Vec<T>(load(row + c) * scale));
+    for (int64_t c = 0; c < width; c += Lanes<T>::kCount)
+      store(row + c, Vec<T>(load(row + c) * scale));
     if (inverse != nullptr) inverse[i] = clamped ? -scale : scale;
   }
 }

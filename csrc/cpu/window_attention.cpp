@@ -1,4 +1,5 @@
-// The native ops on CPU tensors: which kernels, which buffers, which threads. The arithmetic is in the tiles.
+// The native ops on CPU tensors: which kernels, which buffers, which threads. The arithmetic is in
+// the tiles.
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
@@ -7,6 +8,7 @@
 #include <torch/headeronly/util/Half.h>
 
 #include <algorithm>
+#include <cmath>
 #include <cstdlib>
 #include <cstring>
 #include <string>
@@ -22,14 +24,16 @@ using torch::headeronly::ScalarType;
 
 const Kernels& choose_kernels() {
   const char* wish = std::getenv("ATEN_CPU_CAPABILITY");  // torch's own override
-  const bool below_512 = wish != nullptr && (!std::strcmp(wish, "avx2") || !std::strcmp(wish, "default"));
+  const bool below_512 =
+      wish != nullptr && (!std::strcmp(wish, "avx2") || !std::strcmp(wish, "default"));
   const bool below_256 = wish != nullptr && !std::strcmp(wish, "default");
 #if defined(__x86_64__)
   __builtin_cpu_init();
   if (!below_512 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
       __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq"))
     return kAvx512;
-  if (!below_256 && __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c"))
+  if (!below_256 && __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
+      __builtin_cpu_supports("f16c"))
     return kAvx2;
 #endif
   return kPortable;
@@ -75,7 +79,8 @@ Tensor forward_as(const Arguments& a, const Problem& p) {
   return out;
 }
 
-constexpr int64_t kNeedsBias = 1, kNeedsTable = 2, kNeedsPadKey = 4, kNeedsPadValue = 8, kNeedsLogitScale = 16;
+constexpr int64_t kNeedsBias = 1, kNeedsTable = 2, kNeedsPadKey = 4, kNeedsPadValue = 8,
+                  kNeedsLogitScale = 16;
 
 // Sums over chunks, added up in order: (chunks, n) -> (n).
 template <class T>
@@ -112,13 +117,32 @@ Tensor filled_like(const Tensor& like, const F& value) {
   return t;
 }
 
-// How many windows a task runs over: a function of the problem alone, so that the sums do not depend on the threads.
-// Enough tasks for many threads, few enough that clearing and adding up the partial sums stays cheap.
+// How many windows a task runs over: a function of the problem alone, so that the sums do not
+// depend on the threads. Enough tasks for many threads, few enough that clearing and adding up the
+// partial sums stays cheap.
 int64_t windows_per_chunk(int64_t windows, int64_t heads, int64_t partial_bytes) {
   constexpr int64_t kTasks = 128, kPartialBytes = 64 << 20;
   const int64_t most = std::max<int64_t>(1, kPartialBytes / std::max<int64_t>(partial_bytes, 1));
   const int64_t chunks = std::min(most, (kTasks + heads - 1) / heads);
   return std::max<int64_t>(1, (windows + chunks - 1) / chunks);
+}
+
+// The heads whose pad_key is a zero vector under cosine attention, where fp16 cannot hold the
+// gradient: inf would turn into NaN against the zero token behind it.
+template <class T>
+std::vector<bool> rows_held_finite(const Arguments& a, const std::vector<T>& pad_key,
+                                   const Problem& p) {
+  std::vector<bool> held(size_t(p.heads), false);
+  if (!a.logit_scale.has_value() || !a.pad_key.has_value() ||
+      element_of(*a.pad_key) != Element::kHalf)
+    return held;
+  for (int64_t h = 0; h < p.heads; ++h) {
+    T squares = 0;
+    for (int64_t c = 0; c < p.head_dim; ++c)
+      squares += pad_key[size_t(h * p.head_dim + c)] * pad_key[size_t(h * p.head_dim + c)];
+    held[size_t(h)] = std::sqrt(squares) <= T(1e-12);
+  }
+  return held;
 }
 
 using Gradients = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
@@ -134,7 +158,8 @@ Gradients backward_as(const Tensor& grad_out, const Arguments& a, const Problem&
 
   Tensor grad_query = empty_tensor(shape_of(a.query), dtype);
   Tensor grad_key = empty_tensor(a.packed() ? std::vector<int64_t>{0} : shape_of(*a.key), dtype);
-  Tensor grad_value = empty_tensor(a.packed() ? std::vector<int64_t>{0} : shape_of(*a.value), dtype);
+  Tensor grad_value =
+      empty_tensor(a.packed() ? std::vector<int64_t>{0} : shape_of(*a.value), dtype);
 
   Buffers<T> buffers;
   Backward call;
@@ -148,7 +173,8 @@ Gradients backward_as(const Tensor& grad_out, const Arguments& a, const Problem&
 
   const int64_t windows = p.batch * p.windows();
   const int64_t bias_size = wants_bias ? n * width : 0;
-  call.windows_per_chunk = windows_per_chunk(windows, p.heads, p.heads * (bias_size + table_rows) * int64_t(sizeof(T)));
+  call.windows_per_chunk =
+      windows_per_chunk(windows, p.heads, p.heads * (bias_size + table_rows) * int64_t(sizeof(T)));
   const int64_t chunks = (windows + call.windows_per_chunk - 1) / call.windows_per_chunk;
   const auto partial = [&]<class Sum>(Sum, bool wanted, int64_t size, void*& pointer) {
     std::vector<Sum> sums(wanted ? size_t(chunks * p.heads * size) : 0);
@@ -161,41 +187,54 @@ Gradients backward_as(const Tensor& grad_out, const Arguments& a, const Problem&
   const std::vector<T> biases = partial(T(), wants_bias, bias_size, call.partial_bias);
   const std::vector<T> tables = partial(T(), wants_table, table_rows, call.partial_table);
   const std::vector<T> pad_keys = partial(T(), wants_pad_key, p.head_dim, call.partial_pad_key);
-  const std::vector<T> pad_values = partial(T(), wants_pad_value, p.value_dim, call.partial_pad_value);
-  const std::vector<double> logit_scales = partial(double(), wants_logit_scale, 1, call.partial_logit_scale);
+  const std::vector<T> pad_values =
+      partial(T(), wants_pad_value, p.value_dim, call.partial_pad_value);
+  const std::vector<double> logit_scales =
+      partial(double(), wants_logit_scale, 1, call.partial_logit_scale);
   call.bias_index = buffers.bias_index.data();
   call.table_rows = table_rows;
 
   const auto run = kernels().backward[int(element_of(a.query))];
-  torch::stable::parallel_for(0, chunks * p.heads, 1, [&](int64_t begin, int64_t end) { run(call, begin, end); });
+  torch::stable::parallel_for(0, chunks * p.heads, 1,
+                              [&](int64_t begin, int64_t end) { run(call, begin, end); });
 
   const auto finish = [&](bool wanted, const MaybeTensor& like, const auto& partials, int64_t size,
-                          const auto& position) {
+                          const auto& element) {
     if (!wanted) return empty_tensor({0}, dtype);
     const auto total = summed(partials, chunks, p.heads * size);
-    return filled_like(*like, [&](int64_t i) { return total[size_t(position(i))]; });
+    return filled_like(*like, [&](int64_t i) { return element(total, i); });
   };
-  const auto same = [](int64_t i) { return i; };
-  return {grad_query,
-          grad_key,
-          grad_value,
-          finish(wants_bias, a.bias, biases, bias_size, [&](int64_t i) { return i / n * width + i % n; }),
-          finish(wants_table, a.bias_table, tables, table_rows,
-                 [&](int64_t i) { return i % p.heads * table_rows + i / p.heads; }),
-          finish(wants_pad_key, a.pad_key, pad_keys, p.head_dim, same),
-          finish(wants_pad_value, a.pad_value, pad_values, p.value_dim, same),
-          finish(wants_logit_scale, a.logit_scale, logit_scales, 1, same)};
+  const auto as_it_is = [](const auto& total, int64_t i) { return total[size_t(i)]; };
+  const std::vector<bool> held = rows_held_finite(a, buffers.pad_key, p);
+  return {
+      grad_query,
+      grad_key,
+      grad_value,
+      finish(wants_bias, a.bias, biases, bias_size,
+             [&](const auto& total, int64_t i) { return total[size_t(i / n * width + i % n)]; }),
+      finish(wants_table, a.bias_table, tables, table_rows,
+             [&](const auto& total, int64_t i) {
+               return total[size_t(i % p.heads * table_rows + i / p.heads)];
+             }),
+      finish(wants_pad_key, a.pad_key, pad_keys, p.head_dim,
+             [&](const auto& total, int64_t i) {
+               const T x = total[size_t(i)];
+               return held[size_t(i / p.head_dim)] ? std::clamp(x, T(-65504), T(65504)) : x;
+             }),
+      finish(wants_pad_value, a.pad_value, pad_values, p.value_dim, as_it_is),
+      finish(wants_logit_scale, a.logit_scale, logit_scales, 1, as_it_is)};
 }
 
-#define SWIN_PARAMETERS                                                                                       \
-  Tensor query, MaybeTensor key, MaybeTensor value, MaybeTensor bias, MaybeTensor bias_table,                 \
-      MaybeTensor bias_index, MaybeTensor mask, MaybeTensor pad_key, MaybeTensor pad_value,                   \
-      MaybeTensor logit_scale, MaybeTensor dropout_seed, std::vector<int64_t> window_size,                    \
-      std::vector<int64_t> shift_size, std::vector<bool> periodic, bool roll_then_pad, double mask_value,     \
-      double scale, double dropout_p
-#define SWIN_ARGUMENTS                                                                                            \
-  {query,     key,         value,        bias,        bias_table, bias_index, mask,          pad_key,    pad_value, \
-   logit_scale, dropout_seed, window_size, shift_size, periodic,   roll_then_pad, mask_value, scale,     dropout_p}
+#define SWIN_PARAMETERS                                                                       \
+  Tensor query, MaybeTensor key, MaybeTensor value, MaybeTensor bias, MaybeTensor bias_table, \
+      MaybeTensor bias_index, MaybeTensor mask, MaybeTensor pad_key, MaybeTensor pad_value,   \
+      MaybeTensor logit_scale, MaybeTensor dropout_seed, std::vector<int64_t> window_size,    \
+      std::vector<int64_t> shift_size, std::vector<bool> periodic, bool roll_then_pad,        \
+      double mask_value, double scale, double dropout_p
+#define SWIN_ARGUMENTS                                                          \
+  {query,      key,      value,         bias,        bias_table,   bias_index,  \
+   mask,       pad_key,  pad_value,     logit_scale, dropout_seed, window_size, \
+   shift_size, periodic, roll_then_pad, mask_value,  scale,        dropout_p}
 
 Tensor window_attention_forward(SWIN_PARAMETERS) {
   const Arguments a SWIN_ARGUMENTS;
@@ -206,8 +245,8 @@ Tensor window_attention_forward(SWIN_PARAMETERS) {
 Gradients window_attention_backward(Tensor grad_out, SWIN_PARAMETERS, int64_t needs) {
   const Arguments a SWIN_ARGUMENTS;
   const Problem p = checked_problem(a);
-  STD_TORCH_CHECK(shape_of(grad_out) == output_shape(a) && grad_out.scalar_type() == query.scalar_type() &&
-                      grad_out.is_cpu(),
+  STD_TORCH_CHECK(shape_of(grad_out) == output_shape(a) &&
+                      grad_out.scalar_type() == query.scalar_type() && grad_out.is_cpu(),
                   "swin_kernels: grad_out: expected the shape, dtype and device of the output");
   return element_of(query) == Element::kDouble ? backward_as<double>(grad_out, a, p, needs)
                                                : backward_as<float>(grad_out, a, p, needs);
