@@ -1,7 +1,8 @@
 """Windows on a grid: padding, cyclic shift, regions and the shift mask, for one to three axes.
 
-The only place that knows how a map is cut into windows. An axis of `size` tokens is padded at its end to a
-multiple of the window, rolled by -shift and split (Liu et al., ICCV 2021, section 3.2, figure 4).
+The only place that knows how a map is cut into windows. An axis of `size` tokens is padded at its
+end to a multiple of the window, rolled by -shift and split (Liu et al., ICCV 2021, section 3.2,
+figure 4).
 """
 
 from __future__ import annotations
@@ -18,16 +19,15 @@ PAD_ORDERS = ("pad-roll", "roll-pad")
 
 def per_axis(value: int | Sequence[int], axes: int, name: str) -> tuple[int, ...]:
     """`value` once per axis; ValueError if it is neither an int nor a sequence of `axes` ints."""
-    if isinstance(value, (list, tuple, torch.Size)):
-        values = tuple(value)
-    else:
-        values = (value,) * axes
+    values = tuple(value) if isinstance(value, (list, tuple)) else (value,) * axes
     if len(values) != axes:
-        raise ValueError(f"{name}: expected one number or one for each of {axes} axes, got {value!r}")
+        raise ValueError(
+            f"{name}: expected one number or one for each of {axes} axes, got {value!r}"
+        )
     for number in values:
         if isinstance(number, bool) or not isinstance(number, (int, torch.SymInt)):
             raise ValueError(
-                f"{name}: expected whole numbers, got {value!r} ({type(number).__name__} among them)"
+                f"{name}: expected whole numbers, got {value!r}, a {type(number).__name__} in it"
             )
     return values
 
@@ -36,8 +36,8 @@ def per_axis(value: int | Sequence[int], axes: int, name: str) -> tuple[int, ...
 class Grid:
     """How one map of `size` tokens an axis is padded, rolled and cut.
 
-    Coordinates named `rolled` run over the padded, rolled map that the windows tile; `source` coordinates run over
-    the map as the caller holds it.
+    Coordinates named `rolled` run over the padded, rolled map that the windows tile; `source`
+    coordinates run over the map as the caller holds it.
     """
 
     size: tuple[int, ...]
@@ -59,9 +59,13 @@ class Grid:
         axes = len(size)
         window = per_axis(window_size, axes, "window_size")
         shift = per_axis(shift_size, axes, "shift_size")
-        wraps = tuple(periodic) if isinstance(periodic, (list, tuple)) else (periodic,) * axes
+        wraps: tuple = (
+            tuple(periodic) if isinstance(periodic, (list, tuple)) else (periodic,) * axes
+        )
         if len(wraps) != axes or not all(isinstance(p, bool) for p in wraps):
-            raise ValueError(f"periodic: expected a bool or one for each of {axes} axes, got {periodic!r}")
+            raise ValueError(
+                f"periodic: expected a bool or one for each of {axes} axes, got {periodic!r}"
+            )
         if pad_order not in PAD_ORDERS:
             raise ValueError(f"pad_order: expected one of {PAD_ORDERS}, got {pad_order!r}")
         for axis in range(axes):
@@ -69,10 +73,13 @@ class Grid:
                 raise ValueError(f"window_size: expected at least 1 on each axis, got {window}")
             if not 0 <= shift[axis] < window[axis]:
                 raise ValueError(
-                    f"shift_size: expected 0 <= shift < window on each axis, got shift {shift} with window {window}"
+                    "shift_size: expected 0 <= shift < window on each axis, "
+                    f"got shift {shift} with window {window}"
                 )
             if size[axis] < 1:
-                raise ValueError(f"spatial size: expected at least 1 token on each axis, got {tuple(size)}")
+                raise ValueError(
+                    f"spatial size: expected at least 1 token on each axis, got {tuple(size)}"
+                )
         return cls(tuple(size), window, shift, wraps, pad_order)
 
     @property
@@ -112,24 +119,26 @@ class Grid:
         return (rolled + shift) % size if rolled < size else None
 
     def region(self, axis: int, rolled: int) -> int:
-        """0 in the body of the map, 1 and 2 on either side of the seam that the roll made in the last window."""
+        """0 in the body of the map, 1 and 2 on either side of the seam in its last window."""
         shift, padded = self.shift[axis], self.padded[axis]
         if shift == 0 or self.periodic[axis]:
             return 0
         return int(rolled >= padded - self.window[axis]) + int(rolled >= padded - shift)
 
     def region_map(self, device: torch.device | str | None = None) -> torch.Tensor:
-        """Region number of every token of the rolled map: (*padded), int64. At most 3 regions an axis."""
+        """Region of every token of the rolled map: (*padded), int64. At most 3 regions an axis."""
         total = torch.zeros((), dtype=torch.int64, device=device)
         for axis in range(self.axes):
             codes = torch.tensor(
-                [self.region(axis, i) for i in range(self.padded[axis])], dtype=torch.int64, device=device
+                [self.region(axis, i) for i in range(self.padded[axis])],
+                dtype=torch.int64,
+                device=device,
             )
             total = total[..., None] * 3 + codes
         return total
 
     def split(self, x: torch.Tensor) -> torch.Tensor:
-        """(B, *padded, ...) -> (B, nW, N, ...): windows row-major over the map, tokens row-major in the window."""
+        """(B, *padded, ...) -> (B, nW, N, ...): windows and the tokens in them row-major."""
         batch, rest = x.shape[0], x.shape[1 + self.axes :]
         halves = itertools.chain.from_iterable(zip(self.counts, self.window))
         x = x.reshape(batch, *halves, *rest)
@@ -141,7 +150,10 @@ class Grid:
         """(B, nW, N, ...) -> (B, *padded, ...): the inverse of `split`."""
         batch, rest = windows.shape[0], windows.shape[3:]
         x = windows.reshape(batch, *self.counts, *self.window, *rest)
-        order = [0, *itertools.chain.from_iterable((1 + a, 1 + self.axes + a) for a in range(self.axes))]
+        order = [
+            0,
+            *itertools.chain.from_iterable((1 + a, 1 + self.axes + a) for a in range(self.axes)),
+        ]
         order += range(2 * self.axes + 1, x.ndim)
         return x.permute(order).reshape(batch, *self.padded, *rest)
 

@@ -1,4 +1,4 @@
-"""Relative position bias: its index, its table, its log-spaced coordinates, its move to another window."""
+"""Relative position bias: index, table, log-spaced coordinates, the move to another window."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import torch.nn.functional as F
 
 def table_length(window: Sequence[int]) -> int:
     """T, the number of relative positions in a window: the product of 2·w − 1 over its axes."""
-    return math.prod(2 * w - 1 for w in window)
+    return math.prod([2 * w - 1 for w in window])  # a list: dynamo cannot trace a generator here
 
 
 @functools.lru_cache(maxsize=64)
@@ -26,8 +26,13 @@ def _index_on_cpu(window: tuple[int, ...]) -> torch.Tensor:
     return index
 
 
-def relative_position_index(window: Sequence[int], device: torch.device | str | None = None) -> torch.Tensor:
-    """(N, N) int64: the row of the table for query i and key j, Δ row-major from −(w−1) (Liu et al. 2021, eq. 4)."""
+def relative_position_index(
+    window: Sequence[int], device: torch.device | str | None = None
+) -> torch.Tensor:
+    """(N, N) int64: the row of the table for query i and key j, Δ row-major from −(w−1).
+
+    Liu et al. 2021, eq. 4.
+    """
     return _index_on_cpu(tuple(window)).clone().to(device)
 
 
@@ -42,30 +47,40 @@ def log_coordinates(
     pretrained_window: Sequence[int] | None = None,
     device: torch.device | str | None = None,
 ) -> torch.Tensor:
-    """(2·w0−1, 2·w1−1, …, axes) fp32: sign(Δ)·log2(1+|Δ|)/log2(8), Δ scaled to [−8, 8] (Swin V2, eq. 4).
+    """(2·w0−1, 2·w1−1, …, axes) fp32: sign(Δ)·log2(1+|Δ|)/log2(8), Δ in [−8, 8] (V2, eq. 4).
 
-    Δ is divided by `pretrained_window` − 1 where that is given and not 0, so that a model fine-tuned at another
-    window sees the coordinates it was trained on.
+    Δ is divided by `pretrained_window` − 1 where that is given and not 0, so that a model
+    fine-tuned at another window sees the coordinates it was trained on.
     """
     axes = []
     for axis, w in enumerate(window):
-        trained = pretrained_window[axis] if pretrained_window is not None and pretrained_window[axis] else w
-        axes.append(torch.arange(-(w - 1), w, dtype=torch.float32, device=device) / max(trained - 1, 1) * 8)
+        trained = (
+            pretrained_window[axis]
+            if pretrained_window is not None and pretrained_window[axis]
+            else w
+        )
+        axes.append(
+            torch.arange(-(w - 1), w, dtype=torch.float32, device=device) / max(trained - 1, 1) * 8
+        )
     grid = torch.stack(torch.meshgrid(*axes, indexing="ij"), dim=-1)
     return torch.sign(grid) * torch.log2(grid.abs() + 1.0) / math.log2(8)
 
 
-def resize_table(table: torch.Tensor, window: Sequence[int], new_window: Sequence[int]) -> torch.Tensor:
+def resize_table(
+    table: torch.Tensor, window: Sequence[int], new_window: Sequence[int]
+) -> torch.Tensor:
     """A table (T, H) of a 2-D `window` moved to `new_window` by bicubic interpolation per head.
 
-    On the (2·w0−1) × (2·w1−1) grid, as the Swin authors load a checkpoint at another window size. ValueError if
-    the table does not belong to `window` or the window is not 2-D.
+    On the (2·w0−1) × (2·w1−1) grid, as the Swin authors load a checkpoint at another window size.
+    ValueError if the table does not belong to `window` or the window is not 2-D.
     """
     if len(window) != 2 or len(new_window) != 2:
-        raise ValueError(f"resize_table: expected 2-D windows, got {tuple(window)} and {tuple(new_window)}")
+        raise ValueError(
+            f"resize_table: expected 2-D windows, got {tuple(window)} and {tuple(new_window)}"
+        )
     if table.ndim != 2 or table.shape[0] != table_length(window):
         raise ValueError(
-            f"resize_table: expected a table of shape ({table_length(window)}, heads) for window {tuple(window)}, "
+            f"resize_table: expected ({table_length(window)}, heads) for window {tuple(window)}, "
             f"got {tuple(table.shape)}"
         )
     old, new = ([2 * w - 1 for w in side] for side in (window, new_window))

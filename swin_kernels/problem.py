@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -9,6 +10,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.utils.weak import WeakIdKeyDictionary
 
 from swin_kernels.geometry import Grid
 from swin_kernels.position_bias import table_length
@@ -17,7 +19,7 @@ DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
 class Operands(NamedTuple):
-    """The tensors of a call, in the order of every op's schema. `key` and `value` are None when `query` is packed."""
+    """The tensors of a call, in the order of every op's schema; no key and value if packed."""
 
     query: Tensor  # (B, *S, H, D), or qkv (B, *S, 3, H, D)
     key: Tensor | None = None  # (B, *S, H, D)
@@ -40,7 +42,7 @@ class Operands(NamedTuple):
 
 
 class Options(NamedTuple):
-    """The numbers of a call, in the order of every op's schema; `operands + options` is an op's argument list."""
+    """The numbers of a call, which follow its operands in every op's schema."""
 
     window_size: tuple[int, ...]
     shift_size: tuple[int, ...]
@@ -55,18 +57,55 @@ class Options(NamedTuple):
         return Grid(tuple(size), self.window_size, self.shift_size, self.periodic, order)
 
 
-def _shape(x: Tensor | None) -> str:
+class Facts(NamedTuple):
+    """What a check may know of a tensor: hashable, so that no call is checked twice."""
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    device: torch.device
+
+    @property
+    def ndim(self) -> int:
+        return len(self.shape)
+
+
+class OperandFacts(NamedTuple):
+    """The facts of `Operands`, field by field."""
+
+    query: Facts
+    key: Facts | None
+    value: Facts | None
+    bias: Facts | None
+    bias_table: Facts | None
+    bias_index: Facts | None
+    mask: Facts | None
+    pad_key: Facts | None
+    pad_value: Facts | None
+    logit_scale: Facts | None
+    dropout_seed: Facts | None
+
+
+def _facts(operands: Operands) -> OperandFacts:
+    for name, x in zip(Operands._fields, operands):
+        if not (x is None or isinstance(x, Tensor)):
+            raise ValueError(f"{name}: expected a tensor, got {type(x).__name__}")
+    return OperandFacts._make(
+        None if x is None else Facts(x.shape, x.dtype, x.device) for x in operands
+    )
+
+
+def _shape(x: Facts | None) -> str:
     return "None" if x is None else str(tuple(x.shape))
 
 
-def _expect(name: str, x: Tensor, shape: tuple[int, ...], meaning: str) -> None:
+def _expect(name: str, x: Facts, shape: tuple[int, ...], meaning: str) -> None:
     if tuple(x.shape) != shape:
         raise ValueError(f"{name}: expected shape {shape}, {meaning}, got {tuple(x.shape)}")
 
 
 @dataclass(frozen=True)
 class Problem:
-    """The frozen facts of one call: all that a backend may ask before it says whether it can run."""
+    """The frozen facts of one call: all that a backend may ask before it says if it can run."""
 
     batch: int
     grid: Grid
@@ -96,7 +135,8 @@ class Problem:
             if used
         ]
         return (
-            f"B={self.batch} map={sizes[0]} window={sizes[1]} shift={sizes[2]} H={self.heads} D={self.head_dim}"
+            f"B={self.batch} map={sizes[0]} window={sizes[1]} shift={sizes[2]}"
+            + f" H={self.heads} D={self.head_dim}"
             + (f" Dv={self.value_dim}" if self.value_dim != self.head_dim else "")
             + f" {str(self.dtype).removeprefix('torch.')} {self.device}"
             + "".join(f", {extra}" for extra in extras)
@@ -115,128 +155,224 @@ class Problem:
         scale: float | None = None,
         dropout_p: float = 0.0,
     ) -> Problem:
-        """The problem that these arguments pose; ValueError, before anything is computed, if they do not fit."""
-        size, heads, head_dim, value_dim = _check_tokens(operands)
-        grid = Grid.checked(size, window_size, shift_size, periodic, pad_order)
-        _check_floats(operands)
-        _check_bias(operands, grid, heads)
-        _check_extras(operands, grid, heads, head_dim, value_dim)
-        if math.isnan(mask_value) or mask_value == math.inf:
-            raise ValueError(f"mask_value: expected a finite number or -inf, got {mask_value}")
-        if not 0.0 <= dropout_p <= 1.0:
-            raise ValueError(f"dropout_p: expected a probability between 0 and 1, got {dropout_p}")
-        if scale is None:
-            scale = head_dim**-0.5
-        elif operands.logit_scale is not None:
-            raise ValueError(
-                f"scale={scale} came together with logit_scale: cosine attention is scaled by logit_scale alone; "
-                "leave scale out"
-            )
-        query = operands.query
-        return cls(
-            batch=query.shape[0],
-            grid=grid,
-            heads=heads,
-            head_dim=head_dim,
-            value_dim=value_dim,
-            dtype=query.dtype,
-            device=query.device.type,
-            packed=operands.key is None,
-            bias="dense" if operands.bias is not None else "none" if operands.bias_table is None else "table",
-            has_mask=operands.mask is not None,
-            cosine=operands.logit_scale is not None,
-            options=Options(
-                grid.window,
-                grid.shift,
-                grid.periodic,
-                pad_order == "roll-pad",
-                float(mask_value),
-                float(scale),
-                float(dropout_p),
-            ),
+        """The problem that these arguments pose; ValueError if they do not fit together."""
+        _check_mask_gradient(operands.mask)
+        arguments = (
+            _facts(operands),
+            window_size,
+            shift_size,
+            periodic,
+            pad_order,
+            mask_value,
+            scale,
+            dropout_p,
         )
+        if torch.compiler.is_compiling():
+            return _problem(*arguments)  # its sizes may be symbols, which are not for a cache
+        try:
+            problem = _problem_cached(*arguments)
+        except TypeError:  # a list among the arguments cannot be a key
+            problem = _problem(*arguments)
+        _check_index_range(operands)
+        return problem
 
 
-def _check_tokens(operands: Operands) -> tuple[tuple[int, ...], int, int, int]:
+def _problem(
+    operands: OperandFacts,
+    window_size: int | Sequence[int],
+    shift_size: int | Sequence[int],
+    periodic: bool | Sequence[bool],
+    pad_order: str,
+    mask_value: float,
+    scale: float | None,
+    dropout_p: float,
+) -> Problem:
+    size, heads, head_dim, value_dim = _check_tokens(operands)
+    grid = Grid.checked(size, window_size, shift_size, periodic, pad_order)
+    _check_floats(operands)
+    _check_bias(operands, grid, heads)
+    _check_extras(operands, grid, heads, head_dim, value_dim)
+    if math.isnan(mask_value) or mask_value == math.inf:
+        raise ValueError(f"mask_value: expected a finite number or -inf, got {mask_value}")
+    if not 0.0 <= dropout_p <= 1.0:
+        raise ValueError(f"dropout_p: expected a probability between 0 and 1, got {dropout_p}")
+    if scale is None:
+        scale = head_dim**-0.5
+    elif operands.logit_scale is not None:
+        raise ValueError(
+            f"scale={scale} came together with logit_scale: cosine attention is scaled by "
+            "logit_scale alone; leave scale out"
+        )
+    query = operands.query
+    return Problem(
+        batch=query.shape[0],
+        grid=grid,
+        heads=heads,
+        head_dim=head_dim,
+        value_dim=value_dim,
+        dtype=query.dtype,
+        device=query.device.type,
+        packed=operands.key is None,
+        bias="dense"
+        if operands.bias is not None
+        else "none"
+        if operands.bias_table is None
+        else "table",
+        has_mask=operands.mask is not None,
+        cosine=operands.logit_scale is not None,
+        options=Options(
+            grid.window,
+            grid.shift,
+            grid.periodic,
+            pad_order == "roll-pad",
+            float(mask_value),
+            float(scale),
+            float(dropout_p),
+        ),
+    )
+
+
+_problem_cached = functools.lru_cache(maxsize=1024)(_problem)
+
+
+def _check_tokens(operands: OperandFacts) -> tuple[tuple[int, ...], int, int, int]:
     """Spatial size, heads, head dim and value dim of query, key and value, packed or not."""
     query, key, value = operands.query, operands.key, operands.value
-    if not isinstance(query, Tensor):
-        raise ValueError(f"expected a tensor of tokens, got {type(query).__name__}")
     if key is None or value is None:
         if not 5 <= query.ndim <= 7 or query.shape[-3] != 3:
             raise ValueError(
-                "qkv: expected (B, *S, 3, H, D) with 1, 2 or 3 axes S, as one linear layer writes it after "
-                f".unflatten(-1, (3, heads, head_dim)), got {_shape(query)}"
+                "qkv: expected (B, *S, 3, H, D) with 1, 2 or 3 axes S, as one linear layer "
+                f"writes it after .unflatten(-1, (3, heads, head_dim)), got {_shape(query)}"
             )
-        size, heads, head_dim, value_dim = query.shape[1:-3], query.shape[-2], query.shape[-1], query.shape[-1]
+        size, heads, head_dim, value_dim = (
+            query.shape[1:-3],
+            query.shape[-2],
+            query.shape[-1],
+            query.shape[-1],
+        )
     else:
         if not 4 <= query.ndim <= 6:
-            raise ValueError(f"query: expected (B, *S, H, D) with 1, 2 or 3 axes S, got {_shape(query)}")
+            raise ValueError(
+                f"query: expected (B, *S, H, D) with 1, 2 or 3 axes S, got {_shape(query)}"
+            )
         if key.shape != query.shape:
-            raise ValueError(f"key: expected the shape of query, {_shape(query)}, got {_shape(key)}")
+            raise ValueError(
+                f"key: expected the shape of query, {_shape(query)}, got {_shape(key)}"
+            )
         if value.shape[:-1] != query.shape[:-1] or value.ndim != query.ndim:
             raise ValueError(
-                f"value: expected {(*query.shape[:-1], 'Dv')} beside a query of {_shape(query)}, got {_shape(value)}"
+                f"value: expected {(*query.shape[:-1], 'Dv')} beside a query of {_shape(query)}, "
+                f"got {_shape(value)}"
             )
-        size, heads, head_dim, value_dim = query.shape[1:-2], query.shape[-2], query.shape[-1], value.shape[-1]
+        size, heads, head_dim, value_dim = (
+            query.shape[1:-2],
+            query.shape[-2],
+            query.shape[-1],
+            value.shape[-1],
+        )
     if heads < 1 or head_dim < 1 or value_dim < 1:
         raise ValueError(
-            f"expected at least one head and one channel, got {heads} heads of {head_dim} and {value_dim} channels"
+            f"expected at least one head and one channel, got {heads} heads of {head_dim} and "
+            f"{value_dim} channels"
         )
     return tuple(size), heads, head_dim, value_dim
 
 
-def _check_floats(operands: Operands) -> None:
+def _check_floats(operands: OperandFacts) -> None:
     query = operands.query
     if query.dtype not in DTYPES:
-        raise ValueError(f"query: expected float16, bfloat16, float32 or float64, got {query.dtype}")
+        raise ValueError(
+            f"query: expected float16, bfloat16, float32 or float64, got {query.dtype}"
+        )
     for name, x in zip(Operands._fields, operands):
         if x is None:
             continue
         if x.device != query.device and name != "dropout_seed":
-            raise ValueError(f"{name} is on {x.device}, query on {query.device}: move them to one device")
+            raise ValueError(
+                f"{name} is on {x.device}, query on {query.device}: move them to one device"
+            )
         if name in ("key", "value") and x.dtype != query.dtype:
             raise ValueError(f"{name} is {x.dtype}, query {query.dtype}: cast them to one dtype")
         if name not in ("bias_index", "dropout_seed") and x.dtype not in DTYPES:
             raise ValueError(f"{name}: expected a floating dtype, got {x.dtype}")
 
 
-def _check_bias(operands: Operands, grid: Grid, heads: int) -> None:
+def _check_bias(operands: OperandFacts, grid: Grid, heads: int) -> None:
     tokens, table, index = grid.tokens, operands.bias_table, operands.bias_index
     if operands.bias is not None:
         if table is not None:
             raise ValueError(
-                f"both bias {_shape(operands.bias)} and bias_table {_shape(table)} were given: pass one of them"
+                f"both bias {_shape(operands.bias)} and bias_table {_shape(table)} were given: "
+                "pass one of them"
             )
-        _expect("bias", operands.bias, (heads, tokens, tokens), f"(H, N, N) for window {grid.window}")
+        _expect(
+            "bias", operands.bias, (heads, tokens, tokens), f"(H, N, N) for window {grid.window}"
+        )
     if index is not None:
         if table is None:
-            raise ValueError(f"bias_index {_shape(index)} came without a bias_table: pass both or neither")
+            raise ValueError(
+                f"bias_index {_shape(index)} came without a bias_table: pass both or neither"
+            )
         if index.dtype not in (torch.int32, torch.int64):
             raise ValueError(f"bias_index: expected int32 or int64, got {index.dtype}")
         _expect("bias_index", index, (tokens, tokens), f"(N, N) for window {grid.window}")
     if table is None:
         return
     if table.ndim != 2 or table.shape[1] != heads:
-        raise ValueError(f"bias_table: expected (T, {heads}), one column per head, got {_shape(table)}")
+        raise ValueError(
+            f"bias_table: expected (T, {heads}), one column per head, got {_shape(table)}"
+        )
     if index is None:
-        _expect("bias_table", table, (table_length(grid.window), heads), f"(T, H) for window {grid.window}")
-    elif index.device.type == "cpu" and not torch.compiler.is_compiling():
-        # functional tensors (vmap, export) have no data to look at; the kernels check again
-        if type(index) is Tensor and not torch._C._functorch.is_functorch_wrapped_tensor(index):
-            low, high = (int(bound) for bound in torch.aminmax(index))
-            if low < 0 or high >= table.shape[0]:
-                raise ValueError(
-                    f"bias_index: expected rows of the table, 0 to {table.shape[0] - 1}, got {low} to {high}"
-                )
+        _expect(
+            "bias_table",
+            table,
+            (table_length(grid.window), heads),
+            f"(T, H) for window {grid.window}",
+        )
 
 
-def _check_extras(operands: Operands, grid: Grid, heads: int, head_dim: int, value_dim: int) -> None:
+# an index is read once, and again only after it was written to: (version, rows of its table)
+_indices_in_range = WeakIdKeyDictionary()
+
+
+def _check_index_range(operands: Operands) -> None:
+    """That a bias_index on the CPU points into its table; elsewhere kernels guard their loads."""
+    index, table = operands.bias_index, operands.bias_table
+    if index is None or table is None or index.device.type != "cpu" or index.is_inference():
+        return  # the kernel checks again, so what is skipped here is an error there
+    if type(index) is not Tensor or torch._C._functorch.is_functorch_wrapped_tensor(index):
+        return  # tensors of a transform have no data to look at
+    seen = (index._version, table.shape[0])
+    if _indices_in_range.get(index) == seen:
+        return
+    low, high = (int(bound) for bound in torch.aminmax(index))
+    if low < 0 or high >= table.shape[0]:
+        raise ValueError(
+            f"bias_index: expected rows of the table, 0 to {table.shape[0] - 1}, "
+            f"got {low} to {high}"
+        )
+    _indices_in_range[index] = seen
+
+
+def _check_mask_gradient(mask: Tensor | None) -> None:
+    if isinstance(mask, Tensor) and mask.requires_grad and torch.is_grad_enabled():
+        raise ValueError(
+            "mask requires grad, but has no gradient here: pass what is learnt as bias, "
+            "or detach it"
+        )
+
+
+def _check_extras(
+    operands: OperandFacts, grid: Grid, heads: int, head_dim: int, value_dim: int
+) -> None:
     mask = operands.mask
     if mask is not None:
-        _expect("mask", mask, (grid.windows, grid.tokens, grid.tokens), f"(nW, N, N) for a map of {grid.size}")
-        if mask.requires_grad and torch.is_grad_enabled():
-            raise ValueError("mask requires grad, but has no gradient here: pass what is learnt as bias, or detach it")
+        _expect(
+            "mask",
+            mask,
+            (grid.windows, grid.tokens, grid.tokens),
+            f"(nW, N, N) for a map of {grid.size}",
+        )
     if operands.pad_key is not None:
         _expect("pad_key", operands.pad_key, (heads, head_dim), "(H, D)")
     if operands.pad_value is not None:

@@ -28,14 +28,15 @@ def _load(name: str) -> LoadedObject:
         _PACKAGE.glob(f"{name}*{sysconfig.get_config_var('EXT_SUFFIX') or '.so'}")
     )
     if not candidates:
-        return LoadedObject(
-            name, None, f"{name} is not built: run `python setup.py build_ext --inplace` or install the package"
-        )
+        mend = "run `python setup.py build_ext --inplace` or install the package"
+        return LoadedObject(name, None, f"{name} is not built: {mend}")
     try:
         torch.ops.load_library(str(candidates[0]))
     except OSError as error:
         cause = f" / {error.__cause__}" if error.__cause__ else ""
-        return LoadedObject(name, candidates[0], f"{candidates[0].name} did not load: {error}{cause}")
+        return LoadedObject(
+            name, candidates[0], f"{candidates[0].name} did not load: {error}{cause}"
+        )
     return LoadedObject(name, candidates[0], None)
 
 
@@ -43,7 +44,7 @@ CPU_OBJECT = _load("_C_cpu")
 
 
 def cpu_capability() -> str:
-    """The vector code in use: avx512, avx2 or default; ATEN_CPU_CAPABILITY lowers it, as it does torch's own."""
+    """The vector code in use: avx512, avx2 or default; ATEN_CPU_CAPABILITY lowers it."""
     if CPU_OBJECT.error is not None:
         return "none"
     return torch.ops.swin_kernels.cpu_capability()

@@ -54,11 +54,13 @@ class ReferenceBackend:
 
 
 REFERENCE = ReferenceBackend()
-BACKENDS: dict[str, Backend] = {b.name: b for b in (native.CpuBackend(), REFERENCE)}  # the first that can, wins
+BACKENDS: dict[str, Backend] = {
+    b.name: b for b in (native.CpuBackend(), REFERENCE)
+}  # the first that can, wins
 
 
 def reasons_against(problem: Problem) -> dict[str, str | None]:
-    """Each backend's reason why it cannot run `problem`, None where it can, in order of preference."""
+    """Why each backend cannot run `problem`, None where it can, in order of preference."""
     return {name: backend.why_not(problem) for name, backend in BACKENDS.items()}
 
 
@@ -76,9 +78,9 @@ def check_name(name: str) -> Backend:
 def choose(problem: Problem, name: str | None = None) -> Backend:
     """The backend called `name`, or the first that can run `problem`.
 
-    Raises NotImplementedError, with the reason, if the one asked for by name (here, or in the environment variable
-    SWIN_KERNELS_BACKEND) cannot; there is no fallback from a name. Without a name the choice of `reference` is
-    logged once, with what kept the others from running.
+    Raises NotImplementedError, with the reason, if the one asked for by name (here, or in the
+    environment variable SWIN_KERNELS_BACKEND) cannot; there is no fallback from a name. Without a
+    name the choice of `reference` is logged once, with what kept the others from running.
     """
     name = name or DEFAULT_BACKEND
     if name is not None:
@@ -92,7 +94,8 @@ def choose(problem: Problem, name: str | None = None) -> Backend:
     else:
         raise NotImplementedError(f"no backend for {problem}:\n{_listed(reasons_against(problem))}")
     if backend is REFERENCE and not torch.compiler.is_compiling():
-        _log_once(f"using the reference backend, which fuses nothing:\n{_listed(reasons_against(problem))}")
+        reasons = _listed(reasons_against(problem))
+        _log_once(f"using the reference backend, which fuses nothing:\n{reasons}")
     return backend
 
 

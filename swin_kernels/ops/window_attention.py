@@ -29,20 +29,24 @@ class _BackwardOnce(torch.autograd.Function):
     @staticmethod
     def backward(ctx, *grads):
         raise NotImplementedError(
-            'the fused kernels have no second derivative: use backend="reference" for double backward'
+            'the fused kernels have no second derivative: use backend="reference" for that'
         )
 
 
 class ShiftedWindowAttentionFunction(torch.autograd.Function):
-    """`apply(*Operands, *Options, backend)`: the fused forward with the fused backward, checks left to the caller.
+    """`apply(*Operands, *Options, backend)`: the fused forward and backward, without the checks.
 
-    The arguments are the fields of `swin_kernels.problem.Operands` and `.Options` in order, then the name of a
-    backend. Only the operands are saved: no probabilities, no windows.
+    The arguments are the fields of `swin_kernels.problem.Operands` and `.Options` in order, then
+    the name of a backend. Only the operands are saved: no probabilities, no windows.
     """
 
     @staticmethod
     def forward(ctx, *args):
-        operands, options, backend = Operands(*args[:_OPERANDS]), Options(*args[_OPERANDS:-1]), args[-1]
+        operands, options, backend = (
+            Operands(*args[:_OPERANDS]),
+            Options(*args[_OPERANDS:-1]),
+            args[-1],
+        )
         ctx.save_for_backward(*operands)
         ctx.options = options
         ctx.backend = backend
@@ -68,9 +72,9 @@ def _transforms_active() -> bool:
 
 
 def _for_autocast(operands: Operands) -> Operands:
-    """query, key and value in autocast's dtype; biases stay, as the logits are summed in fp32 anyway."""
+    """query, key and value in autocast's dtype; biases stay: logits are summed in fp32 anyway."""
     device = operands.query.device.type
-    if not torch.is_autocast_enabled(device):
+    if not torch.amp.is_autocast_available(device) or not torch.is_autocast_enabled(device):
         return operands
     dtype = torch.get_autocast_dtype(device)
 
@@ -98,7 +102,9 @@ def _attend(operands: Operands, backend: str | None, **options) -> Tensor:
             )
         return REFERENCE.forward(operands, problem.options)
     chosen = choose(problem, backend)
-    needs_grad = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in operands)
+    needs_grad = torch.is_grad_enabled() and any(
+        x is not None and x.requires_grad for x in operands
+    )
     if chosen is REFERENCE or not needs_grad:
         return chosen.forward(operands, problem.options)
     return ShiftedWindowAttentionFunction.apply(*operands, *problem.options, chosen.name)
@@ -125,28 +131,32 @@ def shifted_window_attention(
     dropout_p: float = 0.0,
     backend: str | None = None,
 ) -> Tensor:
-    """softmax(scale·q·kᵀ + bias + mask)·v in shifted windows of an unpartitioned map, as one operation.
+    """softmax(scale·q·kᵀ + bias + mask)·v in shifted windows of an unpartitioned map, in one op.
 
-    Pad each axis at its end to a multiple of the window, roll by −shift, split into windows, attend within each,
-    put back, roll back, crop: without a copy of query, key or value, and without the logits ever in memory.
-    Liu et al., "Swin Transformer", ICCV 2021, eq. 4 and section 3.2; cosine attention from "Swin Transformer V2",
-    CVPR 2022, eq. 2. The full contract is docs/contract.md.
+    Pad each axis at its end to a multiple of the window, roll by −shift, split into windows,
+    attend within each, put back, roll back, crop: without a copy of query, key or value, and
+    without the logits ever in memory. Liu et al., "Swin Transformer", ICCV 2021, eq. 4 and section
+    3.2; cosine attention from "Swin Transformer V2", CVPR 2022, eq. 2. The full contract is
+    docs/contract.md.
 
     Args:
         query, key: (B, *S, H, D), any strides; S has 1, 2 or 3 axes. fp16, bf16, fp32 or fp64.
         value: (B, *S, H, Dv).
-        window_size, shift_size: tokens, one int or one per axis; 0 <= shift < window; 0 is no shift on that axis.
+        window_size, shift_size: tokens, one int or one per axis; 0 <= shift < window; 0 is no
+            shift on that axis.
         bias: (H, N, N) added to the logits, differentiable; N is the product of window_size.
-        bias_table, bias_index: (T, H) and (N, N) int, instead of `bias`; without an index the geometric one. The
-            gradient is a gradient of the table.
+        bias_table, bias_index: (T, H) and (N, N) int, instead of `bias`; without an index the
+            geometric one. The gradient is a gradient of the table.
         mask: (nW, N, N) added per window of an image, row-major; not differentiable.
-        mask_value: what is added between tokens of different regions of a shifted map: −100, −200, −inf, …
-        pad_key, pad_value: (H, D) and (H, Dv), what a token added by padding holds; None is zeros. Padded tokens
-            are keys like any other.
+        mask_value: what is added between tokens of different regions of a shifted map: −100, −200,
+            −inf, …
+        pad_key, pad_value: (H, D) and (H, Dv), what a token added by padding holds; None is zeros.
+            Padded tokens are keys like any other.
         pad_order: "pad-roll" (torchvision, transformers, MONAI) or "roll-pad" (timm).
         periodic: per axis, True where the map wraps round: no region boundary there.
         scale: default D**-0.5.
-        logit_scale: (H,), cosine attention: q·k/(‖q‖‖k‖)·logit_scale; the caller clamps and exponentiates.
+        logit_scale: (H,), cosine attention: q·k/(‖q‖‖k‖)·logit_scale; the caller clamps and
+            exponentiates.
         dropout_p: dropout on the probabilities, seeded from torch's generator.
         backend: None chooses; a name ("cpu", "reference") never falls back.
 
@@ -154,14 +164,17 @@ def shifted_window_attention(
         (B, *S, H, Dv), contiguous, in the dtype of query (under autocast, autocast's).
 
     Raises:
-        ValueError: shapes, dtypes, devices, windows or options that do not fit, before anything is computed.
+        ValueError: shapes, dtypes, devices, windows or options that do not fit, before anything is
+            computed.
         NotImplementedError: the backend asked for cannot run this, with the reason.
     """
     operands = Operands(
         query, key, value, bias, bias_table, bias_index, mask, pad_key, pad_value, logit_scale
     )
     if key is None or value is None:
-        raise ValueError("key and value: expected tensors; for packed qkv use shifted_window_attention_qkvpacked")
+        raise ValueError(
+            "key and value: expected tensors; for packed qkv use shifted_window_attention_qkvpacked"
+        )
     return _attend(
         operands,
         backend,
@@ -194,12 +207,15 @@ def shifted_window_attention_qkvpacked(
     dropout_p: float = 0.0,
     backend: str | None = None,
 ) -> Tensor:
-    """`shifted_window_attention` of qkv (B, *S, 3, H, D), packed as one linear layer writes it -> (B, *S, H, D).
+    """`shifted_window_attention` of qkv (B, *S, 3, H, D), as one linear layer writes it.
 
-    The gradient of qkv is written packed. All else is as in `shifted_window_attention`.
+    Returns (B, *S, H, D). The gradient of qkv is written packed. All else is as in
+    `shifted_window_attention`.
     """
     return _attend(
-        Operands(qkv, None, None, bias, bias_table, bias_index, mask, pad_key, pad_value, logit_scale),
+        Operands(
+            qkv, None, None, bias, bias_table, bias_index, mask, pad_key, pad_value, logit_scale
+        ),
         backend,
         window_size=window_size,
         shift_size=shift_size,

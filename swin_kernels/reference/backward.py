@@ -1,4 +1,4 @@
-"""The gradients of the forward, written out: the formulas every kernel implements (docs/math.md)."""
+"""The gradients of the forward, written out: the formulas of every kernel (docs/math.md)."""
 
 from __future__ import annotations
 
@@ -6,14 +6,22 @@ import torch
 from torch import Tensor
 
 from swin_kernels.problem import Operands, Options
-from swin_kernels.reference.forward import NORM_CLAMP, attend, bias_index_of, grid_of, sum_dtype
+from swin_kernels.reference.forward import (
+    NORM_CLAMP,
+    attend,
+    bias_index_of,
+    grid_of,
+    sum_dtype,
+    without_autocast,
+)
 from swin_kernels.reference.windows import from_windows, padding_of, to_windows
 
 
 def _saturated(grad: Tensor, rows: Tensor, dtype: torch.dtype) -> Tensor:
-    """`grad` held within what `dtype` can store on `rows`; elsewhere an overflow stays visible as inf.
+    """`grad` held within what `dtype` can store on `rows`; elsewhere overflow stays visible.
 
-    fp16 cannot hold dx̂/ε, the gradient of a zero vector, and inf turns into NaN against the zero input behind it.
+    fp16 cannot hold dx̂/ε, the gradient of a zero vector, and inf turns into NaN against the zero
+    input behind it.
     """
     limit = torch.finfo(dtype).max
     return torch.where(rows, grad.clamp(-limit, limit), grad)
@@ -32,15 +40,23 @@ def _sum_over_padding(grad: Tensor, padding: Tensor) -> Tensor:
 
 
 def backward(grad_out: Tensor, operands: Operands, options: Options) -> Operands:
-    """Gradients of every floating operand, each in its dtype; None where the operand is None or not differentiable.
+    """Gradients of the operands, each in its dtype; None for what is absent or has none.
 
     With W the windows, P the probabilities, M the dropout factor and s the scale (or logit_scale):
-    dV = (P∘M)ᵀ·dO, dP = (dO·Vᵀ)∘M, dS = P∘(dP − rowsum(P∘dP)), dQ = s·dS·K, dK = s·dSᵀ·Q, dbias = Σ_W dS.
+    dV = (P∘M)ᵀ·dO, dP = (dO·Vᵀ)∘M, dS = P∘(dP − rowsum(P∘dP)), dQ = s·dS·K, dK = s·dSᵀ·Q, dbias =
+    Σ_W dS.
     """
+    with without_autocast(operands.query.device):
+        return _backward(grad_out, operands, options)
+
+
+def _backward(grad_out: Tensor, operands: Operands, options: Options) -> Operands:
     grid, dtype = grid_of(operands, options), sum_dtype(operands.query.dtype)
     a = attend(operands, options)
     p, factor = a.probabilities, a.factor
-    d_out = to_windows(grad_out.to(dtype), grid)  # rows of padding get no gradient: their output is cropped
+    d_out = to_windows(
+        grad_out.to(dtype), grid
+    )  # rows of padding get no gradient: their output is cropped
 
     weights = p if a.dropout is None else p * a.dropout
     d_value = weights.mT @ d_out
@@ -78,15 +94,16 @@ def backward(grad_out: Tensor, operands: Operands, options: Options) -> Operands
         d_pad_value = _sum_over_padding(d_value, padding).to(operands.pad_value.dtype)
 
     d_q, d_k, d_v = (
-        from_windows(x, grid).to(operands.query.dtype).contiguous() for x in (d_query, d_key, d_value)
+        from_windows(x, grid).to(operands.query.dtype).contiguous()
+        for x in (d_query, d_key, d_value)
     )
-    extras = dict(
-        bias=d_bias,
-        bias_table=d_table,
-        pad_key=d_pad_key,
-        pad_value=d_pad_value,
-        logit_scale=d_logit_scale,
-    )
+    extras = {
+        "bias": d_bias,
+        "bias_table": d_table,
+        "pad_key": d_pad_key,
+        "pad_value": d_pad_value,
+        "logit_scale": d_logit_scale,
+    }
     if operands.key is None:
         return Operands(torch.stack((d_q, d_k, d_v), dim=-3), **extras)
     return Operands(d_q, d_k, d_v, **extras)

@@ -1,7 +1,8 @@
-"""softmax(scale·q·kᵀ + bias + mask)·v over shifted windows, one step a line, as docs/contract.md states it."""
+"""softmax(scale·q·kᵀ + bias + mask)·v over shifted windows, one step of docs/contract.md a line."""
 
 from __future__ import annotations
 
+import contextlib
 from typing import NamedTuple
 
 import torch
@@ -34,6 +35,13 @@ def sum_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
+def without_autocast(device: torch.device) -> contextlib.AbstractContextManager:
+    """Autocast would cut products and sums that are fp32 by contract to its own dtype."""
+    if torch.amp.is_autocast_available(device.type):
+        return torch.autocast(device.type, enabled=False)
+    return contextlib.nullcontext()
+
+
 def grid_of(operands: Operands, options: Options) -> Grid:
     query, _, _ = operands.unpacked()
     return options.grid(query.shape[1:-2])
@@ -57,7 +65,11 @@ def attend(operands: Operands, options: Options) -> Attention:
     # what padding holds is a token like any other, so it is rounded to their dtype first
     pads = (None if x is None else x.to(operands.query.dtype).to(dtype) for x in operands[7:9])
     pad_key, pad_value = pads
-    query, key, value = to_windows(q, grid), to_windows(k, grid, pad_key), to_windows(v, grid, pad_value)
+    query, key, value = (
+        to_windows(q, grid),
+        to_windows(k, grid, pad_key),
+        to_windows(v, grid, pad_value),
+    )
     query_norm = key_norm = None
     factor: Tensor | float = options.scale
     if operands.logit_scale is not None:
@@ -69,7 +81,9 @@ def attend(operands: Operands, options: Options) -> Attention:
     if operands.bias is not None:
         logits = logits + operands.bias.to(dtype)
     if operands.bias_table is not None:
-        logits = logits + bias_from_table(operands.bias_table.to(dtype), bias_index_of(operands, options))
+        logits = logits + bias_from_table(
+            operands.bias_table.to(dtype), bias_index_of(operands, options)
+        )
     if any(grid.shift):
         logits = logits + grid.shift_mask(options.mask_value, dtype, logits.device)[:, None]
     if operands.mask is not None:
@@ -89,7 +103,8 @@ def attend(operands: Operands, options: Options) -> Attention:
 
 def forward(operands: Operands, options: Options) -> Tensor:
     """(B, *S, H, Dv) in the dtype of the query; differentiable to any order by autograd."""
-    a = attend(operands, options)
-    weights = a.probabilities if a.dropout is None else a.probabilities * a.dropout
-    out = from_windows(weights @ a.value, grid_of(operands, options))
+    with without_autocast(operands.query.device):
+        a = attend(operands, options)
+        weights = a.probabilities if a.dropout is None else a.probabilities * a.dropout
+        out = from_windows(weights @ a.value, grid_of(operands, options))
     return out.to(operands.query.dtype).contiguous()

@@ -1,4 +1,4 @@
-"""Tokens into windows and back: the pad, roll and partition that every unfused implementation copies through."""
+"""Tokens into windows and back: the pad, roll and partition that unfused code copies through."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from swin_kernels.geometry import Grid
 
 
 def _pad_ends(x: Tensor, grid: Grid, filler: Tensor | None) -> Tensor:
-    """(B, *size, H, D) -> (B, *padded, H, D), each axis padded at its end with `filler` (H, D), or zeros."""
+    """(B, *size, H, D) -> (B, *padded, H, D): each axis ends in `filler` (H, D), or zeros."""
     for axis in range(grid.axes):
         missing = grid.padded[axis] - grid.size[axis]
         if missing == 0:
@@ -43,7 +43,7 @@ def to_windows(x: Tensor, grid: Grid, filler: Tensor | None = None) -> Tensor:
 
 
 def from_windows(windows: Tensor, grid: Grid) -> Tensor:
-    """(B, nW, H, N, D) -> (B, *S, H, D): the windows put back, the roll undone, the padding cropped."""
+    """(B, nW, H, N, D) -> (B, *S, H, D): put back, the roll undone, the padding cropped."""
     x = grid.merge(windows.transpose(2, 3))
     if grid.pad_order == "pad-roll":
         return _crop(_roll(x, grid, 1), grid)
