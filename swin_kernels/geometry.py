@@ -19,7 +19,7 @@ PAD_ORDERS = ("pad-roll", "roll-pad")
 
 def per_axis(value: int | Sequence[int], axes: int, name: str) -> tuple[int, ...]:
     """`value` once per axis; ValueError if it is neither an int nor a sequence of `axes` ints."""
-    values = tuple(value) if isinstance(value, (list, tuple)) else (value,) * axes
+    values: tuple = tuple(value) if isinstance(value, (list, tuple)) else (value,) * axes
     if len(values) != axes:
         raise ValueError(
             f"{name}: expected one number or one for each of {axes} axes, got {value!r}"
