@@ -1,0 +1,45 @@
+# PYTHON makes the environment; a torch that it already imports is used as it is.
+PYTHON ?= python3
+VENV ?= .venv
+ARGS ?=
+
+RUN := $(VENV)/bin/python
+OBJECT := swin_kernels/_C_cpu.abi3.so
+FORMATTED := $(shell find csrc -name '*.h' -o -name '*.cpp')
+
+# VENV comes first, so that plain `python3` is its own once it is there; PYTHON's tools come last:
+# ninja, ruff and clang-format may be installed beside its torch
+export PATH := $(abspath $(VENV)/bin):$(PATH):$(dir $(shell command -v $(PYTHON)))
+
+.PHONY: demo test check build environment clean FORCE
+
+demo: build  ## a timm Swin on a photograph, patched against stock; ARGS="--help" lists options
+	@$(RUN) -m swin_kernels demo $(ARGS)
+
+test: build  ## the tests; ARGS="-k name" picks some
+	@$(RUN) -m pytest -q $(ARGS)
+
+check: environment  ## linters, types, formatting
+	$(RUN) -m ruff check .
+	$(RUN) -m ruff format --check .
+	$(RUN) -m mypy
+	clang-format --dry-run -Werror $(FORMATTED)
+
+build: $(OBJECT)  ## the extension, in place
+
+environment: build/environment
+
+# rewritten only when torch's version changed, so its time is that of the last change
+build/environment: FORCE
+	@$(PYTHON) .ci/environment.py $(VENV) $@
+
+$(OBJECT): build/environment setup.py $(shell find csrc)
+	@command -v $${CXX:-c++} > /dev/null || { echo "a C++20 compiler is needed (CXX=…)"; exit 1; }
+	@echo "building $@"
+	@$(RUN) setup.py --quiet build_ext --inplace > build/log 2>&1 || { cat build/log; exit 1; }
+	@grep -A 4 '^$(CURDIR)/csrc.*warning:' build/log || true  # torch's own headers warn too
+	@touch $@
+
+clean:  ## what was built or cached; the environment stays
+	rm -rf build dist out *.egg-info swin_kernels/*.so .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	find swin_kernels tests .ci -name __pycache__ -prune -exec rm -rf {} +
