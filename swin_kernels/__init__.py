@@ -1,18 +1,26 @@
-"""Shifted-window attention as one operation: exact, fused, differentiable; and patches for the models in use.
+"""Shifted-window attention as one operation: exact, fused, differentiable; and its patches.
 
 Importing this imports neither triton nor any model library.
 """
 
+from swin_kernels.modules import WindowAttention, WindowAttentionV2
 from swin_kernels.ops.window_attention import (
     ShiftedWindowAttentionFunction,
     shifted_window_attention,
     shifted_window_attention_qkvpacked,
 )
+from swin_kernels.patch import explain, patch, patched, unpatch
 
 __version__ = "0.1.0"
 
 __all__ = [
     "ShiftedWindowAttentionFunction",
+    "WindowAttention",
+    "WindowAttentionV2",
+    "explain",
+    "patch",
+    "patched",
     "shifted_window_attention",
     "shifted_window_attention_qkvpacked",
+    "unpatch",
 ]

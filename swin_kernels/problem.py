@@ -192,7 +192,7 @@ def _problem(
     _check_floats(operands)
     _check_bias(operands, grid, heads)
     _check_extras(operands, grid, heads, head_dim, value_dim)
-    if math.isnan(mask_value) or mask_value == math.inf:
+    if not mask_value < math.inf:  # NaN as well, in a form that dynamo can trace
         raise ValueError(f"mask_value: expected a finite number or -inf, got {mask_value}")
     if not 0.0 <= dropout_p <= 1.0:
         raise ValueError(f"dropout_p: expected a probability between 0 and 1, got {dropout_p}")
