@@ -1,0 +1,126 @@
+"""explain: what would run, and why nothing else does; in words."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import inspect
+import platform
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from swin_kernels.kernels import native
+from swin_kernels.ops.dispatch import BACKENDS, DEFAULT_BACKEND, check_name, reasons_against
+from swin_kernels.ops.window_attention import (
+    shifted_window_attention,
+    shifted_window_attention_qkvpacked,
+)
+from swin_kernels.patch.core import STOCK_CLASSES, grouped, notes_on, survey
+from swin_kernels.problem import Operands, Problem
+
+
+def explain(*args: Any, **options: Any) -> str:
+    """What would run and why nothing else does, as text for a person; nothing is computed or changed.
+
+    - `explain()`: versions, the backends, whether the compiled objects loaded and if not why, the vector code in use.
+    - `explain(model)`: what `patch(model)` would do with each block; for blocks already patched, what they do now.
+    - `explain(query, key, value, window_size, …)` and `explain(qkv, window_size, …)`, the arguments of the public
+      functions: which backend would run the call and the reason of each one that cannot.
+    - `explain(problem)`: the same for a `swin_kernels.problem.Problem`.
+
+    Raises:
+        ValueError: arguments that the operation itself refuses, or a subject that is none of these.
+    """
+    if not args and not options:
+        return _environment()
+    subject = args[0] if args else None
+    if isinstance(subject, nn.Module):
+        return _model(subject, *args[1:], **options)
+    if isinstance(subject, Problem):
+        return _problem(subject, *args[1:], **options)
+    if isinstance(subject, Tensor) or "query" in options or "qkv" in options:
+        return _call(*args, **options)
+    raise ValueError(
+        "explain: expected nothing, a torch.nn.Module, a Problem, or the arguments of shifted_window_attention, got "
+        f"{type(subject).__name__}"
+    )
+
+
+def _version(package: str) -> str:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return "not installed"
+
+
+def _environment() -> str:
+    from swin_kernels import __version__
+
+    lines = [
+        f"swin_kernels {__version__}, torch {torch.__version__}, Python {platform.python_version()}, "
+        f"{platform.system()} {platform.machine()}",
+        f"default backend (SWIN_KERNELS_BACKEND): {DEFAULT_BACKEND or 'not set, the first that can'}",
+        f"backends, in order of preference: {', '.join(BACKENDS)}",
+    ]
+    for loaded in (native.CPU_OBJECT,):
+        state = f"loaded from {loaded.path}" if loaded.error is None else f"not loaded: {loaded.error}"
+        lines.append(f"compiled object {loaded.name}: {state}")
+    lines.append(f"vector code in use (ATEN_CPU_CAPABILITY lowers it): {native.cpu_capability()}")
+    lines.append("models that patch knows:")
+    for package in sorted({name.partition(".")[0] for name in STOCK_CLASSES}):
+        classes = ", ".join(
+            name.rpartition(".")[2] for name in STOCK_CLASSES if name.startswith(package + ".")
+        )
+        lines.append(f"  {package} ({_version(package)}): {classes}")
+    return "\n".join(lines)
+
+
+def _model(model: nn.Module) -> str:
+    try:
+        found = survey(model)
+    except ValueError as error:
+        return f"patch would raise ValueError: {error}"
+    name = type(model).__name__
+    fused = sum(f.reason is None for f in found)
+    lines = [f"{name}: {fused} of {len(found)} blocks of window attention run fused once patched"]
+    lines += grouped("would be replaced", {f.name: "" for f in found if not f.patched and not f.reason})
+    lines += grouped("would be left", {f.name: f.reason for f in found if not f.patched and f.reason})
+    lines += grouped(
+        "patched",
+        {f.name: f"backend {f.block._swin_kernels.backend or 'chosen per call'}" for f in found if f.patched},
+    )
+    lines += grouped(
+        "patched, on the stock path for now", {f.name: f.reason for f in found if f.patched and f.reason}
+    )
+    lines += grouped("note", notes_on(found))
+    return "\n".join(lines)
+
+
+def _problem(problem: Problem, backend: str | None = None) -> str:
+    reasons = reasons_against(problem)
+    name = backend or DEFAULT_BACKEND
+    if name is not None:
+        check_name(name)
+    chosen = name or next((n for n, reason in reasons.items() if reason is None), None)
+    if chosen is None or reasons[chosen] is not None:
+        verdict = "nothing runs it" if name is None else f"{name} was asked for and cannot: it would raise"
+    else:
+        verdict = f"{chosen} would run it" + ("" if name is None else ", as asked for")
+    lines = [f"{problem}: {verdict}"]
+    for other, reason in reasons.items():
+        state = reason or ("runs it" if other == chosen else f"could, when asked for as backend={other!r}")
+        lines.append(f"  {other}: {state}")
+    return "\n".join(lines)
+
+
+def _call(*args: Any, **options: Any) -> str:
+    packed = "qkv" in options or (len(args) > 1 and not isinstance(args[1], Tensor)) or "key" not in options
+    packed = packed and not (len(args) > 1 and isinstance(args[1], Tensor))
+    function = shifted_window_attention_qkvpacked if packed else shifted_window_attention
+    given = inspect.signature(function).bind(*args, **options).arguments
+    backend = given.pop("backend", None)
+    if "qkv" in given:
+        given["query"] = given.pop("qkv")
+    operands = Operands(**{name: given.pop(name) for name in Operands._fields if name in given})
+    return _problem(Problem.checked(operands, **given), backend)
