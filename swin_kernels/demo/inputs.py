@@ -1,0 +1,209 @@
+"""What the demo runs on: a photograph that an installed package ships, and a timm model by name."""
+
+from __future__ import annotations
+
+import difflib
+import importlib.util
+import logging
+import os
+import socket
+import threading
+import urllib.parse
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from swin_kernels.geometry import Grid
+
+# package -> photographs inside it, best first; files of the wheels, so nothing is downloaded
+SHIPPED = {
+    "skimage": ("data/chelsea.png", "data/astronaut.png", "data/rocket.jpg"),
+    "sklearn": ("datasets/images/flower.jpg", "datasets/images/china.jpg"),
+}
+_CONNECT_SECONDS = 3.0
+
+
+class Model(NamedTuple):
+    """A timm model with what it expects of an image."""
+
+    module: nn.Module
+    height: int
+    width: int
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    crop: float  # share of the image that the central crop keeps
+    pretrained: bool
+    weights: str  # in words
+
+
+def find_photo(path: str | None = None) -> Path:
+    """The file at `path`, or the first photograph that an installed package ships.
+
+    FileNotFoundError says what to install or which path is wrong.
+    """
+    if path is not None:
+        if not Path(path).is_file():
+            raise FileNotFoundError(f"--image: no file {path}")
+        return Path(path)
+    for package, names in SHIPPED.items():
+        spec = importlib.util.find_spec(package)
+        for folder in (spec.submodule_search_locations or ()) if spec is not None else ():
+            for name in names:
+                if (photo := Path(folder) / name).is_file():
+                    return photo
+    raise FileNotFoundError(
+        "no photograph found: pip install scikit-image (or scikit-learn), or pass --image"
+    )
+
+
+def read_photo(path: Path) -> Tensor:
+    """(3, height, width) in [0, 1]; ValueError if the file is no image."""
+    import numpy
+    from PIL import Image, ImageOps, UnidentifiedImageError
+
+    try:
+        with Image.open(path) as image:
+            pixels = numpy.array(ImageOps.exif_transpose(image).convert("RGB"))
+    except (UnidentifiedImageError, OSError, Image.DecompressionBombError) as error:
+        raise ValueError(f"{path} is not an image that can be read: {error}") from error
+    return torch.from_numpy(pixels).permute(2, 0, 1).float() / 255
+
+
+def central_crop(photo: Tensor, height: int, width: int, keep: float = 1.0) -> Tensor:
+    """(3, height, width): the middle of the photograph, `keep` of its shorter side."""
+    scale = max(height / photo.shape[1], width / photo.shape[2]) / keep
+    size = [
+        max(round(side * scale), least) for side, least in zip(photo.shape[1:], (height, width))
+    ]
+    scaled = F.interpolate(photo[None], size, mode="bicubic", antialias=True, align_corners=False)
+    top, left = (size[0] - height) // 2, (size[1] - width) // 2
+    return scaled[0, :, top : top + height, left : left + width].clamp(0, 1)
+
+
+def make_batch(photo: Tensor, model: Model, batch: int) -> Tensor:
+    """(B, 3, height, width), normalised: the central crop, its mirror image, then closer crops."""
+    crops = []
+    for i in range(batch):
+        crop = central_crop(photo, model.height, model.width, model.crop * 0.9 ** (i // 2))
+        crops.append(crop.flip(-1) if i % 2 else crop)
+    mean, std = (torch.tensor(x).view(3, 1, 1) for x in (model.mean, model.std))
+    return ((torch.stack(crops) - mean) / std).contiguous()
+
+
+def _check_name(name: str) -> None:
+    import timm
+
+    if timm.is_model(name):
+        return
+    known = timm.list_models("swin*")
+    # a name half typed is near those that begin like it
+    known.sort(key=lambda x: -difflib.SequenceMatcher(None, name, x[: len(name)]).ratio())
+    raise ValueError(
+        f"--model: timm {timm.__version__} has no {name!r}; nearest are {', '.join(known[:3])}"
+    )
+
+
+def _hub_is_reachable() -> bool:
+    """Whether the model hub answers at once; resolving its name alone can take a minute."""
+    import huggingface_hub.constants as hub
+
+    if any(os.environ.get(name) for name in ("HTTPS_PROXY", "https_proxy", "ALL_PROXY")):
+        return True
+    address = urllib.parse.urlsplit(hub.ENDPOINT)
+    port = address.port or (80 if address.scheme == "http" else 443)
+    opened = threading.Event()
+
+    def connect() -> None:
+        try:
+            socket.create_connection((address.hostname, port), _CONNECT_SECONDS).close()
+        except OSError:
+            return
+        opened.set()
+
+    probe = threading.Thread(target=connect, daemon=True)
+    probe.start()
+    probe.join(_CONNECT_SECONDS)
+    return opened.is_set()
+
+
+def _with_pretrained_weights(name: str) -> nn.Module:
+    """The model with weights from the cache or the hub; any exception if they cannot be had."""
+    os.environ.setdefault("HF_HUB_ETAG_TIMEOUT", "5")  # read when huggingface_hub is imported
+    os.environ.setdefault("HF_HUB_DOWNLOAD_TIMEOUT", "10")
+    import huggingface_hub.constants as hub
+    import timm
+
+    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
+    before = hub.HF_HUB_OFFLINE
+    offline = before or not _hub_is_reachable()
+    hub.HF_HUB_OFFLINE = offline  # the cache still answers
+    try:
+        return timm.create_model(name, pretrained=True)
+    except OSError as error:
+        if offline:
+            raise OSError("no connection to the hub, and not in its cache") from error
+        raise
+    finally:
+        hub.HF_HUB_OFFLINE = before
+
+
+def spread_out(module: nn.Module, seed: int = 0) -> None:
+    """Moves fresh weights to where trained ones are, in place.
+
+    A fresh V2 block multiplies its attention by zero and a fresh table is nearly flat: there would
+    be nothing to compare.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, p in module.named_parameters():
+            if name.endswith("relative_position_bias_table"):
+                p.copy_(0.5 * torch.randn(p.shape, generator=generator))
+                continue
+            if p.ndim == 1 and name.endswith("weight") and not p.any():
+                p.fill_(1.0)
+            p.add_(0.02 * torch.randn(p.shape, generator=generator))
+
+
+def load_model(name: str) -> Model:
+    """The timm model called `name` in evaluation mode, pretrained if the weights can be had.
+
+    ValueError for a name that timm does not know.
+    """
+    import timm
+
+    _check_name(name)
+    try:
+        module = _with_pretrained_weights(name)
+        pretrained, weights = True, "pretrained weights"
+    except Exception as error:  # of whatever kind: the demo runs without them
+        torch.manual_seed(0)
+        module = timm.create_model(name, pretrained=False)
+        spread_out(module)
+        cause = str(error).strip().partition("\n")[0].partition(". ")[0]
+        pretrained, weights = False, f"random weights; no pretrained ones: {cause}"
+    facts: dict[str, Any] = timm.data.resolve_data_config(model=module)
+    _, height, width = facts["input_size"]
+    return Model(
+        module.eval(),
+        height,
+        width,
+        facts["mean"],
+        facts["std"],
+        facts["crop_pct"],
+        pretrained,
+        weights,
+    )
+
+
+def last_shifted_grid(module: nn.Module) -> tuple[str, Grid] | None:
+    """Name and grid of the last timm block whose windows are shifted; None if there is none."""
+    found = None
+    for name, block in module.named_modules():
+        size = getattr(block, "input_resolution", None) or getattr(block, "feat_size", None)
+        window, shift = getattr(block, "window_size", None), getattr(block, "shift_size", None)
+        if size and window and shift and any(shift):
+            found = name, Grid.checked(size, window, shift, pad_order="roll-pad")
+    return found

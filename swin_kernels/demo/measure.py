@@ -1,0 +1,226 @@
+"""What the demo measures: errors against float64, times in turn, peak memory in a fresh process."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import math
+import os
+import statistics
+import subprocess
+import sys
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from swin_kernels.ops.dispatch import BACKENDS
+from swin_kernels.testing import assert_no_worse_than_eager
+
+
+class Outcome(NamedTuple):
+    """Logits (B, classes) of a model and the gradient of each of its parameters."""
+
+    logits: Tensor
+    grads: dict[str, Tensor]
+
+
+class Difference(NamedTuple):
+    """Largest absolute differences in one quantity, and the largest value they are relative to."""
+
+    name: str
+    patched_stock: float
+    stock_exact: float
+    patched_exact: float
+    largest: float
+    complaint: str | None  # how it breaks the error rule, None if it keeps it
+
+
+def loss_of(logits: Tensor) -> Tensor:
+    """Cross-entropy against fixed classes, so that every run has the same gradients."""
+    target = torch.arange(logits.shape[0], device=logits.device) * 7 % logits.shape[1]
+    return F.cross_entropy(logits, target)
+
+
+def run_once(module: nn.Module, images: Tensor) -> Outcome:
+    """Forward and backward in the dtype of the module; its gradients are cleared afterwards."""
+    dtype = next(module.parameters()).dtype
+    logits = module(images.to(dtype))
+    loss_of(logits).backward()
+    grads = {name: p.grad for name, p in module.named_parameters() if p.grad is not None}
+    module.zero_grad(set_to_none=True)
+    return Outcome(logits.detach(), grads)
+
+
+@contextlib.contextmanager
+def counted_backends() -> Iterator[Counter[str]]:
+    """Counts the calls that reach each backend while it is open."""
+    calls: Counter[str] = Counter()
+
+    def counting(name: str, forward: Callable[..., Tensor]) -> Callable[..., Tensor]:
+        def counted(*args: object) -> Tensor:
+            calls[name] += 1
+            return forward(*args)
+
+        return counted
+
+    for name, backend in BACKENDS.items():
+        backend.__dict__["forward"] = counting(name, backend.forward)
+    try:
+        yield calls
+    finally:
+        for backend in BACKENDS.values():
+            del backend.__dict__["forward"]
+
+
+def _largest(x: Tensor) -> float:
+    return float(x.abs().max())
+
+
+def _complaint(name: str, patched: Tensor, stock: Tensor, exact: Tensor) -> str | None:
+    try:
+        assert_no_worse_than_eager(patched, stock, exact, name=name)
+    except AssertionError as error:
+        return str(error)
+    return None
+
+
+def _difference(name: str, patched: Tensor, stock: Tensor, exact: Tensor) -> Difference:
+    return Difference(
+        name,
+        _largest(patched.double() - stock.double()),
+        _largest(stock.double() - exact),
+        _largest(patched.double() - exact),
+        _largest(exact),
+        _complaint(name, patched, stock, exact),
+    )
+
+
+def _flat(grads: Mapping[str, Tensor], scales: Mapping[str, float]) -> Tensor:
+    return torch.cat([grads[name].flatten() * scale for name, scale in scales.items()])
+
+
+def _relative(patched: Outcome, stock: Outcome, exact: Outcome) -> Difference:
+    """Differences of each gradient relative to the largest value of that gradient."""
+    sizes = {name: _largest(grad) for name, grad in exact.grads.items()}
+    floor = 1e-12 * max(sizes.values())
+    sizes = {name: size for name, size in sizes.items() if size > floor}  # others are exactly zero
+
+    def worst(a: Outcome, b: Outcome) -> float:
+        return max(
+            _largest(a.grads[name].double() - b.grads[name].double()) / size
+            for name, size in sizes.items()
+        )
+
+    # powers of two, so that scaling rounds nothing
+    scales = {name: 2.0 ** -math.frexp(size)[1] for name, size in sizes.items()}
+    name = "gradients, each relative to its largest"
+    flat = (_flat(outcome.grads, scales) for outcome in (patched, stock, exact))
+    return Difference(
+        name,
+        worst(patched, stock),
+        worst(stock, exact),
+        worst(patched, exact),
+        1.0,
+        _complaint(name, *flat),
+    )
+
+
+def compare(patched: Outcome, stock: Outcome, exact: Outcome) -> list[Difference]:
+    """Differences of the logits, of all gradients, and of each gradient on its own scale.
+
+    The last finds an error in a parameter whose gradients are small beside the others'.
+    """
+    grads = (_flat(x.grads, dict.fromkeys(exact.grads, 1.0)) for x in (patched, stock, exact))
+    return [
+        _difference("logits", patched.logits, stock.logits, exact.logits),
+        _difference(f"gradients of {len(exact.grads)} parameters", *grads),
+        _relative(patched, stock, exact),
+    ]
+
+
+def inference_step(module: nn.Module, images: Tensor) -> None:
+    with torch.inference_mode():
+        module(images)
+
+
+def training_step(module: nn.Module, images: Tensor) -> None:
+    """Forward, loss and backward; what the optimiser adds is the same for every model."""
+    loss_of(module(images)).backward()
+    module.zero_grad(set_to_none=True)
+
+
+STEPS: dict[str, Callable[[nn.Module, Tensor], None]] = {
+    "inference": inference_step,
+    "training step": training_step,
+}
+
+
+def _seconds(step: Callable[[nn.Module, Tensor], None], module: nn.Module, images: Tensor) -> float:
+    if images.is_cuda:
+        torch.cuda.synchronize(images.device)
+    start = time.perf_counter()
+    step(module, images)
+    if images.is_cuda:
+        torch.cuda.synchronize(images.device)
+    return time.perf_counter() - start
+
+
+def time_in_turn(
+    step: str,
+    modules: Mapping[str, nn.Module],
+    images: Tensor,
+    rounds: int,
+    tick: Callable[[], None],
+) -> dict[str, float]:
+    """Median seconds of a step for each module: A B A B …, after one call of each to warm up."""
+    times: dict[str, list[float]] = {name: [] for name in modules}
+    for module in modules.values():
+        module.train(step == "training step")
+    for turn in range(rounds + 1):
+        for name, module in modules.items():
+            seconds = _seconds(STEPS[step], module, images)
+            if turn > 0:
+                times[name].append(seconds)
+            tick()
+    for module in modules.values():
+        module.eval()
+    return {name: statistics.median(seconds) for name, seconds in times.items()}
+
+
+def peak_memory(
+    model: str, variants: Sequence[str], batch: int, threads: int, device: str
+) -> dict[str, dict[str, int]]:
+    """Bytes that each step of each variant adds, at its peak, to what its process held before.
+
+    Each variant in a process of its own: what this one has freed and kept would hide part of the
+    peak. RuntimeError with the last words of a process that failed.
+    """
+    root = str(Path(__file__).resolve().parents[2])
+    environment = {
+        **os.environ,
+        "PYTHONPATH": os.pathsep.join([root, *filter(None, [os.environ.get("PYTHONPATH")])]),
+        # freed blocks go back to the system, so that the high-water mark is what was in use
+        "MALLOC_MMAP_THRESHOLD_": "65536",
+        "MALLOC_TRIM_THRESHOLD_": "65536",
+    }
+    children = {}
+    for variant in variants:
+        wanted = json.dumps([model, variant, batch, threads, device])
+        command = [sys.executable, "-m", "swin_kernels.demo.memory", wanted]
+        pipe = subprocess.PIPE
+        children[variant] = subprocess.Popen(
+            command, stdout=pipe, stderr=pipe, text=True, env=environment
+        )
+    # all are waited for before one is judged
+    words = {variant: child.communicate() for variant, child in children.items()}
+    for variant, child in children.items():
+        if child.returncode != 0:
+            last = words[variant][1].strip().splitlines() or [f"exit code {child.returncode}"]
+            raise RuntimeError(f"{variant}: {last[-1]}")
+    return {variant: json.loads(out.splitlines()[-1]) for variant, (out, _) in words.items()}
