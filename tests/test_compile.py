@@ -1,0 +1,211 @@
+"""The op under opcheck, torch.compile, export and ahead-of-time compilation."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch._dynamo.testing import CompileCounter, CompileCounterWithBackend
+
+from swin_kernels import shifted_window_attention, shifted_window_attention_qkvpacked
+from swin_kernels.kernels import native
+from swin_kernels.problem import Operands, Problem
+from swin_kernels.testing import (
+    Case,
+    call,
+    differentiate,
+    make_grad_out,
+    make_operands,
+    run,
+    with_grad,
+)
+
+PLANE = Case(2, (11, 9), (4, 4), (2, 2), bias="table", pads=True)
+CASES = (
+    PLANE,
+    PLANE.but(packed=True, bias="none", pads=False),
+    PLANE.but(packed=True, pad_order="roll-pad", layout="channels-inside", dtype=torch.float64),
+    PLANE.but(bias="dense", mask="soft", value_dim=24),
+    PLANE.but(bias="table+index", cosine=True, dtype=torch.bfloat16, extras_dtype=torch.float32),
+    Case(1, (7,), (4,), (1,), bias="dense", layout="contiguous"),
+    Case(1, (3, 4, 5), (2, 2, 2), (1, 0, 1), cosine=True, packed=True, dropout_p=0.2),
+)
+over_cases = pytest.mark.parametrize("case", CASES, ids=str)
+
+
+@pytest.fixture(autouse=True)
+def _fresh_dynamo(cpu_kernels):
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()
+
+
+def _arguments(case):
+    operands = make_operands(case)
+    if case.dropout_p > 0:
+        operands = operands._replace(dropout_seed=torch.tensor([11]))
+    return (*operands, *Problem.checked(operands, **case.options).options)
+
+
+@over_cases
+def test_opcheck_passes_for_the_forward_op(case):
+    torch.library.opcheck(native.FORWARD, _arguments(case))
+
+
+@over_cases
+@pytest.mark.parametrize("all_needed", [True, False], ids=["all", "tokens"])
+def test_opcheck_passes_for_the_backward_op(case, all_needed):
+    needs = 0
+    if all_needed:
+        operands = make_operands(case)
+        present = [bit for n, bit in native.NEEDS.items() if getattr(operands, n) is not None]
+        needs = sum(present)
+    torch.library.opcheck(native.BACKWARD, (make_grad_out(case), *_arguments(case), needs))
+
+
+@over_cases
+@pytest.mark.parametrize("compiler", ["aot_eager", "inductor"])
+def test_compiled_training_step_equals_eager(case, compiler):
+    case = case.but(dropout_p=0.0)  # under inductor the seeds are drawn by another generator
+    operands, grad_out = make_operands(case), make_grad_out(case)
+    expected = run(case, operands, grad_out, "cpu")
+    compiled = torch.compile(
+        lambda leaves: call(case, leaves, "cpu"), fullgraph=True, backend=compiler
+    )
+    actual = differentiate(compiled, operands, grad_out)
+    assert torch.equal(actual.out, expected.out)
+    for name, grad in expected.grads.items():
+        assert torch.equal(actual.grads[name], grad), name
+
+
+def test_compiled_inference_equals_eager():
+    operands = make_operands(PLANE)
+    with torch.no_grad():
+        compiled = torch.compile(lambda x: call(PLANE, x), fullgraph=True, backend="aot_eager")
+        assert torch.equal(compiled(operands), call(PLANE, operands, "cpu"))
+
+
+def test_compiled_dropout_is_reproducible():
+    case = PLANE.but(dropout_p=0.4)
+    operands = make_operands(case)
+    compiled = torch.compile(
+        lambda leaves: call(case, leaves, "cpu"), fullgraph=True, backend="aot_eager"
+    )
+    outs = []
+    for seed in (1, 1, 2):
+        torch.manual_seed(seed)
+        outs.append(compiled(operands))
+    assert torch.equal(outs[0], outs[1])
+    assert not torch.equal(outs[0], outs[2])
+
+
+def test_autocast_inside_a_compiled_region_equals_eager():
+    operands = with_grad(make_operands(PLANE))
+
+    def step(operands):
+        with torch.autocast("cpu", torch.bfloat16):
+            return call(PLANE, operands, "cpu")
+
+    compiled = torch.compile(step, fullgraph=True, backend="aot_eager")
+    out = compiled(operands)
+    assert out.dtype == torch.bfloat16
+    assert torch.equal(out, step(operands))
+    out.sum().backward()
+    assert operands.query.grad.dtype == torch.float32
+
+
+def test_other_sizes_of_a_dynamic_graph_compile_nothing_more():
+    def step(qkv, table):
+        return shifted_window_attention_qkvpacked(
+            qkv, (4, 4), (2, 2), bias_table=table, backend="cpu"
+        )
+
+    counter = CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(step, fullgraph=True, dynamic=True, backend=counter)
+    table, first = torch.randn(49, 2, requires_grad=True), None
+    for batch, height, width in ((5, 10, 12), (3, 16, 8), (4, 9, 13), (2, 11, 30), (7, 24, 17)):
+        qkv = torch.randn(batch, height, width, 3, 2, 16, requires_grad=True)
+        out = compiled(qkv, table)
+        grads = torch.autograd.grad(out.square().sum(), (qkv, table))
+        eager = step(qkv, table)
+        expected = torch.autograd.grad(eager.square().sum(), (qkv, table))
+        assert torch.equal(out, eager)
+        for a, b in zip(grads, expected):
+            assert torch.equal(a, b)
+        first = first or counter.frame_count
+    assert counter.frame_count == first
+
+
+def test_changing_sizes_without_asking_compile_at_most_four_times():
+    def step(q, k, v):
+        return shifted_window_attention(q, k, v, 4, 1, backend="cpu")
+
+    counter = CompileCounter()
+    compiled = torch.compile(step, fullgraph=True, backend=counter)
+    for batch, length in ((1, 8), (2, 12), (3, 15), (4, 33), (5, 9), (6, 41)):
+        q, k, v = torch.randn(3, batch, length, 2, 8).unbind()
+        assert torch.equal(compiled(q, k, v), step(q, k, v))
+    assert counter.frame_count <= 4
+
+
+class _Layer(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.qkv = torch.nn.Linear(32, 96)
+        self.table = torch.nn.Parameter(torch.randn(49, 2))
+
+    def forward(self, x):
+        qkv = self.qkv(x).unflatten(-1, (3, 2, 16))
+        _, pad_key, pad_value = self.qkv.bias.unflatten(0, (3, 2, 16))
+        out = shifted_window_attention_qkvpacked(
+            qkv, 4, 2, bias_table=self.table, pad_key=pad_key, pad_value=pad_value, backend="cpu"
+        )
+        return out.flatten(-2)
+
+
+def _exported(layer, x):
+    batch = torch.export.Dim("batch", min=1, max=64)
+    with torch.no_grad():
+        return torch.export.export(layer, (x,), dynamic_shapes=({0: batch},))
+
+
+def test_exported_inference_equals_eager():
+    layer, x = _Layer().eval(), torch.randn(2, 11, 9, 32)
+    program = _exported(layer, x)
+    targets = [str(node.target) for node in program.graph.nodes]
+    assert "swin_kernels.window_attention_forward.default" in targets
+    for batch in (2, 5):
+        x = torch.randn(batch, 11, 9, 32)
+        with torch.no_grad():
+            assert torch.equal(program.module()(x), layer(x))
+
+
+@pytest.mark.slow
+def test_ahead_of_time_compiled_package_equals_eager(tmp_path):
+    layer, x = _Layer().eval(), torch.randn(2, 11, 9, 32)
+    path = torch._inductor.aoti_compile_and_package(
+        _exported(layer, x), package_path=str(tmp_path / "layer.pt2")
+    )
+    package = torch._inductor.aoti_load_package(path)
+    x = torch.randn(3, 11, 9, 32)
+    with torch.no_grad():
+        torch.testing.assert_close(package(x), layer(x))
+
+
+def test_fakes_have_the_shapes_strides_and_dtypes_of_the_kernels():
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    for case in CASES:
+        arguments = _arguments(case)
+        real = native.FORWARD(*arguments)
+        with FakeTensorMode() as mode:
+            fakes = [mode.from_tensor(x) if isinstance(x, torch.Tensor) else x for x in arguments]
+            fake = native.FORWARD(*fakes)
+        assert (fake.shape, fake.dtype, fake.stride()) == (real.shape, real.dtype, real.stride())
+
+
+def test_operands_are_the_leading_arguments_of_both_schemas():
+    forward = [a.name for a in native.FORWARD._schema.arguments]
+    backward = [a.name for a in native.BACKWARD._schema.arguments]
+    names = list(Operands._fields)
+    assert forward[: len(names)] == names
+    assert backward[1 : 1 + len(names)] == names

@@ -1,0 +1,243 @@
+"""The demo: once whole, in a process of its own; its parts on a small model; what it refuses."""
+
+from __future__ import annotations
+
+import copy
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+pytest.importorskip("rich")
+pytest.importorskip("matplotlib")
+timm = pytest.importorskip("timm")
+
+from swin_kernels.__main__ import main
+from swin_kernels.demo import inputs, measure, run
+from swin_kernels.kernels import native
+from swin_kernels.ops.dispatch import BACKENDS
+from swin_kernels.patch import patch
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+@pytest.fixture(autouse=True)
+def offline(monkeypatch):
+    """No test waits for a connection."""
+    hub = pytest.importorskip("huggingface_hub.constants")
+    monkeypatch.setattr(hub, "HF_HUB_OFFLINE", True)
+
+
+@pytest.fixture(scope="module")
+def small():
+    """A Swin of two stages, 4×4 windows on 16×16 and 8×8 maps, as the demo holds it."""
+    torch.manual_seed(0)
+    module = timm.models.swin_transformer.SwinTransformer(
+        img_size=32,
+        patch_size=2,
+        window_size=4,
+        embed_dim=16,
+        depths=(2, 2),
+        num_heads=(2, 4),
+        num_classes=10,
+    )
+    inputs.spread_out(module)
+    weights = "random weights"
+    return inputs.Model(module.eval(), 32, 32, (0.5,) * 3, (0.5,) * 3, 0.9, False, weights)
+
+
+@pytest.fixture
+def prepared(small, tmp_path):
+    photo = torch.rand(3, 40, 50, generator=torch.Generator().manual_seed(1))
+    patched = copy.deepcopy(small.module)
+    report = patch(patched)
+    images = inputs.make_batch(photo, small, 3)
+    picture = tmp_path / "small.png"
+    return run.Prepared(
+        "small", Path("photo.png"), photo, images, small, patched, report, "cpu", 2, picture
+    )
+
+
+def _outcomes(prepared):
+    exact = copy.deepcopy(prepared.model.module).double()
+    modules = (prepared.patched, prepared.model.module, exact)
+    return [measure.run_once(module, prepared.images) for module in modules]
+
+
+def test_whole_demo_prints_its_tables_and_writes_the_picture(tmp_path):
+    command = [sys.executable, "-m", "swin_kernels", "demo", "--rounds", "1", "--batch", "1"]
+    done = subprocess.run(
+        [*command, "--threads", "1", "--out", str(tmp_path)],
+        check=False,
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+        env={**os.environ, "HF_HUB_OFFLINE": "1"},
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    rows = {line.split("|")[1].strip() for line in done.stdout.splitlines() if line.count("|") > 3}
+    assert {
+        "logits",
+        "gradients of 173 parameters",
+        "inference",
+        "training step",
+        "peak memory, inference",
+        "peak memory, training step",
+    } <= rows
+    first = done.stdout.splitlines()[0]
+    assert f"torch {torch.__version__}" in first
+    assert "1 thread " in first
+    assert "backend " in first
+    assert "replaced in 12 of 12 blocks" in done.stdout
+    assert "Within the error rule" in done.stdout
+    assert "Traceback" not in done.stderr
+    (picture,) = tmp_path.iterdir()
+    assert picture.name == "swin_tiny_patch4_window7_224.png"
+    assert picture.read_bytes().startswith(b"\x89PNG")
+
+
+def test_counted_backends_sees_the_path_and_leaves_no_trace(prepared):
+    expected = "cpu" if native.CPU_OBJECT.error is None else "reference"
+    with measure.counted_backends() as calls:
+        measure.inference_step(prepared.patched, prepared.images)
+    assert dict(calls) == {expected: 4}
+    measure.inference_step(prepared.patched, prepared.images)
+    assert dict(calls) == {expected: 4}
+    assert all("forward" not in vars(backend) for backend in BACKENDS.values())
+
+
+def test_spread_out_weights_give_every_bias_table_a_gradient(prepared):
+    grads = measure.run_once(prepared.model.module, prepared.images).grads
+    tables = [grad for name, grad in grads.items() if name.endswith("bias_table")]
+    assert len(tables) == 4
+    assert all(grad.abs().max() > 1e-6 for grad in tables)
+
+
+def test_patched_keeps_the_error_rule(prepared):
+    differences = measure.compare(*_outcomes(prepared))
+    assert [d.complaint for d in differences] == [None] * 3
+
+
+def test_wrong_gradient_of_one_small_parameter_is_found(prepared):
+    patched, stock, exact = _outcomes(prepared)
+    name = "layers.0.blocks.0.attn.relative_position_bias_table"
+    assert exact.grads[name].abs().max() < 1e-2 * max(g.abs().max() for g in exact.grads.values())
+    patched.grads[name].mul_(1.001)
+    logits, _, relative = measure.compare(patched, stock, exact)
+    assert logits.complaint is None
+    assert relative.complaint is not None
+    assert relative.patched_exact == pytest.approx(1e-3, rel=0.1)
+
+
+def test_nan_is_beyond_the_error_rule(prepared):
+    patched, stock, exact = _outcomes(prepared)
+    patched.logits[0, 0] = float("nan")
+    assert measure.compare(patched, stock, exact)[0].complaint is not None
+
+
+def _run_with(monkeypatch, prepared, complaint: str | None) -> int:
+    differences = [measure.Difference("logits", 1e-7, 1e-7, 1e-7, 2.0, complaint)]
+    results = run.Results(differences, {"inference": {"stock": 0.2, "patched": 0.1}}, "a remark")
+    monkeypatch.setattr(run, "_measure", lambda p, console: results)
+    return run.run(prepared)
+
+
+def test_run_returns_1_and_says_so_beyond_the_error_rule(monkeypatch, prepared, capsys):
+    assert _run_with(monkeypatch, prepared, "error=1 exceeds") == 1
+    out = capsys.readouterr().out
+    assert "beyond the error rule: error=1 exceeds" in out
+    assert "Within the error rule" not in out
+
+
+def test_run_says_that_the_reference_backend_is_not_faster(monkeypatch, prepared, capsys):
+    assert _run_with(monkeypatch, prepared._replace(backend="reference"), None) == 0
+    out = capsys.readouterr().out
+    assert "backend reference" in out
+    assert "is not faster" in out
+    assert "| 200 ms |  100 ms |            2.00 |" in out
+    assert "a remark" in out
+
+
+def test_picture_shows_the_last_shifted_block(prepared):
+    name, grid = inputs.last_shifted_grid(prepared.model.module)
+    assert name == "layers.1.blocks.1"
+    assert (grid.size, grid.window, grid.shift) == ((8, 8), (4, 4), (2, 2))
+    assert str(prepared.picture) in run._draw(prepared)
+    assert prepared.picture.stat().st_size > 0
+
+
+def test_times_are_taken_in_turn_and_modules_left_in_evaluation_mode(prepared):
+    modules, ticks = {"stock": prepared.model.module, "patched": prepared.patched}, []
+    times = measure.time_in_turn(
+        "training step", modules, prepared.images, 2, lambda: ticks.append(1)
+    )
+    assert set(times) == set(modules)
+    assert all(seconds > 0 for seconds in times.values())
+    assert len(ticks) == 6
+    assert not any(
+        m.training or any(p.grad is not None for p in m.parameters()) for m in modules.values()
+    )
+
+
+def test_process_that_measures_memory_and_fails_gives_its_last_words():
+    with pytest.raises(RuntimeError, match="no_such_model"):
+        measure.peak_memory("no_such_model", ("stock",), 1, 1, "cpu")
+
+
+@pytest.mark.parametrize("size", [(32, 32), (32, 48), (301, 200)])
+def test_crop_has_the_size_asked_for(size):
+    assert inputs.central_crop(torch.rand(3, 37, 61), *size, 0.9).shape == (3, *size)
+
+
+def test_photo_is_a_file_that_a_package_ships():
+    photo = inputs.find_photo()
+    pixels = inputs.read_photo(photo)
+    assert pixels.shape[0] == 3
+    assert 0 <= pixels.min() < pixels.max() <= 1
+
+
+def test_without_a_photo_the_error_says_what_to_install(monkeypatch):
+    monkeypatch.setattr(inputs, "SHIPPED", {"no_such_package_here": ("x.png",)})
+    with pytest.raises(FileNotFoundError, match="pip install scikit-image"):
+        inputs.find_photo()
+
+
+def test_without_a_package_the_error_says_what_to_install(monkeypatch):
+    monkeypatch.setattr(run, "NEEDS", {"no_such_package_here": "some-package"})
+    with pytest.raises(ImportError, match="pip install some-package"):
+        run._check_packages()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ("--model swin_tinyy", "nearest are swin_tiny_patch4_window7_224"),
+        ("--model resnet18", "no window attention found"),
+        ("--image no/such.jpg", "no file no/such.jpg"),
+        (f"--image {__file__}", "is not an image"),
+        ("--batch 0", "whole number of at least 1, got '0'"),
+        ("--rounds many", "whole number of at least 1, got 'many'"),
+        ("--threads -1", "--threads"),
+        ("--device foo", "--device: cannot use 'foo'"),
+        ("--out setup.py/x", "setup.py"),
+        ("--no-such-option", "--no-such-option"),
+    ],
+)
+def test_bad_input_gets_one_line_and_exit_code_2(arguments, message, monkeypatch, capsys):
+    monkeypatch.chdir(ROOT)
+    with pytest.raises(SystemExit) as stop:
+        main(["demo", *arguments.split()])
+    assert stop.value.code == 2
+    error = capsys.readouterr().err
+    assert message in error
+    assert error.count("\n") == 1
+
+
+def test_explain_command_prints_what_explain_says(capsys):
+    import swin_kernels
+
+    assert main(["explain"]) == 0
+    assert capsys.readouterr().out == swin_kernels.explain() + "\n"

@@ -1,0 +1,120 @@
+"""The package as it is handed out: its version, its wheel, the environment that make prepares."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import swin_kernels
+
+ROOT = Path(__file__).resolve().parents[1]
+SOURCES = ("csrc", "swin_kernels", "pyproject.toml", "setup.py", "README.md", "LICENSE")
+
+# run in an empty folder against the unpacked wheel
+USE_WHEEL = """
+import sys
+import swin_kernels
+heavy = {"triton", "timm", "torchvision", "transformers", "monai", "matplotlib", "rich"}
+assert not heavy & set(sys.modules), heavy & set(sys.modules)
+assert swin_kernels.__file__.startswith(sys.argv[1]), swin_kernels.__file__
+import torch
+qkv = torch.randn(2, 6, 6, 3, 2, 8)
+out = swin_kernels.shifted_window_attention_qkvpacked(qkv, 3, 2, backend="cpu")
+print(tuple(out.shape), bool(out.isfinite().all()))
+"""
+
+
+def test_version_is_written_once():
+    assert re.fullmatch(r"\d+\.\d+\.\d+\S*", swin_kernels.__version__)
+    project = (ROOT / "pyproject.toml").read_text()
+    assert 'dynamic = ["version"]' in project
+    assert 'version = { attr = "swin_kernels.__version__" }' in project
+    assert f"## [{swin_kernels.__version__}]" in (ROOT / "CHANGELOG.md").read_text()
+
+
+def test_example_of_the_readme_runs(capsys):
+    pytest.importorskip("timm")
+    (example,) = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+    names: dict[str, Any] = {}
+    exec(example, names)
+    assert names["logits"].shape == (2, 1000)
+    assert names["out"].shape == (2, 56, 56, 3, 32)
+    assert names["table"].grad.isfinite().all()
+    assert "replaced in 12 of 12 blocks" in capsys.readouterr().out
+
+
+@pytest.mark.slow
+def test_wheel_holds_the_compiled_object_and_imports_from_an_empty_folder(tmp_path):
+    pytest.importorskip("setuptools", minversion="70.1")  # has bdist_wheel
+    source, unpacked, empty = (tmp_path / name for name in ("source", "unpacked", "empty"))
+    source.mkdir()
+    empty.mkdir()
+    for name in SOURCES:
+        copy = shutil.copytree if (ROOT / name).is_dir() else shutil.copy
+        copy(ROOT / name, source / name)
+    for built in (*source.rglob("*.so"), *source.rglob("__pycache__")):
+        shutil.rmtree(built) if built.is_dir() else built.unlink()
+
+    command = [sys.executable, "-m", "pip", "wheel", ".", "--no-deps", "--no-build-isolation"]
+    built = subprocess.run(
+        [*command, "--no-index", "--wheel-dir", str(tmp_path)],
+        check=False,
+        capture_output=True,
+        text=True,
+        cwd=source,
+        env={**os.environ, "PYTHONPATH": ""},
+    )
+    assert built.returncode == 0, built.stdout + built.stderr
+    (wheel,) = tmp_path.glob("*.whl")
+    assert wheel.name.startswith(f"swin_kernels-{swin_kernels.__version__}-cp310-abi3-")
+    with zipfile.ZipFile(wheel) as archive:
+        names = archive.namelist()
+        archive.extractall(unpacked)
+    assert "swin_kernels/_C_cpu.abi3.so" in names
+    assert [name for name in names if name.endswith("/LICENSE")]
+    modules = {p.relative_to(ROOT).as_posix() for p in (ROOT / "swin_kernels").rglob("*.py")}
+    assert modules <= set(names)
+    assert not [name for name in names if name.startswith(("tests", "csrc", "build"))]
+
+    used = subprocess.run(
+        [sys.executable, "-c", USE_WHEEL, str(unpacked)],
+        check=False,
+        capture_output=True,
+        text=True,
+        cwd=empty,
+        env={**os.environ, "PYTHONPATH": str(unpacked)},
+    )
+    assert used.returncode == 0, used.stderr
+    assert used.stdout.split("\n")[0] == "(2, 6, 6, 2, 8) True"
+
+
+def _environment(*arguments: str, **variables: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, str(ROOT / ".ci" / "environment.py"), *arguments],
+        check=False,
+        capture_output=True,
+        text=True,
+        env={**os.environ, **variables},
+    )
+
+
+def test_key_of_the_environment_is_one_word_and_stays():
+    first, second = (_environment("--key").stdout for _ in range(2))
+    assert re.fullmatch(r"[0-9a-f]{16}\n", first)
+    assert first == second
+
+
+def test_environment_leaves_a_folder_alone_that_is_none(tmp_path):
+    (tmp_path / "mine.txt").write_text("kept")
+    done = _environment(str(tmp_path), str(tmp_path / "record"))
+    assert done.returncode == 1
+    assert "is no virtual environment" in done.stderr
+    assert [path.name for path in tmp_path.iterdir()] == ["mine.txt"]

@@ -1,0 +1,57 @@
+"""Random configurations of the whole contract against float64."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from swin_kernels.testing import LAYOUTS, MASKS, Case, check
+
+DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
+
+
+@st.composite
+def cases(draw) -> Case:
+    axes = draw(st.integers(1, 3))
+    most = (40, 8, 4)[axes - 1]
+    window = tuple(draw(st.integers(1, most)) for _ in range(axes))
+    size = tuple(draw(st.integers(1, 3 * w if axes < 3 else 2 * w)) for w in window)
+    head_dim = draw(st.integers(1, 40))
+    packed = draw(st.booleans())
+    cosine = draw(st.booleans())
+    return Case(
+        batch=draw(st.integers(1, 3)),
+        size=size,
+        window=window,
+        shift=tuple(draw(st.integers(0, w - 1)) for w in window),
+        heads=draw(st.integers(1, 4)),
+        head_dim=head_dim,
+        value_dim=None if packed else draw(st.none() | st.integers(1, 40)),
+        dtype=draw(st.sampled_from(DTYPES)),
+        packed=packed,
+        bias=draw(st.sampled_from(["none", "dense", "table", "table+index"])),
+        cosine=cosine,
+        mask=draw(st.sampled_from(MASKS)),
+        mask_value=draw(st.sampled_from([-100.0, -200.0, -1.5, -math.inf])),
+        pads=draw(st.booleans()),
+        pad_order=draw(st.sampled_from(["pad-roll", "roll-pad"])),
+        periodic=draw(st.none() | st.tuples(*[st.booleans()] * axes)),
+        scale=None if cosine else draw(st.none() | st.floats(-1, 1)),
+        layout=draw(st.sampled_from(LAYOUTS)),
+        dropout_p=draw(st.sampled_from([0.0, 0.0, 0.25])),
+        extras_dtype=draw(st.sampled_from([None, torch.float32])),
+    )
+
+
+@settings(
+    max_examples=60,
+    deadline=None,
+    derandomize=True,
+    suppress_health_check=[HealthCheck.function_scoped_fixture],
+)
+@given(case=cases())
+def test_any_configuration_matches_float64(backend, case):
+    check(case, backend)

@@ -1,0 +1,383 @@
+"""The contract of the operation: outputs and every gradient within the error rule of float64."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+
+from swin_kernels import shifted_window_attention, shifted_window_attention_qkvpacked
+from swin_kernels.position_bias import relative_position_index
+from swin_kernels.testing import (
+    Case,
+    assert_within_error_rule,
+    call,
+    check,
+    make_grad_out,
+    make_operands,
+    run,
+    run_exact,
+    run_unfused,
+    with_grad,
+)
+
+DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
+DTYPE_IDS = ("fp32", "fp64", "fp16", "bf16")
+over_dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=DTYPE_IDS)
+
+
+def over(*cases: Case):
+    return pytest.mark.parametrize("case", cases, ids=str)
+
+
+LINE = Case(size=(21,), window=(8,), bias="table", pads=True)
+PLANE = Case(size=(11, 9), window=(4, 4), bias="table", pads=True)
+SPACE = Case(size=(4, 5, 7), window=(2, 3, 4), bias="table", pads=True)
+
+GEOMETRIES = (
+    LINE,
+    LINE.but(size=(24,)),
+    LINE.but(shift=(3,)),
+    LINE.but(shift=(3,), pad_order="roll-pad"),
+    LINE.but(size=(24,), shift=(7,), packed=True),
+    PLANE,
+    PLANE.but(size=(12, 12), shift=(2, 2)),
+    PLANE.but(shift=(2, 2)),
+    PLANE.but(shift=(2, 2), pad_order="roll-pad"),
+    PLANE.but(shift=(0, 2), packed=True),
+    PLANE.but(shift=(3, 0), pad_order="roll-pad", packed=True),
+    PLANE.but(size=(9, 11), window=(3, 5), shift=(1, 4)),
+    PLANE.but(size=(9, 11), window=(3, 5), shift=(1, 4), pad_order="roll-pad", pads=False),
+    SPACE,
+    SPACE.but(size=(4, 6, 8), shift=(1, 1, 2)),
+    SPACE.but(shift=(1, 0, 2)),
+    SPACE.but(shift=(1, 2, 0), pad_order="roll-pad", packed=True),
+    PLANE.but(size=(8, 12), shift=(2, 2), periodic=(False, True)),
+    PLANE.but(shift=(2, 1), periodic=(True, True)),
+    SPACE.but(shift=(1, 1, 2), periodic=(False, False, True), pad_order="roll-pad"),
+)
+
+
+@over_dtypes
+@over(*GEOMETRIES)
+def test_padding_shift_and_axes_match_float64(case, dtype, backend):
+    check(case.but(dtype=dtype), backend)
+
+
+OPTIONS = (
+    PLANE.but(shift=(2, 2), bias="none", pads=False),
+    PLANE.but(shift=(2, 2), bias="dense"),
+    PLANE.but(shift=(2, 2), bias="table+index"),
+    PLANE.but(shift=(2, 2), mask_value=-200.0),
+    PLANE.but(shift=(2, 2), mask_value=-math.inf),
+    PLANE.but(size=(12, 12), shift=(2, 0), mask_value=-math.inf, pad_order="roll-pad"),
+    PLANE.but(mask="soft"),
+    PLANE.but(shift=(2, 2), mask="soft", packed=True),
+    PLANE.but(shift=(2, 1), mask="regions", bias="dense"),
+    PLANE.but(mask="holes", mask_value=-math.inf),
+    PLANE.but(shift=(1, 2), mask="holes", mask_value=-math.inf),
+    PLANE.but(scale=0.11, packed=True),
+    PLANE.but(scale=-1.0),
+    PLANE.but(value_dim=24, heads=3),
+    PLANE.but(value_dim=5, shift=(2, 2), heads=3),
+    PLANE.but(cosine=True),
+    PLANE.but(cosine=True, shift=(2, 2), packed=True, pad_order="roll-pad"),
+    PLANE.but(cosine=True, shift=(2, 2), value_dim=20, mask="soft", bias="dense"),
+    LINE.but(cosine=True, shift=(2,), mask_value=-200.0, bias="table+index"),
+    SPACE.but(cosine=True, shift=(1, 0, 2), pads=False),
+)
+
+
+@over_dtypes
+@over(*OPTIONS)
+def test_bias_mask_scale_and_cosine_match_float64(case, dtype, backend):
+    check(case.but(dtype=dtype), backend)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64], ids=str)
+@over(
+    PLANE.but(shift=(2, 2), bias="dense", mask="soft"),
+    PLANE.but(shift=(2, 2), cosine=True, packed=True),
+    PLANE.but(bias="table+index", pad_order="roll-pad", shift=(1, 3)),
+)
+def test_biases_of_another_dtype_match_float64(case, dtype, backend):
+    check(case.but(dtype=dtype, extras_dtype=torch.float32), backend)
+
+
+@over_dtypes
+@pytest.mark.parametrize("head_dim", [8, 10, 16, 24, 30, 32, 48, 64, 88, 96, 128])
+def test_trap_9_head_dims_match_float64(head_dim, dtype, backend):
+    case = Case(1, (11, 8), (4, 4), (2, 2), head_dim=head_dim, dtype=dtype, bias="table")
+    check(case.but(packed=head_dim % 16 == 0, pads=True, cosine=head_dim % 3 == 0), backend)
+
+
+WINDOWS = (
+    ((4, 5), (2, 2)),
+    ((6, 7), (3, 3)),
+    ((8, 7), (4, 4)),
+    ((14, 12), (7, 7)),
+    ((16, 13), (8, 8)),
+    ((10, 12), (10, 10)),
+    ((12, 21), (12, 12)),
+    ((14, 28), (14, 14)),
+    ((197,), (197,)),
+    ((16, 30), (16, 16)),
+    ((7, 7, 9), (7, 7, 7)),
+    ((8, 7, 12), (8, 7, 7)),
+    ((24, 20), (24, 24)),
+)
+
+
+@over_dtypes
+@pytest.mark.parametrize(
+    ("size", "window"), WINDOWS, ids=[str(math.prod(window)) for _, window in WINDOWS]
+)
+def test_trap_9_windows_of_4_to_576_tokens_match_float64(size, window, dtype, backend):
+    shift = tuple(w // 2 if s > w else 0 for s, w in zip(size, window))
+    check(Case(1, size, window, shift, 1, 32, dtype=dtype, bias="table", pads=True), backend)
+
+
+@over_dtypes
+@pytest.mark.parametrize("layout", ["contiguous", "strided", "channels-inside"])
+@pytest.mark.parametrize("packed", [False, True], ids=["separate", "packed"])
+def test_memory_layout_does_not_matter(layout, packed, dtype, backend):
+    case = PLANE.but(shift=(2, 2), bias="dense", mask="soft", dtype=dtype, packed=packed)
+    check(case.but(layout=layout), backend)
+
+
+@over_dtypes
+def test_views_of_one_packed_buffer_match_packed(dtype, backend):
+    case = PLANE.but(shift=(2, 2), dtype=dtype, packed=True)
+    operands, grad_out = make_operands(case), make_grad_out(case)
+    packed = run(case, operands, grad_out, backend)
+    query, key, value = operands.query.unbind(-3)
+    apart = operands._replace(query=query, key=key, value=value)
+    separate = run(case.but(packed=False), apart, grad_out, backend)
+    assert torch.equal(packed.out, separate.out)
+    for part, name in enumerate(("query", "key", "value")):
+        assert torch.equal(packed.grads["query"].select(-3, part), separate.grads[name])
+    for name in ("bias_table", "pad_key", "pad_value"):
+        assert torch.equal(packed.grads[name], separate.grads[name])
+
+
+@over_dtypes
+def test_expanded_operands_match_their_copies(dtype, backend):
+    case = PLANE.but(shift=(2, 2), dtype=dtype, bias="dense", mask="soft")
+    operands, grad_out = make_operands(case), make_grad_out(case)
+    wide = operands._replace(
+        key=operands.key[:1, :1].expand(operands.key.shape),
+        value=operands.value[..., :1].expand(operands.value.shape),
+        bias=operands.bias[:1].expand(operands.bias.shape),
+        mask=operands.mask[:1].expand(operands.mask.shape),
+        pad_key=operands.pad_key[:1].expand(operands.pad_key.shape),
+    )
+    copies = wide._replace(
+        **{n: getattr(wide, n).clone() for n in ("key", "value", "bias", "mask")}
+    )
+    expanded, copied = (run(case, x, grad_out, backend) for x in (wide, copies))
+    assert torch.equal(expanded.out, copied.out)
+    for name in expanded.grads:
+        assert torch.equal(expanded.grads[name], copied.grads[name])
+
+
+@over_dtypes
+def test_expanded_gradient_of_a_sum_matches_float64(dtype, backend):
+    case = PLANE.but(shift=(2, 2), dtype=dtype, cosine=True)
+    operands = make_operands(case)
+    ones = torch.ones((), dtype=dtype).expand(make_grad_out(case).shape)
+    leaves = with_grad(operands)
+    call(case, leaves, backend).sum().backward()
+    with_ones = run(case, operands, ones, backend)
+    for name, grad in with_ones.grads.items():
+        assert torch.equal(getattr(leaves, name).grad, grad)
+    # logit_scale: two numbers are too few for the rule, and are judged in the cases above
+    few = {name: grad for name, grad in with_ones.grads.items() if name != "logit_scale"}
+    eager, exact = (f(case, operands, ones) for f in (run_unfused, run_exact))
+    assert_within_error_rule(
+        with_ones._replace(grads=few),
+        eager._replace(grads={name: eager.grads[name] for name in few}),
+        exact._replace(grads={name: exact.grads[name] for name in few}),
+    )
+
+
+@pytest.mark.parametrize("index_dtype", [torch.int32, torch.int64], ids=str)
+def test_index_of_any_stride_and_int_dtype_matches(index_dtype, backend):
+    case = PLANE.but(shift=(2, 2), bias="table+index")
+    operands, grad_out = make_operands(case), make_grad_out(case)
+    index = operands.bias_index.to(index_dtype)
+    flipped = index.T.contiguous().T
+    sliced = torch.stack((index, index), dim=-1)[..., 0]
+    results = [
+        run(case, operands._replace(bias_index=x), grad_out, backend)
+        for x in (operands.bias_index, index, flipped, sliced)
+    ]
+    for result in results[1:]:
+        assert torch.equal(result.out, results[0].out)
+        assert torch.equal(result.grads["bias_table"], results[0].grads["bias_table"])
+
+
+def test_geometric_index_given_equals_none(backend):
+    case = PLANE.but(shift=(2, 2))
+    operands, grad_out = make_operands(case), make_grad_out(case)
+    given = operands._replace(bias_index=relative_position_index(case.window))
+    expected, actual = (run(case, x, grad_out, backend) for x in (operands, given))
+    assert torch.equal(actual.out, expected.out)
+    torch.testing.assert_close(actual.grads, expected.grads, rtol=1e-5, atol=1e-5)
+
+
+@over_dtypes
+@over(
+    Case(0, (14, 9), (7, 7), (3, 3), bias="table", pads=True, cosine=True, mask="soft"),
+    Case(0, (8, 8), (4, 4), bias="dense", packed=True),
+    Case(0, (8,), (4,), (1,), bias="table+index", value_dim=3, pads=True),
+)
+def test_empty_batch_gives_empty_output_and_zero_bias_gradients(case, dtype, backend):
+    actual = check(case.but(dtype=dtype), backend)
+    assert actual.out.shape == (0, *case.size, case.heads, case.dv)
+    for name in actual.grads.keys() - {"query", "key", "value"}:
+        assert not actual.grads[name].any()
+
+
+@over_dtypes
+@over(
+    Case(2, (3, 5), (7, 7), (3, 3), bias="table", pads=True),
+    Case(2, (3, 5), (7, 7), (3, 3), bias="table", pads=True, pad_order="roll-pad", cosine=True),
+    Case(1, (1,), (4,), (2,), pads=True),
+    Case(1, (1, 1, 1), (2, 2, 2), (1, 0, 1), pad_order="roll-pad", pads=True),
+)
+def test_map_smaller_than_the_window_matches_float64(case, dtype, backend):
+    check(case.but(dtype=dtype), backend)
+
+
+def test_one_token_windows_return_the_value(backend):
+    case = Case(2, (3, 4), (1, 1), bias="table")
+    operands = make_operands(case)
+    assert torch.equal(call(case, operands, backend), operands.value)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+def test_large_logits_match_float64(dtype, backend):
+    case = PLANE.but(shift=(2, 2), dtype=dtype)
+    operands, grad_out = make_operands(case), make_grad_out(case)
+    large = operands._replace(query=operands.query * 16, key=operands.key * 16)
+    results = (
+        run(case, large, grad_out, backend),
+        run_unfused(case, large, grad_out),
+        run_exact(case, large, grad_out),
+    )
+    assert_within_error_rule(*results)
+    assert results[0].out.isfinite().all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_logits_beyond_the_range_of_exp_stay_finite(dtype, backend):
+    case = PLANE.but(shift=(2, 2), dtype=dtype)
+    operands = make_operands(case)
+    huge = operands._replace(query=operands.query * 1e4, key=operands.key * 1e4)
+    actual = run(case, huge, make_grad_out(case), backend)
+    assert actual.out.isfinite().all()
+    assert all(grad.isfinite().all() for grad in actual.grads.values())
+
+
+@over_dtypes
+@pytest.mark.parametrize("kind", ["dense", "table", "table+index"])
+def test_minus_infinity_in_the_bias_matches_float64(kind, dtype, backend):
+    case = PLANE.but(shift=(2, 2), dtype=dtype, bias=kind)
+    operands, grad_out = make_operands(case), make_grad_out(case)
+    name = "bias" if kind == "dense" else "bias_table"
+    bias = getattr(operands, name).clone()
+    holes = torch.rand(bias.shape, generator=torch.Generator().manual_seed(0)) < 0.2
+    bias[holes] = -torch.inf
+    bad = operands._replace(**{name: bias})
+    actual = run(case, bad, grad_out, backend)
+    assert_within_error_rule(
+        actual, run_unfused(case, bad, grad_out), run_exact(case, bad, grad_out)
+    )
+    assert not actual.grads[name][holes].any()
+
+
+@over_dtypes
+@over(
+    PLANE.but(mask="dead", mask_value=-math.inf, shift=(2, 2)),
+    PLANE.but(mask="dead", cosine=True, packed=True),
+    LINE.but(mask="dead", bias="dense", shift=(3,), pad_order="roll-pad"),
+)
+def test_row_of_masked_keys_gives_zeros_and_zero_gradients(case, dtype, backend):
+    actual = check(case.but(dtype=dtype), backend)
+    assert all(grad.isfinite().all() for grad in actual.grads.values())
+    whole = case.but(dtype=dtype, size=case.grid.padded, pad_order="pad-roll")
+    operands, grad_out = make_operands(whole), make_grad_out(whole)
+    actual = run(whole, operands, grad_out, backend)
+    dead = (actual.out == 0).flatten(-2).all(-1)
+    assert int(dead.sum()) == whole.batch * whole.grid.windows
+    d_query = actual.grads["query"]
+    if whole.packed:
+        d_query = d_query.select(-3, 0)
+    assert not d_query[dead].any()
+
+
+@over_dtypes
+def test_everything_masked_gives_zeros_and_zero_gradients(dtype, backend):
+    case = PLANE.but(dtype=dtype, bias="dense", mask="soft", shift=(2, 2), cosine=True)
+    operands = make_operands(case)
+    operands = operands._replace(mask=torch.full_like(operands.mask, -torch.inf))
+    actual = run(case, operands, make_grad_out(case), backend)
+    assert not actual.out.any()
+    for name, grad in actual.grads.items():
+        assert not grad.any(), name
+
+
+@over_dtypes
+@pytest.mark.parametrize("packed", [False, True], ids=["separate", "packed"])
+def test_nan_stays_in_its_window(packed, dtype, backend):
+    case = Case(2, (8, 8), (4, 4), dtype=dtype, packed=packed)
+    operands, grad_out = make_operands(case), make_grad_out(case)
+    bad = operands._replace(query=operands.query.clone())
+    bad.query[0, 1, 2] = torch.nan
+    clean, actual = (run(case, x, grad_out, backend) for x in (operands, bad))
+    inside = torch.zeros(case.batch, *case.size, dtype=torch.bool)
+    inside[0, :4, :4] = True
+    assert actual.out[0, 1, 2].isnan().all()
+    assert torch.equal(actual.out[~inside], clean.out[~inside])
+    for name in clean.grads:
+        assert torch.equal(actual.grads[name][~inside], clean.grads[name][~inside])
+    if packed:  # the token is a key and a value as well
+        assert actual.out[inside].isnan().all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+def test_nan_is_not_hidden_by_a_mask_of_minus_infinity(dtype, backend):
+    case = Case(1, (8,), (4,), dtype=dtype, mask="holes")
+    operands = make_operands(case)
+    query = operands.query.clone()
+    query[0, 5] = torch.nan
+    mask = torch.zeros_like(operands.mask)
+    mask[1, 1, 0] = -torch.inf
+    out = call(case, operands._replace(query=query, mask=mask), backend)
+    assert out[0, 5].isnan().all()
+    assert not out[0, :4].isnan().any()
+
+
+def test_output_is_contiguous_and_in_the_dtype_of_the_input(backend):
+    for dtype in DTYPES:
+        case = PLANE.but(shift=(2, 2), dtype=dtype)
+        out = call(case, make_operands(case), backend)
+        assert out.dtype == dtype
+        assert out.is_contiguous()
+
+
+def test_integer_and_sequence_arguments_agree(backend):
+    qkv = torch.randn(1, 8, 8, 3, 2, 8)
+    outputs = [
+        shifted_window_attention_qkvpacked(qkv, window, shift, periodic=wraps, backend=backend)
+        for window, shift, wraps in ((4, 2, False), ((4, 4), [2, 2], (False, False)))
+    ]
+    assert torch.equal(*outputs)
+
+
+def test_shift_defaults_to_none_and_scale_to_the_root_of_the_head_dim(backend):
+    q, k, v = torch.randn(3, 1, 6, 2, 8).unbind()
+    actual = shifted_window_attention(q, k, v, 3, backend=backend)
+    given = shifted_window_attention(q, k, v, 3, 0, scale=8**-0.5, backend=backend)
+    assert torch.equal(actual, given)
