@@ -77,6 +77,17 @@ def test_compiled_training_step_equals_eager(case, compiler):
         assert torch.equal(actual.grads[name], grad), name
 
 
+def test_compiled_reference_equals_eager():
+    operands, grad_out = make_operands(PLANE), make_grad_out(PLANE)
+    expected = run(PLANE, operands, grad_out, "reference")
+    compiled = torch.compile(
+        lambda leaves: call(PLANE, leaves, "reference"), fullgraph=True, backend="aot_eager"
+    )
+    actual = differentiate(compiled, operands, grad_out)
+    torch.testing.assert_close(actual.out, expected.out)
+    torch.testing.assert_close(actual.grads, expected.grads, rtol=1e-4, atol=1e-5)
+
+
 def test_compiled_inference_equals_eager():
     operands = make_operands(PLANE)
     with torch.no_grad():

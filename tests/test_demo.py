@@ -81,7 +81,8 @@ def test_whole_demo_prints_its_tables_and_writes_the_picture(tmp_path):
     rows = {line.split("|")[1].strip() for line in done.stdout.splitlines() if line.count("|") > 3}
     assert {
         "logits",
-        "gradients of 173 parameters",
+        "gradients",
+        "each gradient",
         "inference",
         "training step",
         "peak memory, inference",
@@ -92,6 +93,7 @@ def test_whole_demo_prints_its_tables_and_writes_the_picture(tmp_path):
     assert "1 thread " in first
     assert "backend " in first
     assert "replaced in 12 of 12 blocks" in done.stdout
+    assert "173 parameters" in done.stdout
     assert "Within the error rule" in done.stdout
     assert "Traceback" not in done.stderr
     (picture,) = tmp_path.iterdir()

@@ -341,7 +341,9 @@ class TestExplain:
     def test_packed_call_and_problem_give_the_same(self):
         qkv = torch.randn(1, 14, 14, 3, 2, 8)
         problem = Problem.checked(Operands(qkv), 7, 3)
-        assert explain(qkv, 7, 3) == explain(problem) == explain(qkv=qkv, window_size=7, shift_size=3)
+        assert (
+            explain(qkv, 7, 3) == explain(problem) == explain(qkv=qkv, window_size=7, shift_size=3)
+        )
         assert REFERENCE.name in explain(problem)
 
     def test_bad_subject_and_bad_call_raise(self):

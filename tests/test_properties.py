@@ -19,7 +19,7 @@ def cases(draw) -> Case:
     most = (40, 8, 4)[axes - 1]
     window = tuple(draw(st.integers(1, most)) for _ in range(axes))
     size = tuple(draw(st.integers(1, 3 * w if axes < 3 else 2 * w)) for w in window)
-    head_dim = draw(st.integers(1, 40))
+    head_dim = draw(st.integers(2, 40))  # cosine of one channel has gradient 0: rounding alone
     packed = draw(st.booleans())
     cosine = draw(st.booleans())
     return Case(

@@ -119,7 +119,7 @@ def _relative(patched: Outcome, stock: Outcome, exact: Outcome) -> Difference:
 
     # powers of two, so that scaling rounds nothing
     scales = {name: 2.0 ** -math.frexp(size)[1] for name, size in sizes.items()}
-    name = "gradients, each relative to its largest"
+    name = "each gradient"
     flat = (_flat(outcome.grads, scales) for outcome in (patched, stock, exact))
     return Difference(
         name,
@@ -139,7 +139,7 @@ def compare(patched: Outcome, stock: Outcome, exact: Outcome) -> list[Difference
     grads = (_flat(x.grads, dict.fromkeys(exact.grads, 1.0)) for x in (patched, stock, exact))
     return [
         _difference("logits", patched.logits, stock.logits, exact.logits),
-        _difference(f"gradients of {len(exact.grads)} parameters", *grads),
+        _difference("gradients", *grads),
         _relative(patched, stock, exact),
     ]
 

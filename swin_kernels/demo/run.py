@@ -143,7 +143,7 @@ def _numbers_table(differences: list[measure.Difference]) -> Table:
     from rich.table import Table
 
     table = Table(box=box.MARKDOWN)
-    table.add_column("largest difference (relative to the largest value)")
+    table.add_column("difference")
     for title in ("patched − stock", "stock − float64", "patched − float64"):
         table.add_column(title, justify="right")
     for d in differences:
@@ -272,6 +272,11 @@ def run(p: Prepared) -> int:
 
     console.print("The same numbers", style="bold")
     console.print(_numbers_table(differences))
+    parameters = sum(1 for _ in p.patched.parameters())
+    console.print(
+        "Largest difference (relative to the largest value): of the logits; of the gradients of "
+        f"all {parameters} parameters; of each gradient relative to its own largest value."
+    )
     complaints = [d.complaint for d in differences if d.complaint]
     for complaint in complaints:
         console.print(f"beyond the error rule: {complaint}", style="bold red", soft_wrap=True)

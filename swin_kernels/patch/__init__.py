@@ -1,4 +1,5 @@
-"""Models in use, patched: their window attention runs as the fused operation, with the same numbers.
+"""Models in use, patched: their window attention runs as the fused operation, with the same
+numbers.
 
 The only place that imports model libraries, each when a model built from it is patched.
 """

@@ -1,7 +1,8 @@
 """patch, unpatch, patched: stock blocks turned into fused ones by a change of class, and back.
 
-A fused class is a subclass of the stock class that overrides its attention method and holds no parameter and no
-buffer, so that state_dict, isinstance, hooks, deepcopy, pickle and torch.compile go on as before.
+A fused class is a subclass of the stock class that overrides its attention method and holds no
+parameter and no buffer, so that state_dict, isinstance, hooks, deepcopy, pickle and torch.compile
+go on as before.
 """
 
 from __future__ import annotations
@@ -28,14 +29,14 @@ STOCK_CLASSES = {
 
 @dataclass(eq=False)
 class Memory:
-    """All that a fused block holds beyond its stock attributes; part of the instance, in no state_dict."""
+    """All that a fused block holds beyond its stock attributes; in no state_dict."""
 
     backend: str | None
     checked: Any = None  # what the fused class has found out about the block, kept between calls
 
 
 class Fused:
-    """Base of the fused subclasses, which stand before their stock class in the order of methods."""
+    """Base of the fused subclasses, before their stock class in the order of methods."""
 
     stock: ClassVar[type[nn.Module]]
     known_sources: ClassVar[Mapping[str, str]]  # fingerprint -> the releases that have it
@@ -44,12 +45,12 @@ class Fused:
 
     @classmethod
     def relied_on(cls) -> tuple[Callable, ...]:
-        """The library's functions that the fused method stands for; looked up anew, as they may be patched."""
+        """The library's functions that the fused method stands for, as they are now."""
         raise NotImplementedError
 
     @classmethod
     def why_stock(cls, block: nn.Module) -> str | None:
-        """Why `block` must take the stock path as it is now, or None. Asked on each call: cheap, traceable."""
+        """Why `block` must take the stock path now, or None; asked on each call."""
         raise NotImplementedError
 
     @classmethod
@@ -69,13 +70,15 @@ class Fused:
         tested = ", ".join(sorted(set(cls.known_sources.values())))
         what = "cannot be read" if found is None else f"has fingerprint {found}"
         return (
-            f"the source of {cls.stock.__name__} {what} and is not one of those tested ({tested}): it was changed, or "
-            "comes from another release"
+            f"the source of {cls.stock.__name__} {what} and is not one of those tested "
+            f"({tested}): it was changed, or comes from another release"
         )
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)  # type: ignore[misc]
-        if (reason := self.why_unknown()) is not None:  # pickled beside another release of the library
+        if (
+            reason := self.why_unknown()
+        ) is not None:  # pickled beside another release of the library
             _to_stock(self)
             warnings.warn(f"swin_kernels: unpickled as a stock block: {reason}", stacklevel=2)
 
@@ -87,7 +90,7 @@ def _to_stock(block: Any) -> None:
 
 @dataclass(frozen=True)
 class PatchReport:
-    """What `patch` did, by module name as in `model.named_modules()`; the name of the model itself is ''."""
+    """What `patch` did, by names as in `model.named_modules()`: '' is the model itself."""
 
     replaced: tuple[str, ...] = ()
     already_patched: tuple[str, ...] = ()
@@ -97,8 +100,8 @@ class PatchReport:
     def __str__(self) -> str:
         total = len(self.replaced) + len(self.already_patched) + len(self.left)
         lines = [f"window attention replaced in {len(self.replaced)} of {total} blocks"]
-        lines += grouped("replaced", {name: "" for name in self.replaced})
-        lines += grouped("already patched", {name: "" for name in self.already_patched})
+        lines += grouped("replaced", dict.fromkeys(self.replaced, ""))
+        lines += grouped("already patched", dict.fromkeys(self.already_patched, ""))
         lines += grouped("left on the stock path", self.left)
         lines += grouped("note", self.notes)
         return "\n".join(lines)
@@ -109,14 +112,17 @@ def grouped(title: str, entries: Mapping[str, str]) -> list[str]:
     names: dict[str, list[str]] = {}
     for name, text in entries.items():
         names.setdefault(text, []).append(name or "(the model itself)")
-    return [f"  {title}: {', '.join(who)}" + (f": {text}" if text else "") for text, who in names.items()]
+    return [
+        f"  {title}: {', '.join(who)}" + (f": {text}" if text else "")
+        for text, who in names.items()
+    ]
 
 
 class Found(NamedTuple):
     """A block of a stock class, or of a subclass of one, in a model."""
 
     name: str
-    block: nn.Module
+    block: Any
     fused: type[Fused]
     patched: bool
     reason: str | None  # why it takes the stock path as it is now
@@ -132,7 +138,8 @@ def _judge(name: str, block: nn.Module, stock: str) -> Found:
         return Found(name, block, fused, True, fused.why_stock(block))
     if type(block) is not fused.stock:
         reason: str | None = (
-            f"{_qualified(type(block))} is a subclass of {fused.stock.__name__}, whose methods it may have changed"
+            f"{_qualified(type(block))} is a subclass of {fused.stock.__name__}, "
+            "whose methods it may have changed"
         )
     else:
         reason = fused.why_unknown() or fused.why_stock(block)
@@ -149,14 +156,18 @@ def survey(model: nn.Module) -> list[Found]:
     _expect_module(model)
     found = []
     for name, module in model.named_modules():
-        stock = next((q for cls in type(module).__mro__ if (q := _qualified(cls)) in STOCK_CLASSES), None)
+        stock = next(
+            (q for cls in type(module).__mro__ if (q := _qualified(cls)) in STOCK_CLASSES), None
+        )
         if stock is not None:
             found.append(_judge(name, module, stock))
     if not found:
-        came = sorted({type(module).__name__ for module in model.modules()} - {type(model).__name__})
+        came = sorted(
+            {type(module).__name__ for module in model.modules()} - {type(model).__name__}
+        )
         raise ValueError(
-            f"no window attention found to replace in {_qualified(type(model))}; looked for blocks of the classes "
-            f"{', '.join(STOCK_CLASSES)}; came: {', '.join(came) or 'no submodules'}"
+            f"no window attention found to replace in {_qualified(type(model))}; looked for blocks "
+            f"of the classes {', '.join(STOCK_CLASSES)}; came: {', '.join(came) or 'no submodules'}"
         )
     return found
 
@@ -176,20 +187,24 @@ def report_on(found: list[Found]) -> PatchReport:
 
 
 def patch(model: nn.Module, *, backend: str | None = None) -> PatchReport:
-    """Run the window attention of every supported block of `model` as the fused operation, in place.
+    """Run the window attention of every supported block of `model` as the fused operation, in
+    place.
 
-    Outputs and gradients are those of the stock model; roll, pad and partition are gone. Each block changes its class
-    to a subclass of its own, which `unpatch` undoes. A block that is not exactly what was tested (a subclass, changed
-    source, hooks on its attention) is left as it is, with a warning and the reason in the report. A patched block
-    whose attention gets a hook later takes the stock path for as long as the hook is there.
+    Outputs and gradients are those of the stock model; roll, pad and partition are gone. Each block
+    changes its class to a subclass of its own, which `unpatch` undoes. A block that is not exactly
+    what was tested (a subclass, changed source, hooks on its attention) is left as it is, with a
+    warning and the reason in the report. A patched block whose attention gets a hook later takes
+    the stock path for as long as the hook is there.
 
     Args:
         model: any module that holds blocks of the classes in docs/compatibility.md.
-        backend: passed to each call of the operation and kept by each block: None chooses per call, a name never
-            falls back. On a block already patched it replaces the backend asked for before.
+        backend: passed to each call of the operation and kept by each block: None chooses per call,
+            a name never falls back. On a block already patched it replaces the backend asked for
+            before.
 
     Raises:
-        ValueError: not a module, an unknown backend, or nothing to replace in it; the model is then unchanged.
+        ValueError: not a module, an unknown backend, or nothing to replace in it; the model is then
+    unchanged.
     """
     if backend is not None:
         check_name(backend)
@@ -197,11 +212,11 @@ def patch(model: nn.Module, *, backend: str | None = None) -> PatchReport:
     report = report_on(found)
     for _, block, fused, is_patched, reason in found:
         if is_patched:
-            block._swin_kernels.backend = backend  # type: ignore[union-attr]
+            block._swin_kernels.backend = backend
         elif reason is None:
-            block._swin_kernels = Memory(backend)  # type: ignore[assignment]
+            block._swin_kernels = Memory(backend)
             block.__class__ = fused
-            block.on_patch()  # type: ignore[operator]
+            block.on_patch()
     if report.left:
         lines = "\n".join(grouped("left on the stock path", report.left))
         warnings.warn(f"swin_kernels.patch: not every block was replaced\n{lines}", stacklevel=2)
@@ -217,18 +232,20 @@ def _restore(blocks: Mapping[str, Any]) -> None:
     for name, block in blocks.items():
         if "stock" not in vars(type(block)):  # a fused class has its own, a subclass of it does not
             raise ValueError(
-                f"{name!r} is now a {_qualified(type(block))}: its class was changed after patch; undo that first"
+                f"{name!r} is now a {_qualified(type(block))}: its class was changed after patch; "
+                "undo that first"
             )
     for block in blocks.values():
         _to_stock(block)
 
 
 def unpatch(model: nn.Module) -> tuple[str, ...]:
-    """Give every patched block of `model` its stock class back; returns their names, () where none was patched.
+    """Give every patched block of `model` its stock class back; returns their names, () where none
+    was patched.
 
     Raises:
-        ValueError: not a module, or the class of a block was changed again after `patch` (as FSDP2 does): undo that
-            first. Nothing is then changed.
+        ValueError: not a module, or the class of a block was changed again after `patch` (as FSDP2
+            does): undo that first. Nothing is then changed.
     """
     blocks = _fused_blocks(model)
     _restore(blocks)
@@ -237,7 +254,7 @@ def unpatch(model: nn.Module) -> tuple[str, ...]:
 
 @contextlib.contextmanager
 def patched(model: nn.Module, *, backend: str | None = None) -> Iterator[PatchReport]:
-    """`with patched(model):` is `patch` on entry and its undoing on exit, for the blocks that it changed."""
+    """`with patched(model):` is `patch` on entry, and on exit the undoing of what it changed."""
     before = {block: block._swin_kernels.backend for block in _fused_blocks(model).values()}
     report = patch(model, backend=backend)
     try:

@@ -21,11 +21,15 @@ from swin_kernels.problem import Operands, Problem
 
 
 def explain(*args: Any, **options: Any) -> str:
-    """What would run and why nothing else does, as text for a person; nothing is computed or changed.
+    """What would run and why nothing else does, as text for a person; nothing is computed or
+    changed.
 
-    - `explain()`: versions, the backends, whether the compiled objects loaded and if not why, the vector code in use.
-    - `explain(model)`: what `patch(model)` would do with each block; for blocks already patched, what they do now.
-    - `explain(query, key, value, window_size, …)` and `explain(qkv, window_size, …)`, the arguments of the public
+    - `explain()`: versions, the backends, whether the compiled objects loaded and if not why, the
+      vector code in use.
+    - `explain(model)`: what `patch(model)` would do with each block; for blocks already patched,
+      what they do now.
+    - `explain(query, key, value, window_size, …)` and `explain(qkv, window_size, …)`, the arguments
+      of the public
       functions: which backend would run the call and the reason of each one that cannot.
     - `explain(problem)`: the same for a `swin_kernels.problem.Problem`.
 
@@ -42,8 +46,8 @@ def explain(*args: Any, **options: Any) -> str:
     if isinstance(subject, Tensor) or "query" in options or "qkv" in options:
         return _call(*args, **options)
     raise ValueError(
-        "explain: expected nothing, a torch.nn.Module, a Problem, or the arguments of shifted_window_attention, got "
-        f"{type(subject).__name__}"
+        "explain: expected nothing, a torch.nn.Module, a Problem, or the arguments of "
+        f"shifted_window_attention, got {type(subject).__name__}"
     )
 
 
@@ -58,13 +62,15 @@ def _environment() -> str:
     from swin_kernels import __version__
 
     lines = [
-        f"swin_kernels {__version__}, torch {torch.__version__}, Python {platform.python_version()}, "
-        f"{platform.system()} {platform.machine()}",
-        f"default backend (SWIN_KERNELS_BACKEND): {DEFAULT_BACKEND or 'not set, the first that can'}",
+        f"swin_kernels {__version__}, torch {torch.__version__}, "
+        f"Python {platform.python_version()}, {platform.system()} {platform.machine()}",
+        f"default backend (SWIN_KERNELS_BACKEND): {DEFAULT_BACKEND or 'the first that can'}",
         f"backends, in order of preference: {', '.join(BACKENDS)}",
     ]
     for loaded in (native.CPU_OBJECT,):
-        state = f"loaded from {loaded.path}" if loaded.error is None else f"not loaded: {loaded.error}"
+        state = (
+            f"loaded from {loaded.path}" if loaded.error is None else f"not loaded: {loaded.error}"
+        )
         lines.append(f"compiled object {loaded.name}: {state}")
     lines.append(f"vector code in use (ATEN_CPU_CAPABILITY lowers it): {native.cpu_capability()}")
     lines.append("models that patch knows:")
@@ -84,14 +90,23 @@ def _model(model: nn.Module) -> str:
     name = type(model).__name__
     fused = sum(f.reason is None for f in found)
     lines = [f"{name}: {fused} of {len(found)} blocks of window attention run fused once patched"]
-    lines += grouped("would be replaced", {f.name: "" for f in found if not f.patched and not f.reason})
-    lines += grouped("would be left", {f.name: f.reason for f in found if not f.patched and f.reason})
     lines += grouped(
-        "patched",
-        {f.name: f"backend {f.block._swin_kernels.backend or 'chosen per call'}" for f in found if f.patched},
+        "would be replaced", {f.name: "" for f in found if not f.patched and not f.reason}
     )
     lines += grouped(
-        "patched, on the stock path for now", {f.name: f.reason for f in found if f.patched and f.reason}
+        "would be left", {f.name: f.reason for f in found if not f.patched and f.reason}
+    )
+    lines += grouped(
+        "patched",
+        {
+            f.name: f"backend {f.block._swin_kernels.backend or 'chosen per call'}"
+            for f in found
+            if f.patched
+        },
+    )
+    lines += grouped(
+        "patched, on the stock path for now",
+        {f.name: f.reason for f in found if f.patched and f.reason},
     )
     lines += grouped("note", notes_on(found))
     return "\n".join(lines)
@@ -104,19 +119,24 @@ def _problem(problem: Problem, backend: str | None = None) -> str:
         check_name(name)
     chosen = name or next((n for n, reason in reasons.items() if reason is None), None)
     if chosen is None or reasons[chosen] is not None:
-        verdict = "nothing runs it" if name is None else f"{name} was asked for and cannot: it would raise"
+        verdict = (
+            "nothing runs it"
+            if name is None
+            else f"{name} was asked for and cannot: it would raise"
+        )
     else:
         verdict = f"{chosen} would run it" + ("" if name is None else ", as asked for")
     lines = [f"{problem}: {verdict}"]
     for other, reason in reasons.items():
-        state = reason or ("runs it" if other == chosen else f"could, when asked for as backend={other!r}")
+        state = reason or (
+            "runs it" if other == chosen else f"could, when asked for as backend={other!r}"
+        )
         lines.append(f"  {other}: {state}")
     return "\n".join(lines)
 
 
 def _call(*args: Any, **options: Any) -> str:
-    packed = "qkv" in options or (len(args) > 1 and not isinstance(args[1], Tensor)) or "key" not in options
-    packed = packed and not (len(args) > 1 and isinstance(args[1], Tensor))
+    packed = "key" not in options and not (len(args) > 1 and isinstance(args[1], Tensor))
     function = shifted_window_attention_qkvpacked if packed else shifted_window_attention
     given = inspect.signature(function).bind(*args, **options).arguments
     backend = given.pop("backend", None)

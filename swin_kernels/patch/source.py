@@ -1,4 +1,4 @@
-"""A fingerprint of Python source: changes with what the code does, not with how it is written down."""
+"""A fingerprint of Python source: of what the code does, not of how it is written down."""
 
 from __future__ import annotations
 
@@ -16,20 +16,25 @@ _DEFINITIONS = (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)
 
 
 def _is_docstring(node: ast.AST) -> bool:
-    return isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant) and isinstance(node.value.value, str)
+    return (
+        isinstance(node, ast.Expr)
+        and isinstance(node.value, ast.Constant)
+        and isinstance(node.value.value, str)
+    )
 
 
 def _tokens(node: object) -> Iterator[str]:
-    """The tree in prefix order. Not `ast.dump` or `ast.unparse`: both write one tree differently by version."""
+    """The tree in prefix order; `ast.dump` and `ast.unparse` differ between versions of Python."""
     if isinstance(node, ast.AST):
         yield f"({type(node).__name__}"
         for field, value in ast.iter_fields(node):
             if field in _IGNORED or value is None or value == []:
                 continue
-            if field == "body" and isinstance(node, _DEFINITIONS) and _is_docstring(value[0]):
-                value = value[1:]
+            documented = (
+                field == "body" and isinstance(node, _DEFINITIONS) and _is_docstring(value[0])
+            )
             yield field
-            yield from _tokens(value)
+            yield from _tokens(value[1:] if documented else value)
         yield ")"
     elif isinstance(node, list):
         yield "["
@@ -47,10 +52,11 @@ def _of_code(code: CodeType) -> bytes:
 
 
 def fingerprint(functions: tuple[Callable, ...]) -> str | None:
-    """16 hex digits over the bodies, names and defaults of `functions`; None where a source cannot be read.
+    """16 hex digits over the bodies, names and defaults of `functions`; None where a source cannot
+    be read.
 
-    Docstrings, comments, annotations and decorators are left out. A function that wraps another (a monkey patch) is read
-    itself, not what it claims to wrap.
+    Docstrings, comments, annotations and decorators are left out. A function that wraps another (a
+    monkey patch) is read itself, not what it claims to wrap.
     """
     digest = hashlib.sha256()
     for function in functions:

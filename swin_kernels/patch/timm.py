@@ -1,7 +1,8 @@
 """The three window attention blocks of timm, fused at block level: no roll, no pad, no partition.
 
-The model's own qkv layer runs on the unpadded, unshifted map, then the operation, then the model's own proj. Window,
-shift, bias and mask are read from the block on each call, as `set_input_size` and users replace them.
+The model's own qkv layer runs on the unpadded, unshifted map, then the operation, then the model's
+own proj. Window, shift, bias and mask are read from the block on each call, as `set_input_size` and
+users replace them.
 """
 
 from __future__ import annotations
@@ -22,32 +23,36 @@ from swin_kernels.ops.window_attention import shifted_window_attention_qkvpacked
 from swin_kernels.patch.core import Fused
 
 STOCK_MASK_VALUE = -100.0
-# F.normalize's argument to the exponential: attention is never sharper than 100
-MAX_LOG_SCALE = math.log(1.0 / 0.01)
+MAX_LOG_SCALE = math.log(1.0 / 0.01)  # timm multiplies cosines by 100 at most
 
 
 def _has_hooks(module: Any) -> bool:
     return bool(
-        module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
+        module._forward_hooks
+        or module._forward_pre_hooks
+        or module._backward_hooks
+        or module._backward_pre_hooks
     )
 
 
 def _graph_is_for_others(x: object) -> bool:
-    """Whether this call is recorded for a runtime that lacks our operation: TorchScript, FX's Proxy, ONNX."""
+    """Whether this call is recorded for a runtime without our op: TorchScript, FX, ONNX."""
     if not isinstance(x, Tensor) or torch.jit.is_tracing():
         return True
     return torch.compiler.is_exporting() and torch.onnx.is_in_onnx_export()
 
 
 def _named(name: str, function: Any) -> FunctionType:
-    """The same function under a name of its own, as TorchScript finds methods by the name they carry."""
+    """The same function under another name: TorchScript finds methods by the name they carry."""
     if not isinstance(function, FunctionType):  # replaced by something else: never taken for stock
         return function
-    return FunctionType(function.__code__, function.__globals__, name, function.__defaults__, function.__closure__)
+    return FunctionType(
+        function.__code__, function.__globals__, name, function.__defaults__, function.__closure__
+    )
 
 
 def _of_zeros(linear: nn.Module, x: Tensor) -> Tensor | None:
-    """`linear` of one token of zeros (3·C,), None where it is zeros: the qkv of a token that padding adds."""
+    """`linear` of one token of zeros, 3·C numbers, None for zeros: the qkv of a padded token."""
     if type(linear) is nn.Linear and not _has_hooks(linear) and "forward" not in linear.__dict__:
         return linear.bias
     return linear(x.new_zeros((1, 1, 1, x.shape[-1])))
@@ -55,7 +60,7 @@ def _of_zeros(linear: nn.Module, x: Tensor) -> Tensor | None:
 
 @dataclass(frozen=True, eq=False)
 class _CheckedMask:
-    """A mask that was compared, and the (padded size, window, shift) whose shift mask it is, if it is one."""
+    """A mask that was compared, and of which (padded size, window, shift) it is the shift mask."""
 
     mask: Tensor
     version: int
@@ -63,13 +68,14 @@ class _CheckedMask:
 
 
 class _FusedBlock(Fused):
-    """What the three blocks share; a subclass names its classes and says where qkv and bias come from."""
+    """What the three blocks share; subclasses say where qkv and bias come from."""
 
     stock_attention: ClassVar[type[nn.Module]]
     block_methods: ClassVar[tuple[str, ...]]  # replaced or relied on
     attention_methods: ClassVar[tuple[str, ...]]
-    watched: ClassVar[Mapping[str, type[nn.Module]]]  # submodules of attn that the fused path passes over
-    resolution: ClassVar[str]  # the attribute that holds the size for which the static mask was built
+    # submodules of attn that the fused path passes over
+    watched: ClassVar[Mapping[str, type[nn.Module]]]
+    resolution: ClassVar[str]  # the attribute with the size that the static mask is made for
 
     # of the stock block
     attn: Any
@@ -79,9 +85,9 @@ class _FusedBlock(Fused):
 
     @classmethod
     def relied_on(cls) -> tuple[Callable, ...]:
-        module = {m.__name__: m for m in (swin_transformer, swin_transformer_v2, swin_transformer_v2_cr)}[
-            cls.stock.__module__
-        ]
+        module = {
+            m.__name__: m for m in (swin_transformer, swin_transformer_v2, swin_transformer_v2_cr)
+        }[cls.stock.__module__]
         return (
             *(getattr(cls.stock, name) for name in cls.block_methods),
             *(getattr(cls.stock_attention, name) for name in cls.attention_methods),
@@ -93,7 +99,9 @@ class _FusedBlock(Fused):
     def why_stock(cls, block: Any) -> str | None:
         attn = block.attn
         if type(attn) is not cls.stock_attention:
-            return f"its attn is a {type(attn).__name__}, not the stock {cls.stock_attention.__name__}"
+            return (
+                f"its attn is a {type(attn).__name__}, not the stock {cls.stock_attention.__name__}"
+            )
         for name in cls.block_methods:
             if name in block.__dict__:
                 return f"its {name} was replaced on the instance"
@@ -110,7 +118,8 @@ class _FusedBlock(Fused):
                 return f"its attn.{name} has hooks, which the fused path would not call"
         for shift, window in zip(block.shift_size, block.window_size):
             if not 0 <= shift < window:
-                return f"its shift {tuple(block.shift_size)} does not fit its window {tuple(block.window_size)}"
+                shifts, windows = tuple(block.shift_size), tuple(block.window_size)
+                return f"its shift {shifts} does not fit its window {windows}"
         return None
 
     def on_patch(self) -> None:
@@ -129,12 +138,14 @@ class _FusedBlock(Fused):
         return tuple(-(-s // w) * w for s, w in zip(size, self.window_size))
 
     def _check_mask(self) -> None:
-        """Find out whether the static mask is the one stock built: once for each mask, as it reads all of it."""
+        """Find out whether the static mask is what stock built: once a mask, as it reads it all."""
         mask, shift_mask_of = self.attn_mask, None
-        if mask is None or type(mask) is not Tensor or mask.is_meta or mask.is_inference():
-            self._swin_kernels.checked = None
-            return
-        if torch._C._are_functorch_transforms_active():  # a batched mask has no one value to look at
+        if (
+            type(mask) is not Tensor
+            or mask.is_meta
+            or mask.is_inference()  # has no version
+            or torch._C._are_functorch_transforms_active()  # may have no one value
+        ):
             self._swin_kernels.checked = None
             return
         window, shift = tuple(self.window_size), tuple(self.shift_size)
@@ -147,7 +158,7 @@ class _FusedBlock(Fused):
         self._swin_kernels.checked = _CheckedMask(mask, mask._version, shift_mask_of)
 
     def _is_shift_mask(self, mask: Tensor, padded: tuple[int, ...]) -> bool:
-        """Whether `mask` is known to be what the operation adds by itself for a map of this padded size."""
+        """Whether `mask` is known to be what the operation adds by itself at this padded size."""
         if not torch.compiler.is_compiling():
             known = self._swin_kernels.checked
             if known is None or known.mask is not mask or known.version != mask._version:
@@ -160,7 +171,8 @@ class _FusedBlock(Fused):
         )
 
     def _masking(self, height: int, width: int) -> dict[str, Any] | None:
-        """The operation's mask arguments for what stock would add here; None where only stock knows."""
+        """Arguments that add the mask that stock would add; None where only stock knows."""
+        # literals: as a global, dynamo would trace a float of dynamic value
         if getattr(self, "dynamic_mask", False):
             return {"mask_value": -100.0}
         mask = self.attn_mask
@@ -175,7 +187,8 @@ class _FusedBlock(Fused):
         windows = padded[0] * padded[1] // tokens
         if mask.shape != (windows, tokens, tokens):
             return None
-        return {"mask": mask, "mask_value": 0.0}  # 0: the shift moves tokens, the mask alone separates them
+        # 0: the shift moves tokens, the mask alone separates them
+        return {"mask": mask, "mask_value": 0.0}
 
     def _qkv(self, x: Tensor, padded: bool) -> tuple[Tensor, Tensor | None]:
         """qkv of the map and, where it is padded, of a token of zeros."""
@@ -187,7 +200,7 @@ class _FusedBlock(Fused):
         raise NotImplementedError
 
     def _fused(self, x: Tensor) -> Tensor | None:
-        """The stock attention method of (B, height, width, C); None where this call must take the stock path."""
+        """The stock method of (B, height, width, C), fused; None where stock must run it."""
         if _graph_is_for_others(x) or self.why_stock(self) is not None:
             return None
         height, width = x.shape[1], x.shape[2]
@@ -221,12 +234,15 @@ class FusedSwinTransformerBlock(_FusedBlock, swin_transformer.SwinTransformerBlo
     stock_attention = swin_transformer.WindowAttention
     block_methods = ("forward", "_attn", "get_attn_mask")
     attention_methods = ("forward", "_get_rel_pos_bias")
-    watched: ClassVar[Mapping[str, type[nn.Module]]] = {"softmax": nn.Softmax, "attn_drop": nn.Dropout}
+    watched: ClassVar[Mapping[str, type[nn.Module]]] = {
+        "softmax": nn.Softmax,
+        "attn_drop": nn.Dropout,
+    }
     resolution = "input_resolution"
     known_sources: ClassVar[Mapping[str, str]] = {
         "6608065702c3fc10": "timm 1.0.31",
-        "876aa8f7011b5d41": "timm 1.0.22 to 1.0.27",
-        "82532d67d5377160": "timm 1.0.9 to 1.0.15",
+        "876aa8f7011b5d41": "timm 1.0.22 to 1.0.30",
+        "82532d67d5377160": "timm 1.0.9 to 1.0.19",
     }
 
     def _bias(self) -> dict[str, Any]:
@@ -254,12 +270,15 @@ class FusedSwinTransformerV2Block(_FusedBlock, swin_transformer_v2.SwinTransform
     stock_attention = swin_transformer_v2.WindowAttention
     block_methods = ("forward", "_attn", "get_attn_mask")
     attention_methods = ("forward",)
-    watched: ClassVar[Mapping[str, type[nn.Module]]] = {"softmax": nn.Softmax, "attn_drop": nn.Dropout}
+    watched: ClassVar[Mapping[str, type[nn.Module]]] = {
+        "softmax": nn.Softmax,
+        "attn_drop": nn.Dropout,
+    }
     resolution = "input_resolution"
     known_sources: ClassVar[Mapping[str, str]] = {
         "6ff1a93d1cfecff1": "timm 1.0.31",
-        "66eb5a69881a05f9": "timm 1.0.22 to 1.0.27",
-        "9fe6653d14ccfcbf": "timm 1.0.9 to 1.0.15",
+        "66eb5a69881a05f9": "timm 1.0.22 to 1.0.30",
+        "9fe6653d14ccfcbf": "timm 1.0.9 to 1.0.19",
     }
 
     @classmethod
@@ -270,8 +289,8 @@ class FusedSwinTransformerV2Block(_FusedBlock, swin_transformer_v2.SwinTransform
         if type(attn.qkv) is nn.Linear and not _has_hooks(attn.qkv):
             return None
         return (
-            f"attn.qkv ({type(attn.qkv).__name__}) is not called, as in stock timm, which reads its weight only; "
-            "attn.qkv_bias_separate = True has it called"
+            """Christoph Reich's Swin V2: cosine attention, dense biases from a network."""
+            "weight only; attn.qkv_bias_separate = True has it called"
         )
 
     def _qkv(self, x: Tensor, padded: bool) -> tuple[Tensor, Tensor | None]:
@@ -307,7 +326,7 @@ class FusedSwinTransformerV2Block(_FusedBlock, swin_transformer_v2.SwinTransform
 
 
 class FusedSwinTransformerV2CrBlock(_FusedBlock, swin_transformer_v2_cr.SwinTransformerV2CrBlock):
-    """Swin V2 of Christoph Reich: cosine attention, dense biases from a meta network with dropout of its own."""
+    """Christoph Reich's Swin V2: cosine attention, dense biases from a network with dropout."""
 
     stock = swin_transformer_v2_cr.SwinTransformerV2CrBlock
     stock_attention = swin_transformer_v2_cr.WindowMultiHeadAttention
@@ -317,8 +336,8 @@ class FusedSwinTransformerV2CrBlock(_FusedBlock, swin_transformer_v2_cr.SwinTran
     resolution = "feat_size"
     known_sources: ClassVar[Mapping[str, str]] = {
         "11470b57f80f55a3": "timm 1.0.31",
-        "4f7d9af03b92d308": "timm 1.0.22 to 1.0.27",
-        "37ee1d6bdcc43a66": "timm 1.0.9 to 1.0.15",
+        "4f7d9af03b92d308": "timm 1.0.22 to 1.0.30",
+        "37ee1d6bdcc43a66": "timm 1.0.9 to 1.0.19",
     }
 
     def _bias(self) -> dict[str, Any]:
@@ -328,7 +347,9 @@ class FusedSwinTransformerV2CrBlock(_FusedBlock, swin_transformer_v2_cr.SwinTran
             "logit_scale": attn.logit_scale.clamp(max=MAX_LOG_SCALE).exp(),
         }
 
-    _scripted = _named("_scripted", swin_transformer_v2_cr.SwinTransformerV2CrBlock._shifted_window_attn)
+    _scripted = _named(
+        "_scripted", swin_transformer_v2_cr.SwinTransformerV2CrBlock._shifted_window_attn
+    )
 
     def _shifted_window_attn(self, x):
         if torch.jit.is_scripting():
@@ -340,5 +361,9 @@ class FusedSwinTransformerV2CrBlock(_FusedBlock, swin_transformer_v2_cr.SwinTran
 
 FUSED: dict[str, type[_FusedBlock]] = {
     f"{cls.stock.__module__}.{cls.stock.__qualname__}": cls
-    for cls in (FusedSwinTransformerBlock, FusedSwinTransformerV2Block, FusedSwinTransformerV2CrBlock)
+    for cls in (
+        FusedSwinTransformerBlock,
+        FusedSwinTransformerV2Block,
+        FusedSwinTransformerV2CrBlock,
+    )
 }

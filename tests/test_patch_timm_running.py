@@ -1,0 +1,248 @@
+"""Patched timm models in training, under compilers, exporters and transforms."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+
+pytest.importorskip("timm", reason="the patches are tested on timm's models")
+
+from patch_models import (
+    KINDS,
+    assert_outcomes_no_worse,
+    assert_same_training,
+    attend,
+    double,
+    fused_blocks,
+    image,
+    patching_for_cpu_kernels,
+    recorded_calls,
+    small_block,
+    small_model,
+    train_step,
+)
+
+from swin_kernels import patch, unpatch
+
+kinds = pytest.mark.parametrize("kind", KINDS)
+
+
+@pytest.fixture
+def calls(monkeypatch):
+    return recorded_calls(monkeypatch)
+
+
+@pytest.fixture
+def on_cpu_kernels(cpu_kernels, monkeypatch):
+    yield from patching_for_cpu_kernels(monkeypatch)
+
+
+@kinds
+def test_drop_path_draws_the_same_in_training(kind, on_cpu_kernels):
+    """Also the dropout inside Cr's meta network, drawn in the same order."""
+    model = small_model(kind, (60, 76), drop_path_rate=0.5).train()
+    images = [image(60, 76, seed=seed) for seed in range(3)]
+    trained = assert_same_training(model, on_cpu_kernels, images, seed=5)
+    other = train_step(model, images[0], seed=6)
+    assert not torch.equal(other.out, trained[0].out)
+
+
+ATTENTION_DROPOUT = {"v1": "attn_drop", "v2": "attn_drop", "cr": "drop_attn"}
+
+
+@kinds
+def test_attention_dropout_follows_the_seed(kind, calls, on_cpu_kernels):
+    block = small_block(kind, (12, 17), **{ATTENTION_DROPOUT[kind]: 0.3}).train()
+    on_cpu_kernels(block)
+    x = torch.randn(2, 12, 17, 16)
+    first, again, other = (train_step(block, x, seed) for seed in (1, 1, 2))
+    assert torch.equal(first.out, again.out)
+    assert all(torch.equal(first.grads[n], again.grads[n]) for n in first.grads)
+    assert not torch.equal(first.out, other.out)
+    block.eval()
+    block(x)
+    assert [c["dropout_p"] for c in calls] == [0.3, 0.3, 0.3, 0.0]
+
+
+def test_attention_dropout_has_the_mean_and_spread_of_stock(on_cpu_kernels):
+    block, draws = small_block("v1", (8, 8), window=4, shift=2, attn_drop=0.3), 600
+    x = torch.randn(1, 8, 8, 16).expand(draws, -1, -1, -1)
+    with torch.no_grad():
+        plain = attend(block, x[:1])
+        block.train()
+        torch.manual_seed(0)
+        stock = attend(block, x)
+        on_cpu_kernels(block)
+        ours = attend(block, x)
+    error_of_mean = stock.std(0) / draws**0.5
+    assert ((ours.mean(0) - plain[0]).abs() <= 5 * error_of_mean + 1e-6).all()
+    # a standard deviation is known to 1/√(2·draws)
+    ratio = ours.std(0) / stock.std(0)
+    assert ((ratio - 1).abs() <= 5 * (1 / draws) ** 0.5).float().mean() > 0.99
+
+
+def test_projection_dropout_runs_as_the_module(on_cpu_kernels):
+    block = small_block("v1", (12, 17), proj_drop=0.5).train()
+    on_cpu_kernels(block)
+    out = attend(block, torch.randn(4, 12, 17, 16))
+    assert abs(float((out == 0).float().mean()) - 0.5) < 0.02
+
+
+@kinds
+def test_checkpointing_gives_the_same_gradients(kind, calls, on_cpu_kernels):
+    options = {"attn_drop_rate": 0.2, "drop_path_rate": 0.2}
+    model, x = small_model(kind, (60, 76), **options).train(), image(60, 76)
+    on_cpu_kernels(model)
+    plain = train_step(model, x)
+    assert len(calls) == 4
+    model.set_grad_checkpointing()
+    recomputed = train_step(model, x)
+    assert len(calls) == 12
+    assert torch.equal(plain.out, recomputed.out)
+    assert all(torch.equal(plain.grads[n], recomputed.grads[n]) for n in plain.grads)
+
+
+@pytest.mark.parametrize("size", [(56, 56), (60, 76)], ids=["unpadded", "padded"])
+@kinds
+def test_autocast_to_bf16(kind, size, on_cpu_kernels):
+    model, images = small_model(kind, size), [image(*size, seed=seed) for seed in range(3)]
+    best = double(model)
+    exact = [train_step(best, x.double()) for x in images]
+    with torch.autocast("cpu", torch.bfloat16):
+        eager = [train_step(model, x) for x in images]
+        on_cpu_kernels(model)
+        actual = [train_step(model, x) for x in images]
+    assert actual[0].out.dtype == torch.bfloat16
+    assert_outcomes_no_worse(actual, eager, exact)
+
+
+@kinds
+def test_bf16_model(kind, on_cpu_kernels):
+    model = small_model(kind, (60, 76)).bfloat16()
+    images = [image(60, 76, seed=seed).bfloat16() for seed in range(3)]
+    assert_same_training(model, on_cpu_kernels, images)
+
+
+@pytest.mark.parametrize("size", [(56, 56), (60, 76)], ids=["unpadded", "padded"])
+@kinds
+def test_compile_fullgraph_trains_as_eager(kind, size, calls, on_cpu_kernels):
+    model, x = small_model(kind, size), image(*size)
+    on_cpu_kernels(model)
+    eager = train_step(model, x)
+    compiled = train_step(torch.compile(model, fullgraph=True, backend="aot_eager"), x)
+    torch.testing.assert_close(compiled.out, eager.out)
+    for name, grad in eager.grads.items():
+        traced = compiled.grads["_orig_mod." + name if name != "input" else name]
+        torch.testing.assert_close(traced, grad)
+
+
+def test_compile_with_inductor_trains_as_eager(on_cpu_kernels):
+    block, x = small_block("v1", (12, 17)), torch.randn(2, 12, 17, 16)
+    on_cpu_kernels(block)
+    eager, compiled = train_step(block, x), train_step(torch.compile(block, fullgraph=True), x)
+    torch.testing.assert_close(compiled.out, eager.out)
+    for name, grad in eager.grads.items():
+        traced = compiled.grads["_orig_mod." + name if name != "input" else name]
+        torch.testing.assert_close(traced, grad)
+
+
+def test_compile_sees_patch_hooks_and_masks_that_come_later(calls):
+    nodes, seen = [], []
+
+    def backend(graph, inputs):
+        named = [n for n in graph.graph.nodes if "window_attention_forward" in str(n.target)]
+        nodes.append([n.args[6] is not None for n in named])
+        return graph
+
+    block, x = small_block("v1", (12, 17)), torch.randn(1, 12, 17, 16)
+    compiled = torch.compile(block, fullgraph=True, backend=backend)
+    with torch.no_grad():
+        expected = compiled(x)
+        patch(block, backend="cpu")
+        torch.testing.assert_close(compiled(x), expected, rtol=1e-5, atol=1e-6)
+        handle = block.attn.register_forward_hook(lambda *_: seen.append(1))
+        compiled(x)
+        handle.remove()
+        block.attn_mask = torch.randn_like(block.attn_mask)
+        out = compiled(x)
+        unpatch(block)
+        torch.testing.assert_close(out, block(x), rtol=1e-5, atol=1e-6)
+    # stock, fused without a mask, stock for the hook, fused with the mask
+    assert nodes == [[], [False], [], [True]]
+    assert seen == [1]
+
+
+def test_compile_with_dynamic_sizes(on_cpu_kernels):
+    block = small_block("v2", (12, 17), dynamic_mask=True)
+    stock = copy.deepcopy(block)
+    on_cpu_kernels(block)
+    compiled = torch.compile(block, fullgraph=True, dynamic=True, backend="aot_eager")
+    for size in ((12, 17), (15, 20), (30, 9)):
+        x = torch.randn(2, *size, 16)
+        torch.testing.assert_close(compiled(x), stock(x), rtol=1e-5, atol=1e-5)
+
+
+@kinds
+def test_export_holds_the_operation(kind):
+    model, x = small_model(kind), image(56, 56)
+    patch(model, backend="cpu")
+    with torch.no_grad():
+        program = torch.export.export(model, (x,))
+        out = program.module()(x)
+        torch.testing.assert_close(out, model(x))
+    assert "swin_kernels.window_attention_forward" in str(program.graph)
+
+
+@kinds
+def test_onnx_export_holds_only_stock_operators(kind, monkeypatch):
+    model, x = small_model(kind), image(56, 56)
+    patch(model)
+    monkeypatch.setattr(torch.onnx, "is_in_onnx_export", lambda: True)
+    with torch.no_grad():
+        program = torch.export.export(model, (x,))
+    assert "swin_kernels" not in str(program.graph)
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::torch.jit.TracerWarning")
+@pytest.mark.parametrize("record", [torch.jit.script, torch.jit.trace], ids=["script", "trace"])
+@kinds
+def test_torchscript_records_the_stock_path(kind, record):
+    model, x = small_model(kind), image(56, 56)
+    expected = model(x)
+    patch(model)
+    with torch.no_grad():
+        recorded = record(model) if record is torch.jit.script else record(model, x)
+        torch.testing.assert_close(recorded(x), expected, rtol=1e-5, atol=1e-6)
+    assert len(fused_blocks(model)) == 4
+    assert "swin_kernels::" not in str(recorded.inlined_graph)
+
+
+@kinds
+def test_fx_records_the_stock_path(kind):
+    from timm.models._features_fx import create_feature_extractor
+
+    model, x = small_model(kind), image(56, 56)
+    expected = model(x)
+    patch(model)
+    extractor = create_feature_extractor(model, return_nodes=["head"])
+    assert torch.equal(extractor(x)["head"], expected)
+
+
+@kinds
+def test_per_sample_gradients_by_vmap(kind):
+    model, x = small_model(kind, (60, 76)), image(60, 76)
+    stock = copy.deepcopy(model)
+    patch(model)
+
+    def per_sample(model):
+        def loss(parameters, x):
+            return torch.func.functional_call(model, parameters, (x[None],))[0, 1]
+
+        gradient = torch.func.vmap(torch.func.grad(loss), (None, 0))
+        return gradient(dict(model.named_parameters()), x)
+
+    ours, theirs = per_sample(model), per_sample(stock)
+    for name, grad in theirs.items():
+        torch.testing.assert_close(ours[name], grad, rtol=1e-4, atol=1e-5)
