@@ -170,7 +170,9 @@ class Problem:
         if torch.compiler.is_compiling():
             return _problem(*arguments)  # its sizes may be symbols, which are not for a cache
         try:
-            problem = _problem_cached(*arguments)
+            # 7, 7.0 and True are one key to a dict, but not one argument to a check
+            types = tuple(map(_types, (window_size, shift_size, periodic)))
+            problem = _problem_cached(types, *arguments)
         except TypeError:  # a list among the arguments cannot be a key
             problem = _problem(*arguments)
         _check_index_range(operands)
@@ -232,7 +234,13 @@ def _problem(
     )
 
 
-_problem_cached = functools.lru_cache(maxsize=1024)(_problem)
+@functools.lru_cache(maxsize=1024)
+def _problem_cached(types: tuple, *arguments) -> Problem:
+    return _problem(*arguments)
+
+
+def _types(value: object) -> object:
+    return tuple(map(type, value)) if isinstance(value, tuple) else type(value)
 
 
 def _check_tokens(operands: OperandFacts) -> tuple[tuple[int, ...], int, int, int]:

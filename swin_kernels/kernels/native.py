@@ -66,12 +66,13 @@ if CPU_OBJECT.error is None:
     @torch.library.register_fake("swin_kernels::window_attention_backward")
     def _backward_fake(grad_out, *args) -> tuple[Tensor, ...]:
         operands, needs = Operands(*args[:11]), args[-1]
-        absent = grad_out.new_empty(0)
-        tokens = [absent if x is None else x.new_empty(x.shape) for x in operands[:3]]
+        # each gradient that is absent is a tensor of its own: outputs of an op never alias
+        tokens = [grad_out.new_empty(0 if x is None else x.shape) for x in operands[:3]]
         extras = []
         for name, bit in NEEDS.items():
             x = getattr(operands, name)
-            extras.append(x.new_empty(x.shape) if x is not None and needs & bit else absent)
+            wanted = x is not None and needs & bit
+            extras.append(x.new_empty(x.shape) if wanted else grad_out.new_empty(0))
         return (*tokens, *extras)
 
 
