@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import math
 from collections.abc import Sequence
 
@@ -15,17 +14,6 @@ def table_length(window: Sequence[int]) -> int:
     return math.prod([2 * w - 1 for w in window])  # a list: dynamo cannot trace a generator here
 
 
-@functools.lru_cache(maxsize=64)
-def _index_on_cpu(window: tuple[int, ...]) -> torch.Tensor:
-    axes = [torch.arange(w) for w in window]
-    positions = torch.stack(torch.meshgrid(*axes, indexing="ij")).flatten(1)  # (axes, N)
-    index = torch.zeros((), dtype=torch.int64)
-    for axis, w in enumerate(window):
-        delta = positions[axis][:, None] - positions[axis][None, :]
-        index = index * (2 * w - 1) + delta + (w - 1)
-    return index
-
-
 def relative_position_index(
     window: Sequence[int], device: torch.device | str | None = None
 ) -> torch.Tensor:
@@ -33,7 +21,13 @@ def relative_position_index(
 
     Liu et al. 2021, eq. 4.
     """
-    return _index_on_cpu(tuple(window)).clone().to(device)
+    axes = [torch.arange(w, device=device) for w in window]
+    positions = torch.stack(torch.meshgrid(*axes, indexing="ij")).flatten(1)  # (axes, N)
+    index = torch.zeros((), dtype=torch.int64, device=device)
+    for axis, w in enumerate(window):
+        delta = positions[axis][:, None] - positions[axis][None, :]
+        index = index * (2 * w - 1) + delta + (w - 1)
+    return index
 
 
 def bias_from_table(table: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
