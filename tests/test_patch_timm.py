@@ -63,8 +63,9 @@ def test_small_model_trains_as_stock(kind, size, backend, calls):
 )
 def test_full_model_trains_as_stock(name, size, calls, on_cpu_kernels):
     model = full_model(name, img_size=size)
-    assert_same_training(model, on_cpu_kernels, [image(*size, batch=1)])
-    assert len(calls) == 12
+    one, others = image(*size, batch=1), image(*size, batch=4, seed=1)
+    assert_same_training(model, on_cpu_kernels, [one], more_images=[others])
+    assert len(calls) == 2 * 12
     assert any("pad_key" in c and any(c["shift"]) for c in calls) == (
         size == (200, 264) or name.startswith("swinv2_tiny")
     )
@@ -153,7 +154,7 @@ def test_trap_2_padded_keys_and_values_reach_the_qkv_bias(kind, calls, on_cpu_ke
 
 def test_trap_3_shift_mask_is_a_finite_100(on_cpu_kernels):
     """At logit_scale 100 a masked key can win over all others, as it cannot under −inf."""
-    block, x = small_block("v2", (14, 14)), torch.randn(1, 1, 1, 16).expand(1, 14, 14, 16).clone()
+    block, x = small_block("v2", (14, 14)), torch.randn(4, 1, 1, 16).expand(4, 14, 14, 16).clone()
     x[:, :3] *= -1  # the rows that the shift brings to the end, beside rows 10 to 13
     with torch.no_grad():
         block.attn.logit_scale.fill_(math.log(1000.0))  # the block clamps it to 100
@@ -300,6 +301,6 @@ def test_v2_qkv_hooks_are_called_where_stock_does(separate, on_cpu_kernels):
     block = small_block("v2", (12, 17))
     block.attn.qkv_bias_separate = separate
     block.attn.qkv.register_forward_hook(lambda m, args, out: seen.append(1) or out * 1.5)
-    assert_same_output(block, torch.randn(2, 12, 17, 16), on_cpu_kernels)
+    assert_same_output(block, torch.randn(4, 12, 17, 16), on_cpu_kernels)
     # stock in fp64 and fp32, then ours for the map and for the token that padding adds
     assert len(seen) == (4 if separate else 0)

@@ -112,7 +112,8 @@ def prepare(options: argparse.Namespace) -> Prepared:
     )
 
 
-def _processor() -> str:
+def processor() -> str:
+    """The name of the CPU, as the system tells it."""
     cpuinfo = Path("/proc/cpuinfo")
     if cpuinfo.exists():
         for line in cpuinfo.read_text().splitlines():
@@ -123,7 +124,7 @@ def _processor() -> str:
 
 def _machine(p: Prepared) -> str:
     threads = torch.get_num_threads()
-    where = [f"{_processor()}, {os.cpu_count()} CPUs"]
+    where = [f"{processor()}, {os.cpu_count()} CPUs"]
     if p.images.is_cuda:
         where.append(torch.cuda.get_device_name(p.images.device))
     vector = f" ({native.cpu_capability()})" if p.backend == "cpu" else ""
