@@ -133,7 +133,7 @@ def rows_of(stage: int, shift: int, batch: int, rounds: int) -> Iterator[Row]:
 
         def step(form: Callable[[], Tensor], leaves=leaves, grad_out=grad_out) -> list[Tensor]:
             out = form()
-                return [out.detach(), *torch.autograd.grad(out, leaves, grad_out.to(out.dtype))]
+            return [out.detach(), *torch.autograd.grad(out, leaves, grad_out.to(out.dtype))]
 
         for a, b, c in zip(step(ours), step(stock), step(exact)):
             assert_no_worse_than_eager(a, b, c.double())
@@ -163,7 +163,8 @@ def table_of(rows: list[Row]) -> str:
 
 def commit() -> str:
     command = ["git", "describe", "--always", "--dirty"]
-    return subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip() or "unknown"
+    answer = subprocess.run(command, capture_output=True, text=True, check=False).stdout
+    return answer.strip() or "unknown"
 
 
 def main() -> None:

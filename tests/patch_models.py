@@ -133,7 +133,7 @@ def _ulps(name: str, grads: dict[str, Tensor], eps: float) -> tuple[float, float
 
 
 def _like(name: str, in_model: bool) -> str:
-    """Where errors are pooled: a parameter with itself in all blocks, and whatever else there is."""
+    """Where errors are pooled: a parameter with itself in all blocks, and all others together."""
     if in_model:
         return re.sub(r".*blocks\.\d+", "*", name) if "blocks." in name else "outside the blocks"
     return "attn" if name.startswith("attn.") else "outside attn"

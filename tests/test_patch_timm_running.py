@@ -142,7 +142,7 @@ def test_compile_fullgraph_trains_as_eager(kind, size, calls, on_cpu_kernels):
 
 @pytest.fixture
 def inductor(monkeypatch):
-    """A cache for this vector code alone: inductor takes what it wrote for another from its cache."""
+    """A cache for this vector code: inductor would reuse what it generated for another."""
     place = f"swin_kernels_inductor_{torch.backends.cpu.get_cpu_capability()}"
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", os.path.join(tempfile.gettempdir(), place))
 
