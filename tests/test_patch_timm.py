@@ -105,6 +105,24 @@ def test_without_qkv_bias(kind, on_cpu_kernels):
     assert_same_training(block, on_cpu_kernels, [torch.randn(2, 10, 12, 16) for _ in range(4)])
 
 
+@pytest.mark.parametrize("kind", ["v2", "cr"])
+def test_logit_scale_is_clamped(kind, on_cpu_kernels):
+    block = small_block(kind, (10, 12), heads=4)
+    with torch.no_grad():
+        scales = torch.tensor([2.0, math.log(99.0), math.log(101.0), 8.0])
+        block.attn.logit_scale.copy_(scales.view_as(block.attn.logit_scale))
+    images = [torch.randn(2, 10, 12, 16) for _ in range(4)]
+    trained = assert_same_training(block, on_cpu_kernels, images)
+    at_clamp = trained[0].grads["attn.logit_scale"].flatten() == 0
+    assert at_clamp.tolist() == [False, False, True, True]
+
+
+def test_scale_of_the_module_counts(on_cpu_kernels):
+    block = small_block("v1", (10, 12))
+    block.attn.scale = 0.7
+    assert_same_output(block, torch.randn(4, 10, 12, 16), on_cpu_kernels)
+
+
 def test_empty_batch(on_cpu_kernels):
     block = small_block("v1", (14, 14))
     on_cpu_kernels(block)
@@ -153,15 +171,13 @@ def test_trap_2_padded_keys_and_values_reach_the_qkv_bias(kind, calls, on_cpu_ke
 
 
 def test_trap_3_shift_mask_is_a_finite_100(on_cpu_kernels):
-    """At logit_scale 100 a masked key can win over all others, as it cannot under −inf."""
+    """At logit_scale 50 masked keys can weigh as much as the others; under −inf they cannot."""
     block, x = small_block("v2", (14, 14)), torch.randn(4, 1, 1, 16).expand(4, 14, 14, 16).clone()
     x[:, :3] *= -1  # the rows that the shift brings to the end, beside rows 10 to 13
     with torch.no_grad():
-        block.attn.logit_scale.fill_(math.log(1000.0))  # the block clamps it to 100
+        block.attn.logit_scale.fill_(math.log(50.0))
         query, key, _ = block.attn.qkv.weight.view(3, 16, 16)
-        query.copy_(
-            -key
-        )  # a token and one of its own region: cosine −1, logit −100; of the other: 100 − 100
+        query.copy_(-key)  # cosine −1 and logit −50 in a token's own region; 50 − 100 in the other
         block.attn.q_bias.zero_()
         infinite = copy.deepcopy(block)
         infinite.attn_mask.masked_fill_(infinite.attn_mask != 0, -math.inf)

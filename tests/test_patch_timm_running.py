@@ -65,7 +65,9 @@ def test_attention_dropout_follows_the_seed(kind, calls, on_cpu_kernels):
     assert not torch.equal(first.out, other.out)
     block.eval()
     block(x)
-    assert [c["dropout_p"] for c in calls] == [0.3, 0.3, 0.3, 0.0]
+    block.attn.attn_drop.train()  # as Monte Carlo dropout does
+    block(x)
+    assert [c["dropout_p"] for c in calls] == [0.3, 0.3, 0.3, 0.0, 0.3]
 
 
 def test_attention_dropout_has_the_mean_and_spread_of_stock(on_cpu_kernels):

@@ -111,6 +111,25 @@ def test_trap_8_replaced_softmax_or_dropout_keeps_the_stock_path(name, module, c
     assert calls == []
 
 
+def test_forward_replaced_on_an_instance_is_called(calls):
+    """As accelerate does: on softmax by the stock path, on qkv by the fused one."""
+    block, x, seen = small_block("v1", (12, 17)), torch.randn(1, 12, 17, 16), []
+
+    def replace_forward(module: nn.Module) -> None:
+        inner = module.forward
+        module.forward = lambda x: seen.append(1) or 1.5 * inner(x)
+
+    patch(block)
+    replace_forward(block.attn.qkv)
+    stock = copy.deepcopy(block)
+    unpatch(stock)
+    torch.testing.assert_close(block(x), stock(x), rtol=1e-5, atol=1e-6)
+    assert (len(seen), len(calls)) == (3, 1)  # the map, a token of zeros, and stock's windows
+    replace_forward(block.attn.softmax)
+    block(x)
+    assert len(calls) == 1
+
+
 def mask_arguments(calls) -> list[tuple[bool, float]]:
     return [("mask" in c, c["mask_value"]) for c in calls]
 
