@@ -12,7 +12,9 @@
 
 namespace swin_kernels {
 
-constexpr int kAxes = 3;  // maps of fewer axes have leading axes of one token
+constexpr int64_t kMaxTokens = int64_t(1)
+                               << 15;  // of a window, so that no product of sizes overflows
+constexpr int kAxes = 3;               // maps of fewer axes have leading axes of one token
 
 struct Axis {
   int64_t size = 1;    // tokens of the map

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import argparse
+import math
+import os
+import re
 import sys
 from pathlib import Path
 from typing import Any, NoReturn
 
 BAD_INPUT = 2
+_FLOAT32_MAX = (2 - 2**-23) * 2.0**127  # a mask is float32
 
 
 class _Parser(argparse.ArgumentParser):
@@ -34,6 +38,37 @@ def _explanation(options: argparse.Namespace) -> str:
     return swin_kernels.explain()
 
 
+def _mask_value(text: str) -> float:
+    """A float32 or -inf."""
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if value != -math.inf and not abs(value) <= _FLOAT32_MAX:
+        raise argparse.ArgumentTypeError(f"expected a float32 number or -inf, got {text!r}")
+    return value
+
+
+def _file(text: str) -> str:
+    if not text or text.endswith(os.sep) or Path(text).is_dir():
+        got = f"the directory {text!r}" if text else "an empty name"
+        raise argparse.ArgumentTypeError(f"expected a file to write, such as x.png, got {got}")
+    return text
+
+
+def _joined(arguments: list[str]) -> list[str]:
+    """`--mask-value -inf` as `--mask-value=-inf`: argparse takes -inf and -1e3 for options."""
+    joined: list[str] = []
+    for argument in arguments:
+        option = joined[-1] if joined else ""
+        negative = re.match(r"-(\.?\d|inf|nan)", argument, re.IGNORECASE)
+        if negative and len(option) > 3 and "--mask-value".startswith(option):
+            joined[-1] = f"{option}={argument}"
+        else:
+            joined.append(argument)
+    return joined
+
+
 def _picture(options: argparse.Namespace) -> str:
     """Writes the picture; returns its path."""
     from swin_kernels.geometry import Grid
@@ -43,7 +78,8 @@ def _picture(options: argparse.Namespace) -> str:
     shift = options.shift if len(options.shift) > 1 else options.shift[0]
     figure = shift_figure(Grid.checked(options.size, window, shift), options.mask_value)
     Path(options.out).parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(options.out)
+    # matplotlib appends .png to a name without one, and the path returned would be wrong
+    figure.savefig(options.out, format=Path(options.out).suffix[1:] or "png")
     return options.out
 
 
@@ -66,15 +102,19 @@ def _parser() -> argparse.ArgumentParser:
     )
     picture.add_argument("--window", type=int, nargs="+", default=(3,), help="window (3)")
     picture.add_argument("--shift", type=int, nargs="+", default=(2,), help="shift (2)")
-    picture.add_argument("--mask-value", type=float, default=-100.0, help="mask (-100)")
-    picture.add_argument("--out", default="out/shift.png", help="file to write (out/shift.png)")
+    picture.add_argument(
+        "--mask-value", type=_mask_value, default=-100.0, help="mask, a number or -inf (-100)"
+    )
+    picture.add_argument(
+        "--out", metavar="FILE", type=_file, default="out/shift.png", help="PNG (out/shift.png)"
+    )
     picture.set_defaults(prepare=_picture, run=_print)
     return parser
 
 
 def main(arguments: list[str] | None = None) -> int:
     parser = _parser()
-    options = parser.parse_args(arguments)
+    options = parser.parse_args(_joined(sys.argv[1:] if arguments is None else arguments))
     try:
         prepared = options.prepare(options)
     except (ValueError, OSError, ImportError, NotImplementedError) as error:

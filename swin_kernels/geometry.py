@@ -15,6 +15,7 @@ from dataclasses import dataclass
 import torch
 
 PAD_ORDERS = ("pad-roll", "roll-pad")
+MAX_TOKENS = 1 << 15  # of a window: N² is then an int32, and no product of sizes overflows
 
 
 def per_axis(value: int | Sequence[int], axes: int, name: str) -> tuple[int, ...]:
@@ -68,9 +69,13 @@ class Grid:
             )
         if pad_order not in PAD_ORDERS:
             raise ValueError(f"pad_order: expected one of {PAD_ORDERS}, got {pad_order!r}")
+        if any(w < 1 for w in window):
+            raise ValueError(f"window_size: expected at least 1 on each axis, got {window}")
+        if math.prod(list(window)) > MAX_TOKENS:
+            raise ValueError(
+                f"window_size: expected at most {MAX_TOKENS} tokens in a window, got {window}"
+            )
         for axis in range(axes):
-            if window[axis] < 1:
-                raise ValueError(f"window_size: expected at least 1 on each axis, got {window}")
             if not 0 <= shift[axis] < window[axis]:
                 raise ValueError(
                     "shift_size: expected 0 <= shift < window on each axis, "

@@ -90,6 +90,8 @@ class _PartitionedAttention(nn.Module):
 
     def _attend(self, x: Tensor, mask: Tensor | None, qkv_bias: Tensor | None, **options) -> Tensor:
         """An image is a line of nW·N tokens under a window of N: so windows and mask match."""
+        if not isinstance(x, Tensor):
+            raise ValueError(f"x: expected a tensor (B·nW, N, {self.dim}), got {type(x).__name__}")
         windows = self._windows_per_image(x, mask)
         tokens, head_dim = x.shape[1], self.dim // self.num_heads
         qkv = _apply_linear(self.qkv, x, qkv_bias)

@@ -33,7 +33,8 @@ def relative_position_index(
 def bias_from_table(table: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
     """(T, H) and (N, N) -> dense bias (H, N, N)."""
     tokens = index.shape[0]
-    return table[index.reshape(-1)].view(tokens, tokens, -1).permute(2, 0, 1)
+    # index_select: an index below 0 is an error, not a row from the end
+    return table.index_select(0, index.reshape(-1)).view(tokens, tokens, -1).permute(2, 0, 1)
 
 
 def log_coordinates(

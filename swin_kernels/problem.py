@@ -85,10 +85,20 @@ class OperandFacts(NamedTuple):
     dropout_seed: Facts | None
 
 
+def _check_number(name: str, number: object) -> None:
+    """That it is a plain number: a tensor would be read once and lose its gradient."""
+    if isinstance(number, bool) or not isinstance(
+        number, (int, float, torch.SymInt, torch.SymFloat)
+    ):
+        raise ValueError(f"{name}: expected a number, got {type(number).__name__}")
+
+
 def _facts(operands: Operands) -> OperandFacts:
     for name, x in zip(Operands._fields, operands):
-        if not (x is None or isinstance(x, Tensor)):
+        if not isinstance(x, Tensor) and (x is not None or name == "query"):
             raise ValueError(f"{name}: expected a tensor, got {type(x).__name__}")
+        if x is not None and x.layout != torch.strided:
+            raise ValueError(f"{name}: expected a dense tensor, got {x.layout}")
     return OperandFacts._make(
         None if x is None else Facts(x.shape, x.dtype, x.device) for x in operands
     )
@@ -156,6 +166,13 @@ class Problem:
         dropout_p: float = 0.0,
     ) -> Problem:
         """The problem that these arguments pose; ValueError if they do not fit together."""
+        for name, number in (
+            ("mask_value", mask_value),
+            ("dropout_p", dropout_p),
+            ("scale", scale),
+        ):
+            if not (number is None and name == "scale"):
+                _check_number(name, number)
         _check_mask_gradient(operands.mask)
         arguments = (
             _facts(operands),
@@ -200,6 +217,8 @@ def _problem(
         raise ValueError(f"dropout_p: expected a probability between 0 and 1, got {dropout_p}")
     if scale is None:
         scale = head_dim**-0.5
+    elif not -math.inf < scale < math.inf:
+        raise ValueError(f"scale: expected a finite number, got {scale}")
     elif operands.logit_scale is not None:
         raise ValueError(
             f"scale={scale} came together with logit_scale: cosine attention is scaled by "
@@ -346,12 +365,12 @@ _indices_in_range = WeakIdKeyDictionary()
 def _check_index_range(operands: Operands) -> None:
     """That a bias_index on the CPU points into its table; elsewhere kernels guard their loads."""
     index, table = operands.bias_index, operands.bias_table
-    if index is None or table is None or index.device.type != "cpu" or index.is_inference():
-        return  # the kernel checks again, so what is skipped here is an error there
+    if index is None or table is None or index.device.type != "cpu":
+        return
     if type(index) is not Tensor or torch._C._functorch.is_functorch_wrapped_tensor(index):
         return  # tensors of a transform have no data to look at
-    seen = (index._version, table.shape[0])
-    if _indices_in_range.get(index) == seen:
+    seen = None if index.is_inference() else (index._version, table.shape[0])
+    if seen is not None and _indices_in_range.get(index) == seen:
         return
     low, high = (int(bound) for bound in torch.aminmax(index))
     if low < 0 or high >= table.shape[0]:
@@ -359,7 +378,8 @@ def _check_index_range(operands: Operands) -> None:
             f"bias_index: expected rows of the table, 0 to {table.shape[0] - 1}, "
             f"got {low} to {high}"
         )
-    _indices_in_range[index] = seen
+    if seen is not None:
+        _indices_in_range[index] = seen
 
 
 def _check_mask_gradient(mask: Tensor | None) -> None:

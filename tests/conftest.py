@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import tempfile
+
 import pytest
 import torch
 
@@ -9,6 +12,12 @@ from swin_kernels.ops.dispatch import BACKENDS
 from swin_kernels.problem import Operands, Problem
 
 CPU_BACKENDS = ("cpu", "reference")
+
+# inductor's own key leaves the vector code out: it would run here what it made for another
+_CAPABILITY = torch.backends.cpu.get_cpu_capability()
+os.environ["TORCHINDUCTOR_CACHE_DIR"] = os.path.join(
+    tempfile.gettempdir(), f"swin_kernels_inductor_{_CAPABILITY}_{torch.__version__}"
+)
 
 
 @pytest.fixture(autouse=True, scope="session")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+import torch.autograd.forward_ad as forward_ad
 from torch._dynamo.testing import CompileCounter, CompileCounterWithBackend
 
 from swin_kernels import shifted_window_attention, shifted_window_attention_qkvpacked
@@ -220,3 +221,26 @@ def test_operands_are_the_leading_arguments_of_both_schemas():
     names = list(Operands._fields)
     assert forward[: len(names)] == names
     assert backward[1 : 1 + len(names)] == names
+
+
+@pytest.mark.parametrize("compiler", ["eager", "aot_eager"])
+def test_forward_mode_under_compile_is_not_zero(compiler):
+    """The silent error: a raw op has no tangent, and a compiled call would answer zeros."""
+    x = torch.randn(1, 4, 3, 1, 8, dtype=torch.float64)
+    v = torch.randn_like(x)
+
+    def attend(y):
+        return shifted_window_attention_qkvpacked(y, 2, 1)
+
+    def tangent(x, v):
+        return torch.func.jvp(attend, (x,), (v,))[1]
+
+    expected = tangent(x, v)
+    assert expected.abs().max() > 0
+    compiled = torch.compile(tangent, backend=compiler, fullgraph=True)
+    torch.testing.assert_close(compiled(x, v), expected)
+    compiled = torch.compile(attend, backend=compiler)  # newer torch breaks the graph at a dual
+    compiled(x)  # traced outside of forward-mode AD first
+    with forward_ad.dual_level():
+        dual = compiled(forward_ad.make_dual(x, v))
+        torch.testing.assert_close(forward_ad.unpack_dual(dual).tangent, expected)

@@ -217,12 +217,15 @@ def test_without_a_package_the_error_says_what_to_install(monkeypatch):
     ("arguments", "message"),
     [
         ("--model swin_tinyy", "nearest are swin_tiny_patch4_window7_224"),
+        ("--model swin_tiny_patch4_window7_224.bogus", "expected one of ms_in1k, ms_in22k"),
+        ("--model swin_base_patch4_window7_224_in22k.bogus", "no pretrained tag 'bogus'"),
         ("--model resnet18", "no window attention found"),
         ("--image no/such.jpg", "no file no/such.jpg"),
         (f"--image {__file__}", "is not an image"),
         ("--batch 0", "whole number of at least 1, got '0'"),
         ("--rounds many", "whole number of at least 1, got 'many'"),
         ("--threads -1", "--threads"),
+        ("--threads 100000", f"expected at most {os.cpu_count()}, the CPUs of this machine"),
         ("--device foo", "--device: cannot use 'foo'"),
         ("--out setup.py/x", "setup.py"),
         ("--no-such-option", "--no-such-option"),
@@ -236,6 +239,23 @@ def test_bad_input_gets_one_line_and_exit_code_2(arguments, message, monkeypatch
     error = capsys.readouterr().err
     assert message in error
     assert error.count("\n") == 1
+
+
+@pytest.mark.parametrize("tag", ["", ".ms_in22k"])
+def test_known_pretrained_tag_is_accepted(tag):
+    inputs.check_name(f"swin_tiny_patch4_window7_224{tag}")
+
+
+def test_unknown_pretrained_tag_is_refused_before_anything_is_done(monkeypatch, tmp_path):
+    monkeypatch.setattr(inputs, "read_photo", lambda path: pytest.fail("a photo was read"))
+    out = tmp_path / "new"
+    with pytest.raises(SystemExit):
+        main(["demo", "--model", "swin_tiny_patch4_window7_224.bogus", "--out", str(out)])
+    assert not out.exists()
+
+
+def test_as_many_threads_as_cpus_are_accepted():
+    assert run._threads(str(os.cpu_count())) == os.cpu_count()
 
 
 def test_explain_command_prints_what_explain_says(capsys):

@@ -145,12 +145,71 @@ def test_picture_command_writes_the_classic(tmp_path, capsys):
     assert capsys.readouterr().out == f"{path}\n"
 
 
+@pytest.mark.parametrize("name", ["x", ".png", "x.PNG", "x.y.png"])
+def test_picture_command_writes_the_file_it_names(name, tmp_path, capsys):
+    path = tmp_path / name
+    assert main(["picture", "--out", str(path)]) == 0
+    assert capsys.readouterr().out == f"{path}\n"
+    assert [x.name for x in tmp_path.iterdir()] == [name]
+    assert path.read_bytes().startswith(PNG_MAGIC)
+
+
+@pytest.mark.parametrize(
+    ("out", "got"),
+    [("", "an empty name"), (".", "the directory '.'"), ("new/", "the directory 'new/'")],
+)
+def test_picture_command_refuses_what_is_no_file(out, got, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit) as stop:
+        main(["picture", "--out", out])
+    assert stop.value.code == 2
+    error = capsys.readouterr().err
+    assert f"--out: expected a file to write, such as x.png, got {got}" in error
+    assert error.count("\n") == 1
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        ("--mask-value -inf", float("-inf")),
+        ("--mask-value=-inf", float("-inf")),
+        ("--mask -Infinity", float("-inf")),
+        ("--mask-value -1e3", -1000.0),
+        ("--mask-value -5", -5.0),
+        ("--mask-value 0", 0.0),
+    ],
+)
+def test_picture_command_draws_any_number_and_minus_infinity(
+    arguments, expected, tmp_path, monkeypatch
+):
+    drawn = []
+    shift_figure = picture.shift_figure
+
+    def seen(grid, mask_value):
+        drawn.append(mask_value)
+        return shift_figure(grid, mask_value)
+
+    monkeypatch.setattr(picture, "shift_figure", seen)
+    path = tmp_path / "x.png"
+    assert main(["picture", *arguments.split(), "--out", str(path)]) == 0
+    assert drawn == [expected]
+    assert path.read_bytes().startswith(PNG_MAGIC)
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
         ("--shift 3", "expected 0 <= shift < window"),
         ("--window 3 3 3", "window_size"),
         ("--size 6", "--size"),
+        ("--mask-value nan", "--mask-value: expected a float32 number or -inf, got 'nan'"),
+        ("--mask-value -nan", "--mask-value: expected a float32 number or -inf, got '-nan'"),
+        ("--mask-value inf", "--mask-value: expected a float32 number or -inf, got 'inf'"),
+        ("--mask-value=+inf", "--mask-value: expected a float32 number or -inf, got '+inf'"),
+        ("--mask-value -1e39", "--mask-value: expected a float32 number or -inf, got '-1e39'"),
+        ("--mask-value x", "--mask-value: expected a float32 number or -inf, got 'x'"),
+        ("--mask-value", "--mask-value: expected one argument"),
     ],
 )
 def test_picture_command_refuses_in_one_line(arguments, message, tmp_path, capsys):

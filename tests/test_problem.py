@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 
@@ -223,3 +225,38 @@ def test_index_that_was_changed_is_checked_again():
     with pytest.raises(ValueError, match="expected rows of the table, 0 to 8, got 0 to 9"):
         Problem.checked(operands, 4)
     Problem.checked(operands._replace(bias_table=torch.zeros(10, 3)), 4)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"window_size": 2**31}, "at most 32768 tokens in a window"),
+        ({"window_size": (2**10, 2**10)}, "at most 32768 tokens in a window"),
+        ({"scale": torch.tensor(0.1)}, "scale: expected a number, got Tensor"),
+        ({"scale": [1]}, "scale: expected a number, got list"),
+        ({"scale": math.nan}, "scale: expected a finite number, got nan"),
+        ({"mask_value": "x"}, "mask_value: expected a number, got str"),
+        ({"mask_value": None}, "mask_value: expected a number, got NoneType"),
+        ({"dropout_p": "0.1"}, "dropout_p: expected a number, got str"),
+    ],
+    ids=str,
+)
+def test_number_that_is_none_or_too_large_is_refused(options, message):
+    with pytest.raises(ValueError, match=message):
+        Problem.checked(GOOD, **{"window_size": 4} | options)
+
+
+def test_what_is_no_dense_tensor_is_refused():
+    with pytest.raises(ValueError, match="query: expected a tensor, got NoneType"):
+        Problem.checked(Operands(None), 4)
+    sparse = GOOD._replace(mask=torch.zeros(4, 16, 16).to_sparse())
+    with pytest.raises(ValueError, match=r"mask: expected a dense tensor, got torch\.sparse_coo"):
+        Problem.checked(sparse, 4)
+
+
+def test_index_made_in_inference_mode_is_checked():
+    with torch.inference_mode():
+        index = torch.full((16, 16), -1)
+    operands = GOOD._replace(bias_table=torch.zeros(9, 3), bias_index=index)
+    with pytest.raises(ValueError, match="got -1 to -1"):
+        Problem.checked(operands, 4)

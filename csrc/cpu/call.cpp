@@ -239,10 +239,14 @@ Problem checked_problem(const Arguments& a) {
     axis.window = a.window_size[size_t(i)];
     axis.shift = a.shift_size[size_t(i)];
     axis.wraps = a.periodic[size_t(i)];
+    STD_TORCH_CHECK(axis.window <= kMaxTokens, "swin_kernels: expected at most ", kMaxTokens,
+                    " tokens in a window, got ", axis.window, " on one axis");
     STD_TORCH_CHECK(axis.size > 0 && axis.window > 0 && axis.shift >= 0 && axis.shift < axis.window,
                     "swin_kernels: expected tokens on each axis and 0 <= shift < window, got ",
                     axis.size, " tokens, window ", axis.window, ", shift ", axis.shift);
   }
+  STD_TORCH_CHECK(p.tokens() <= kMaxTokens, "swin_kernels: expected at most ", kMaxTokens,
+                  " tokens in a window, got ", p.tokens());
   check_extras(a, p);
   return p;
 }

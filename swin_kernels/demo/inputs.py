@@ -93,17 +93,32 @@ def make_batch(photo: Tensor, model: Model, batch: int) -> Tensor:
     return ((torch.stack(crops) - mean) / std).contiguous()
 
 
-def _check_name(name: str) -> None:
+def check_name(name: str) -> None:
+    """ValueError for an architecture or a pretrained tag that timm does not know."""
     import timm
 
-    if timm.is_model(name):
-        return
-    known = timm.list_models("swin*")
-    # a name half typed is near those that begin like it
-    known.sort(key=lambda x: -difflib.SequenceMatcher(None, name, x[: len(name)]).ratio())
-    raise ValueError(
-        f"--model: timm {timm.__version__} has no {name!r}; nearest are {', '.join(known[:3])}"
-    )
+    if not timm.is_model(name):
+        known = timm.list_models("swin*")
+        # a name half typed is near those that begin like it
+        known.sort(key=lambda x: -difflib.SequenceMatcher(None, name, x[: len(name)]).ratio())
+        raise ValueError(
+            f"--model: timm {timm.__version__} has no {name!r}; nearest are {', '.join(known[:3])}"
+        )
+    architecture, dot, tag = name.partition(".")
+    # an old name has no tags of its own, but those of the model that it stands for
+    current = timm.models.get_deprecated_models().get(architecture, architecture)
+    if current is None:
+        raise ValueError(f"--model: timm {timm.__version__} has removed {architecture!r}")
+    current = current.partition(".")[0]
+    try:
+        timm.models.get_pretrained_cfg(f"{current}{dot}{tag}")
+    except RuntimeError as error:
+        known = [x for x in timm.list_pretrained(f"{current}.*") if x.startswith(f"{current}.")]
+        tags = ", ".join(x.partition(".")[2] for x in known) or "none"
+        raise ValueError(
+            f"--model: timm {timm.__version__} has no pretrained tag {tag!r} of {architecture}; "
+            f"expected one of {tags}"
+        ) from error
 
 
 def _hub_is_reachable() -> bool:
@@ -174,7 +189,7 @@ def load_model(name: str) -> Model:
     """
     import timm
 
-    _check_name(name)
+    check_name(name)
     try:
         module = _with_pretrained_weights(name)
         pretrained, weights = True, "pretrained weights"

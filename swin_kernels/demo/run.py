@@ -47,13 +47,23 @@ def _positive(text: str) -> int:
     return int(text)
 
 
+def _threads(text: str) -> int:
+    # OpenMP crashes the process when the system refuses it a thread
+    threads, most = _positive(text), os.cpu_count() or 1
+    if threads > most:
+        raise argparse.ArgumentTypeError(
+            f"expected at most {most}, the CPUs of this machine, got {text!r}"
+        )
+    return threads
+
+
 def add_options(parser: argparse.ArgumentParser) -> None:
     model = "swin_tiny_patch4_window7_224"
     parser.add_argument("--model", default=model, help=f"a Swin of timm by name ({model})")
     parser.add_argument("--image", metavar="PATH", help="a photo of your own")
     parser.add_argument("--batch", type=_positive, default=4, help="images at once (4)")
     parser.add_argument("--rounds", type=_positive, default=7, help="timed calls of each (7)")
-    parser.add_argument("--threads", type=_positive, help="CPU threads (torch's choice)")
+    parser.add_argument("--threads", type=_threads, help="CPU threads (torch's choice)")
     parser.add_argument("--device", default="cpu", help="cpu or cuda (cpu)")
     parser.add_argument("--out", metavar="DIR", default="out", help="where the PNG goes (out)")
 
@@ -82,6 +92,7 @@ def prepare(options: argparse.Namespace) -> Prepared:
     ValueError, OSError, ImportError or NotImplementedError says what is wrong and how to mend it.
     """
     _check_packages()
+    inputs.check_name(options.model)
     device = _device(options.device)
     if options.threads:
         torch.set_num_threads(options.threads)

@@ -70,7 +70,7 @@ def _listed(reasons: dict[str, str | None]) -> str:
 
 def check_name(name: str) -> Backend:
     """The backend of that name; ValueError if there is none."""
-    if name not in BACKENDS:
+    if not isinstance(name, str) or name not in BACKENDS:
         raise ValueError(f"backend: expected one of {', '.join(BACKENDS)} or None, got {name!r}")
     return BACKENDS[name]
 
@@ -82,7 +82,8 @@ def choose(problem: Problem, name: str | None = None) -> Backend:
     environment variable SWIN_KERNELS_BACKEND) cannot; there is no fallback from a name. Without a
     name the choice of `reference` is logged once, with what kept the others from running.
     """
-    name = name or DEFAULT_BACKEND
+    if name is None:
+        name = DEFAULT_BACKEND
     if name is not None:
         backend = check_name(name)
         if (reason := backend.why_not(problem)) is not None:
@@ -93,12 +94,13 @@ def choose(problem: Problem, name: str | None = None) -> Backend:
             break
     else:
         raise NotImplementedError(f"no backend for {problem}:\n{_listed(reasons_against(problem))}")
-    if backend is REFERENCE and not torch.compiler.is_compiling():
+    if backend is REFERENCE:
         reasons = _listed(reasons_against(problem))
         _log_once(f"using the reference backend, which fuses nothing:\n{reasons}")
     return backend
 
 
+@torch._dynamo.assume_constant_result  # under torch.compile it logs while tracing
 def _log_once(message: str) -> None:
     if message not in _already_logged:
         _already_logged.add(message)

@@ -66,9 +66,15 @@ class ShiftedWindowAttentionFunction(torch.autograd.Function):
         return (*kept, *(None,) * (_ARGUMENTS - _OPERANDS))
 
 
+@torch._dynamo.assume_constant_result  # dynamo guards on the transforms, but cannot trace the call
+def _functorch_active() -> bool:
+    return torch._C._are_functorch_transforms_active()
+
+
 def _transforms_active() -> bool:
     """Forward-mode AD or functorch: a raw op would answer both with silent zeros."""
-    return forward_ad._current_level >= 0 or torch._C._are_functorch_transforms_active()
+    # read in traced code, so that dynamo guards on the level and compiles anew inside `dual_level`
+    return forward_ad._current_level >= 0 or _functorch_active()
 
 
 def _for_autocast(operands: Operands) -> Operands:
@@ -87,14 +93,14 @@ def _for_autocast(operands: Operands) -> Operands:
 
 
 def _attend(operands: Operands, backend: str | None, **options) -> Tensor:
-    if isinstance(operands.query, Tensor):
+    if isinstance(operands.query, Tensor):  # else the check below says what came
         operands = _for_autocast(operands)
     problem = Problem.checked(operands, **options)
     if problem.options.dropout_p > 0:
         seed = torch.randint(2**63 - 1, (1,), dtype=torch.int64, device=operands.query.device)
         operands = operands._replace(dropout_seed=seed)
-    if not torch.compiler.is_compiling() and _transforms_active():
-        name = backend or DEFAULT_BACKEND
+    if _transforms_active():
+        name = DEFAULT_BACKEND if backend is None else backend
         if name is not None and check_name(name) is not REFERENCE:
             raise NotImplementedError(
                 f"backend {name!r} cannot run under torch.func transforms or forward-mode AD; "

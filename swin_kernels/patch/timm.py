@@ -289,8 +289,8 @@ class FusedSwinTransformerV2Block(_FusedBlock, swin_transformer_v2.SwinTransform
         if type(attn.qkv) is nn.Linear and not _has_hooks(attn.qkv):
             return None
         return (
-            """Christoph Reich's Swin V2: cosine attention, dense biases from a network."""
-            "weight only; attn.qkv_bias_separate = True has it called"
+            f"attn.qkv ({type(attn.qkv).__name__}) is not called, as in stock timm, which reads "
+            "its weight only; attn.qkv_bias_separate = True has it called"
         )
 
     def _qkv(self, x: Tensor, padded: bool) -> tuple[Tensor, Tensor | None]:

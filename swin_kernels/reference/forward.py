@@ -63,7 +63,10 @@ def attend(operands: Operands, options: Options) -> Attention:
     grid, dtype = grid_of(operands, options), sum_dtype(operands.query.dtype)
     q, k, v = (x.to(dtype) for x in operands.unpacked())
     # what padding holds is a token like any other, so it is rounded to their dtype first
-    pads = (None if x is None else x.to(operands.query.dtype).to(dtype) for x in operands[7:9])
+    pads = (
+        None if x is None else x.to(operands.query.dtype).to(dtype)
+        for x in (operands.pad_key, operands.pad_value)
+    )
     pad_key, pad_value = pads
     query, key, value = (
         to_windows(q, grid),
