@@ -308,6 +308,7 @@ def test_v2_report_notes_a_qkv_that_stock_does_not_call():
     blocks_of(model)[0].attn.qkv.register_forward_hook(lambda *_: None)
     report = patch(model)
     assert list(report.notes) == ["layers.0.blocks.0"]
+    assert "is not called, as in stock timm, which reads its weight only" in str(report)
     assert "qkv_bias_separate = True has it called" in str(report)
 
 

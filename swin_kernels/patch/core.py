@@ -187,8 +187,7 @@ def report_on(found: list[Found]) -> PatchReport:
 
 
 def patch(model: nn.Module, *, backend: str | None = None) -> PatchReport:
-    """Run the window attention of every supported block of `model` as the fused operation, in
-    place.
+    """Run the window attention of every supported block of `model` fused, in place.
 
     Outputs and gradients are those of the stock model; roll, pad and partition are gone. Each block
     changes its class to a subclass of its own, which `unpatch` undoes. A block that is not exactly
@@ -204,7 +203,7 @@ def patch(model: nn.Module, *, backend: str | None = None) -> PatchReport:
 
     Raises:
         ValueError: not a module, an unknown backend, or nothing to replace in it; the model is then
-    unchanged.
+            unchanged.
     """
     if backend is not None:
         check_name(backend)
