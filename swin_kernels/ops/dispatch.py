@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import logging
 import os
+from collections.abc import Callable
 from typing import Protocol
 
-import torch
 from torch import Tensor
 
 from swin_kernels import reference
@@ -18,6 +18,12 @@ _already_logged: set[str] = set()
 
 # read once: an environment look-up costs as much as an op call
 DEFAULT_BACKEND = os.environ.get("SWIN_KERNELS_BACKEND") or None
+
+
+def asked_while_tracing(function: Callable) -> Callable:
+    """`torch.compiler.assume_constant_result`, without importing dynamo (and triton) for it."""
+    function._dynamo_marked_constant = True  # type: ignore[attr-defined]
+    return function
 
 
 class Backend(Protocol):
@@ -100,7 +106,7 @@ def choose(problem: Problem, name: str | None = None) -> Backend:
     return backend
 
 
-@torch._dynamo.assume_constant_result  # under torch.compile it logs while tracing
+@asked_while_tracing
 def _log_once(message: str) -> None:
     if message not in _already_logged:
         _already_logged.add(message)

@@ -8,7 +8,14 @@ import torch
 import torch.autograd.forward_ad as forward_ad
 from torch import Tensor
 
-from swin_kernels.ops.dispatch import BACKENDS, DEFAULT_BACKEND, REFERENCE, check_name, choose
+from swin_kernels.ops.dispatch import (
+    BACKENDS,
+    DEFAULT_BACKEND,
+    REFERENCE,
+    asked_while_tracing,
+    check_name,
+    choose,
+)
 from swin_kernels.problem import Operands, Options, Problem
 
 _OPERANDS = len(Operands._fields)
@@ -66,7 +73,7 @@ class ShiftedWindowAttentionFunction(torch.autograd.Function):
         return (*kept, *(None,) * (_ARGUMENTS - _OPERANDS))
 
 
-@torch._dynamo.assume_constant_result  # dynamo guards on the transforms, but cannot trace the call
+@asked_while_tracing  # dynamo guards on the transforms, but cannot trace the call
 def _functorch_active() -> bool:
     return torch._C._are_functorch_transforms_active()
 
