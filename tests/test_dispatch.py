@@ -178,3 +178,19 @@ def test_object_that_does_not_load_keeps_its_reason(tmp_path, monkeypatch):
     loaded = native._load("_C_broken")
     assert loaded.path == tmp_path / "_C_broken.abi3.so"
     assert "_C_broken.abi3.so did not load" in loaded.error
+
+
+def test_choice_of_the_reference_is_logged_under_compile(monkeypatch, caplog):
+    monkeypatch.setattr(native.CpuBackend, "why_not", lambda self, problem: "not today")
+    monkeypatch.setattr(dispatch, "_already_logged", set())
+    x = torch.randn(1, 4, 3, 1, 8)
+    torch._dynamo.reset()
+    with caplog.at_level(logging.WARNING, logger="swin_kernels"):
+        compiled = torch.compile(
+            lambda x: shifted_window_attention_qkvpacked(x, 2), backend="eager", fullgraph=True
+        )
+        compiled(x)
+    torch._dynamo.reset()
+    assert [
+        r.getMessage().count("not today") for r in caplog.records if r.name == "swin_kernels"
+    ] == [1]
