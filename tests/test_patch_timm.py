@@ -22,8 +22,6 @@ from patch_models import (
     double,
     full_model,
     image,
-    patching_for_cpu_kernels,
-    recorded_calls,
     small_block,
     small_model,
     train_step,
@@ -32,16 +30,6 @@ from patch_models import (
 from swin_kernels import patch
 
 kinds = pytest.mark.parametrize("kind", KINDS)
-
-
-@pytest.fixture
-def calls(monkeypatch):
-    return recorded_calls(monkeypatch)
-
-
-@pytest.fixture
-def on_cpu_kernels(cpu_kernels, monkeypatch):
-    yield from patching_for_cpu_kernels(monkeypatch)
 
 
 @pytest.mark.parametrize("backend", ["cpu", "reference"])

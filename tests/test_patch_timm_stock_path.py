@@ -17,8 +17,6 @@ from patch_models import (
     attend,
     blocks_of,
     image,
-    patching_for_cpu_kernels,
-    recorded_calls,
     small_block,
     small_model,
     train_step,
@@ -27,16 +25,6 @@ from patch_models import (
 from swin_kernels import patch, unpatch
 
 kinds = pytest.mark.parametrize("kind", KINDS)
-
-
-@pytest.fixture
-def calls(monkeypatch):
-    return recorded_calls(monkeypatch)
-
-
-@pytest.fixture
-def on_cpu_kernels(cpu_kernels, monkeypatch):
-    yield from patching_for_cpu_kernels(monkeypatch)
 
 
 HOOKS = {
