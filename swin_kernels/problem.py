@@ -123,7 +123,7 @@ class Problem:
     head_dim: int
     value_dim: int
     dtype: torch.dtype
-    device: str
+    device: torch.device
     packed: bool
     bias: str  # "none", "dense" or "table"
     has_mask: bool
@@ -232,7 +232,7 @@ def _problem(
         head_dim=head_dim,
         value_dim=value_dim,
         dtype=query.dtype,
-        device=query.device.type,
+        device=query.device,
         packed=operands.key is None,
         bias="dense"
         if operands.bias is not None
@@ -382,12 +382,14 @@ def _check_index_range(operands: Operands) -> None:
         _indices_in_range[index] = seen
 
 
+MASK_HAS_NO_GRADIENT = (
+    "mask requires grad, but has no gradient here: pass what is learnt as bias, or detach it"
+)
+
+
 def _check_mask_gradient(mask: Tensor | None) -> None:
     if isinstance(mask, Tensor) and mask.requires_grad and torch.is_grad_enabled():
-        raise ValueError(
-            "mask requires grad, but has no gradient here: pass what is learnt as bias, "
-            "or detach it"
-        )
+        raise ValueError(MASK_HAS_NO_GRADIENT)
 
 
 def _check_extras(

@@ -356,7 +356,17 @@ def test_packed_gradient_is_written_packed(cpu_kernels):
     operands, grad_out = make_operands(case), make_grad_out(case)
     options = Problem.checked(operands, **case.options).options
     needed = tuple(name == "query" for name in Operands._fields)
-    grads = BACKENDS["cpu"].backward(grad_out, operands, options, needed)
+    grads = BACKENDS["cpu"].backward(grad_out, operands, options, (), needed)
     assert grads[0].shape == operands.query.shape
     assert grads[0].is_contiguous()
     assert all(grad is None for grad in grads[1:])
+
+
+def test_function_refuses_a_mask_that_requires_grad(cpu_kernels):
+    case = PLANE.but(mask="soft")
+    operands = make_operands(case)
+    options = Problem.checked(operands, **case.options).options
+    operands = operands._replace(mask=operands.mask.requires_grad_())
+    out = ShiftedWindowAttentionFunction.apply(*operands, *options, "cpu")
+    with pytest.raises(ValueError, match="mask requires grad"):
+        out.sum().backward()

@@ -168,7 +168,7 @@ def test_problem_holds_the_facts_of_the_call():
     problem = Problem.checked(make_operands(case), **case.options)
     assert (problem.batch, problem.heads, problem.head_dim, problem.value_dim) == (2, 3, 16, 24)
     assert problem.grid == case.grid
-    assert (problem.dtype, problem.device) == (torch.float32, "cpu")
+    assert (problem.dtype, problem.device) == (torch.float32, torch.device("cpu"))
     assert (problem.packed, problem.bias, problem.has_mask, problem.cosine) == (
         False,
         "table",

@@ -84,15 +84,22 @@ class CpuBackend:
     def why_not(self, problem: Problem) -> str | None:
         if CPU_OBJECT.error is not None:
             return CPU_OBJECT.error
-        if problem.device != "cpu":
+        if problem.device.type != "cpu":
             return f"runs on CPU tensors, got {problem.device}"
         return None
 
-    def forward(self, operands: Operands, options: Options) -> Tensor:
-        return FORWARD(*operands, *options)
+    def forward(
+        self, operands: Operands, options: Options, differentiable: bool
+    ) -> tuple[Tensor, tuple[Tensor, ...]]:
+        return FORWARD(*operands, *options), ()
 
     def backward(
-        self, grad_out: Tensor, operands: Operands, options: Options, needed: tuple[bool, ...]
+        self,
+        grad_out: Tensor,
+        operands: Operands,
+        options: Options,
+        saved: tuple[Tensor, ...],
+        needed: tuple[bool, ...],
     ) -> tuple[Tensor | None, ...]:
         needs = sum(bit for name, bit in NEEDS.items() if needed[Operands._fields.index(name)])
         d_query, d_key, d_value, *extras = BACKWARD(grad_out, *operands, *options, needs)

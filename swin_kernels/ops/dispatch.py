@@ -34,11 +34,20 @@ class Backend(Protocol):
     def why_not(self, problem: Problem) -> str | None:
         """None if it can run `problem`, else the reason."""
 
-    def forward(self, operands: Operands, options: Options) -> Tensor: ...
+    def forward(
+        self, operands: Operands, options: Options, differentiable: bool
+    ) -> tuple[Tensor, tuple[Tensor, ...]]:
+        """The output, and what a backward wants to find again beside the operands."""
 
     def backward(
-        self, grad_out: Tensor, operands: Operands, options: Options, needed: tuple[bool, ...]
-    ) -> tuple[Tensor | None, ...]: ...
+        self,
+        grad_out: Tensor,
+        operands: Operands,
+        options: Options,
+        saved: tuple[Tensor, ...],
+        needed: tuple[bool, ...],
+    ) -> tuple[Tensor | None, ...]:
+        """Gradients in the order of `Operands`, None for those not needed."""
 
 
 class ReferenceBackend:
@@ -49,11 +58,18 @@ class ReferenceBackend:
     def why_not(self, problem: Problem) -> str | None:
         return None
 
-    def forward(self, operands: Operands, options: Options) -> Tensor:
-        return reference.forward(operands, options)
+    def forward(
+        self, operands: Operands, options: Options, differentiable: bool
+    ) -> tuple[Tensor, tuple[Tensor, ...]]:
+        return reference.forward(operands, options), ()
 
     def backward(
-        self, grad_out: Tensor, operands: Operands, options: Options, needed: tuple[bool, ...]
+        self,
+        grad_out: Tensor,
+        operands: Operands,
+        options: Options,
+        saved: tuple[Tensor, ...],
+        needed: tuple[bool, ...],
     ) -> tuple[Tensor | None, ...]:
         grads = reference.backward(grad_out, operands, options)
         return tuple(g if wanted else None for g, wanted in zip(grads, needed))

@@ -16,10 +16,10 @@ from swin_kernels.ops.dispatch import (
     check_name,
     choose,
 )
-from swin_kernels.problem import Operands, Options, Problem
+from swin_kernels.problem import MASK_HAS_NO_GRADIENT, Operands, Options, Problem
 
 _OPERANDS = len(Operands._fields)
-_ARGUMENTS = _OPERANDS + len(Options._fields) + 1
+_OPTIONS = len(Options._fields)
 
 
 class _BackwardOnce(torch.autograd.Function):
@@ -30,8 +30,10 @@ class _BackwardOnce(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, backend: str, needed: tuple[bool, ...], grad_out: Tensor, *args):
-        operands, options = Operands(*args[:_OPERANDS]), Options(*args[_OPERANDS:])
-        return BACKENDS[backend].backward(grad_out, operands, options, needed)
+        operands = Operands(*args[:_OPERANDS])
+        options = Options(*args[_OPERANDS : _OPERANDS + _OPTIONS])
+        saved = args[_OPERANDS + _OPTIONS :]
+        return BACKENDS[backend].backward(grad_out, operands, options, saved, needed)
 
     @staticmethod
     def backward(ctx, *grads):
@@ -44,7 +46,8 @@ class ShiftedWindowAttentionFunction(torch.autograd.Function):
     """`apply(*Operands, *Options, backend)`: the fused forward and backward, without the checks.
 
     The arguments are the fields of `swin_kernels.problem.Operands` and `.Options` in order, then
-    the name of a backend. Only the operands are saved: no probabilities, no windows.
+    the name of a backend. Saved are the operands, and what little the backend adds (Triton's
+    kernels for large windows: the output and a log-sum-exp per row): no probabilities, no windows.
     """
 
     @staticmethod
@@ -54,23 +57,31 @@ class ShiftedWindowAttentionFunction(torch.autograd.Function):
             Options(*args[_OPERANDS:-1]),
             args[-1],
         )
-        ctx.save_for_backward(*operands)
+        out, saved = BACKENDS[backend].forward(operands, options, True)
+        ctx.save_for_backward(*operands, *saved)
         ctx.options = options
         ctx.backend = backend
         ctx.set_materialize_grads(False)
-        return BACKENDS[backend].forward(operands, options)
+        return out
 
     @staticmethod
     def backward(ctx, grad_out):
+        needed = ctx.needs_input_grad[:_OPERANDS]
+        if needed[Operands._fields.index("mask")]:
+            raise ValueError(MASK_HAS_NO_GRADIENT)
+        not_tensors = (None,) * (_OPTIONS + 1)
         if grad_out is None:
-            return (None,) * _ARGUMENTS
-        operands, needed = Operands(*ctx.saved_tensors), ctx.needs_input_grad[:_OPERANDS]
+            return (*(None,) * _OPERANDS, *not_tensors)
+        saved = ctx.saved_tensors
+        operands, saved = Operands(*saved[:_OPERANDS]), saved[_OPERANDS:]
         if torch.is_grad_enabled():
-            grads = _BackwardOnce.apply(ctx.backend, needed, grad_out, *operands, *ctx.options)
+            grads = _BackwardOnce.apply(
+                ctx.backend, needed, grad_out, *operands, *ctx.options, *saved
+            )
         else:
-            grads = BACKENDS[ctx.backend].backward(grad_out, operands, ctx.options, needed)
+            grads = BACKENDS[ctx.backend].backward(grad_out, operands, ctx.options, saved, needed)
         kept = [grad if wanted else None for grad, wanted in zip(grads, needed)]
-        return (*kept, *(None,) * (_ARGUMENTS - _OPERANDS))
+        return (*kept, *not_tensors)
 
 
 @asked_while_tracing  # dynamo guards on the transforms, but cannot trace the call
@@ -113,13 +124,13 @@ def _attend(operands: Operands, backend: str | None, **options) -> Tensor:
                 f"backend {name!r} cannot run under torch.func transforms or forward-mode AD; "
                 'leave backend out, or use backend="reference"'
             )
-        return REFERENCE.forward(operands, problem.options)
+        return REFERENCE.forward(operands, problem.options, True)[0]
     chosen = choose(problem, backend)
     needs_grad = torch.is_grad_enabled() and any(
         x is not None and x.requires_grad for x in operands
     )
     if chosen is REFERENCE or not needs_grad:
-        return chosen.forward(operands, problem.options)
+        return chosen.forward(operands, problem.options, needs_grad)[0]
     return ShiftedWindowAttentionFunction.apply(*operands, *problem.options, chosen.name)
 
 
