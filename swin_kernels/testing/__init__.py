@@ -1,0 +1,54 @@
+"""Inputs of the operation, its unfused form and the error rule: for tests and benchmarks alike.
+
+A check is three lines: `operands = make_operands(case)`, `grad_out = make_grad_out(case)`, then
+`assert_within_error_rule(run(...), run_unfused(...), run_exact(...))`; `check(case, backend)` is
+all of them.
+"""
+
+from swin_kernels.testing.cases import (
+    BIASES,
+    LAYOUTS,
+    MASKS,
+    Case,
+    make_grad_out,
+    make_operands,
+)
+from swin_kernels.testing.rule import (
+    FEW,
+    assert_no_worse_than_eager,
+    assert_within_error_rule,
+    check,
+)
+from swin_kernels.testing.runs import (
+    DIFFERENTIABLE,
+    Result,
+    call,
+    differentiate,
+    run,
+    run_exact,
+    run_unfused,
+    with_grad,
+)
+from swin_kernels.testing.unfused import unfused
+
+__all__ = [
+    "BIASES",
+    "DIFFERENTIABLE",
+    "FEW",
+    "LAYOUTS",
+    "MASKS",
+    "Case",
+    "Result",
+    "assert_no_worse_than_eager",
+    "assert_within_error_rule",
+    "call",
+    "check",
+    "differentiate",
+    "make_grad_out",
+    "make_operands",
+    "run",
+    "run_exact",
+    "run_unfused",
+    "unfused",
+    "with_grad",
+]
