@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Callable
 from typing import Protocol
 
 from torch import Tensor
 
 from swin_kernels import reference
 from swin_kernels.kernels import native
+from swin_kernels.kernels.tracing import asked_while_tracing
+from swin_kernels.kernels.triton.backend import TritonBackend
 from swin_kernels.problem import Operands, Options, Problem
 
 _log = logging.getLogger("swin_kernels")
@@ -18,12 +19,6 @@ _already_logged: set[str] = set()
 
 # read once: an environment look-up costs as much as an op call
 DEFAULT_BACKEND = os.environ.get("SWIN_KERNELS_BACKEND") or None
-
-
-def asked_while_tracing(function: Callable) -> Callable:
-    """`torch.compiler.assume_constant_result`, without importing dynamo (and triton) for it."""
-    function._dynamo_marked_constant = True  # type: ignore[attr-defined]
-    return function
 
 
 class Backend(Protocol):
@@ -77,7 +72,7 @@ class ReferenceBackend:
 
 REFERENCE = ReferenceBackend()
 BACKENDS: dict[str, Backend] = {
-    b.name: b for b in (native.CpuBackend(), REFERENCE)
+    b.name: b for b in (native.CpuBackend(), TritonBackend(), REFERENCE)
 }  # the first that can, wins
 
 

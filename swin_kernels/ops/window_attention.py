@@ -8,11 +8,11 @@ import torch
 import torch.autograd.forward_ad as forward_ad
 from torch import Tensor
 
+from swin_kernels.kernels.tracing import asked_while_tracing
 from swin_kernels.ops.dispatch import (
     BACKENDS,
     DEFAULT_BACKEND,
     REFERENCE,
-    asked_while_tracing,
     check_name,
     choose,
 )

@@ -1,4 +1,4 @@
-"""Window attention as timm runs it, one pass over memory a step: the bound that the error rule names."""
+"""Window attention as timm runs it, a pass over memory a step: what the error rule bounds by."""
 
 from __future__ import annotations
 

@@ -1,0 +1,180 @@
+"""The Triton backend: its ops, and what it can run. Imports Triton only when it runs."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from swin_kernels.kernels.tracing import asked_while_tracing
+from swin_kernels.kernels.triton.configs import LARGEST_HEAD_DIM, backward_wants_sums
+from swin_kernels.problem import Operands, Options, Problem
+
+# triton reads it when it is imported: kernels then run on the CPU, a NumPy call an operation
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+MOST_WINDOWS = 2**31 - 2**16  # a batch's windows are counted with 32 bits, a run at a time
+OLDEST_CAPABILITY = (8, 0)
+
+_OPERANDS = len(Operands._fields)
+_OPTIONS = len(Options._fields)
+# the gradients of an op's outputs, in order; those that cost extra work can be left out
+GRADIENTS = (
+    "query",
+    "key",
+    "value",
+    "bias",
+    "bias_table",
+    "pad_key",
+    "pad_value",
+    "logit_scale",
+)
+
+_OPERANDS_SCHEMA = ", ".join(
+    f"Tensor{'' if name == 'query' else '?'} {name}" for name in Operands._fields
+)
+_OPTIONS_SCHEMA = (
+    "int[] window_size, int[] shift_size, bool[] periodic, bool roll_then_pad, float mask_value, "
+    "float scale, float dropout_p"
+)
+_library = torch.library.Library("swin_kernels", "FRAGMENT")
+# the output, and the log2-sum-exp of each row if `differentiable` and the backward will want it
+_library.define(
+    f"triton_forward({_OPERANDS_SCHEMA}, {_OPTIONS_SCHEMA}, bool differentiable) "
+    "-> (Tensor, Tensor)"
+)
+# GRADIENTS, empty where not needed
+_library.define(
+    f"triton_backward(Tensor grad_out, Tensor? out, Tensor? log_sum_exp, {_OPERANDS_SCHEMA}, "
+    f"{_OPTIONS_SCHEMA}, bool[] needed) -> ({', '.join(['Tensor'] * len(GRADIENTS))})"
+)
+
+
+def _split(arguments: Sequence) -> tuple[Operands, Options]:
+    operands, options = arguments[:_OPERANDS], arguments[_OPERANDS:]
+    window, shift, periodic, *numbers = options
+    # lists, as an op gets them, are no keys of a cache
+    return Operands(*operands), Options(tuple(window), tuple(shift), tuple(periodic), *numbers)
+
+
+def _forward(*arguments) -> tuple[Tensor, Tensor]:
+    from swin_kernels.kernels.triton import calls
+
+    operands, options = _split(arguments[:-1])
+    out, log_sum_exp = calls.forward(operands, options, arguments[-1])
+    return out, out.new_empty(0) if log_sum_exp is None else log_sum_exp
+
+
+def _backward(grad_out, out, log_sum_exp, *arguments) -> tuple[Tensor, ...]:
+    from swin_kernels.kernels.triton import calls
+
+    operands, options = _split(arguments[:-1])
+    wanted = dict(zip(Operands._fields, arguments[-1]))
+    needs = calls.Needs(
+        wanted["bias"] or wanted["bias_table"], wanted["pad_key"], wanted["pad_value"]
+    )
+    grads = calls.backward(grad_out, operands, options, out, log_sum_exp, needs)
+    return tuple(grads.get(name, grad_out.new_empty(0)) for name in GRADIENTS)
+
+
+for key in ("CUDA", "CPU") if INTERPRETED else ("CUDA",):
+    _library.impl("triton_forward", _forward, key)
+    _library.impl("triton_backward", _backward, key)
+FORWARD = torch.ops.swin_kernels.triton_forward.default
+BACKWARD = torch.ops.swin_kernels.triton_backward.default
+
+
+def _wants_sums(operands: Operands, options: Options) -> bool:
+    query, _, value = operands.unpacked()
+    tokens = options.grid(query.shape[1:-2]).tokens
+    return backward_wants_sums(tokens, int(query.shape[-1]), int(value.shape[-1]), query.dtype)
+
+
+@torch.library.register_fake("swin_kernels::triton_forward")
+def _forward_fake(*arguments) -> tuple[Tensor, Tensor]:
+    operands, options = _split(arguments[:-1])
+    query, _, value = operands.unpacked()
+    out = query.new_empty((*query.shape[:-1], value.shape[-1]))
+    if not (arguments[-1] and _wants_sums(operands, options)):
+        return out, query.new_empty(0)
+    grid = options.grid(query.shape[1:-2])
+    rows = (query.shape[0] * grid.windows, query.shape[-2], grid.tokens)
+    return out, query.new_empty(rows, dtype=torch.float32)
+
+
+@torch.library.register_fake("swin_kernels::triton_backward")
+def _backward_fake(grad_out, out, log_sum_exp, *arguments) -> tuple[Tensor, ...]:
+    operands, needed = Operands(*arguments[:_OPERANDS]), arguments[-1]
+    wanted = dict(zip(Operands._fields, needed))
+    grads = []
+    for name in GRADIENTS:
+        x = getattr(operands, name)
+        always = name in ("query", "key", "value", "logit_scale")
+        written = x is not None and (always or wanted[name])
+        # each gradient that is absent is a tensor of its own: outputs of an op never alias
+        grads.append(x.new_empty(x.shape) if written else grad_out.new_empty(0))
+    return tuple(grads)
+
+
+@asked_while_tracing
+def _why_not_here(device: torch.device) -> str | None:
+    """What keeps Triton from running on this device, whatever the problem."""
+    if importlib.util.find_spec("triton") is None:
+        return "triton is not installed: `pip install triton` where it exists for this platform"
+    if device.type == "cpu" and INTERPRETED:
+        return None
+    if device.type != "cuda":
+        return f"runs on CUDA tensors, got {device}"
+    capability = torch.cuda.get_device_capability(device)
+    if torch.version.hip is None and capability < OLDEST_CAPABILITY:
+        return (
+            f"needs compute capability 8.0 or newer, {device} has {'.'.join(map(str, capability))}"
+        )
+    return None
+
+
+class TritonBackend:
+    """The fused Triton kernels for NVIDIA GPUs, and AMD's where they compile."""
+
+    name = "triton"
+
+    def why_not(self, problem: Problem) -> str | None:
+        if problem.dtype == torch.float64:
+            return 'has no float64: use backend="reference"'
+        if INTERPRETED and problem.dtype == torch.bfloat16:
+            return "the interpreter of Triton multiplies bfloat16 wrongly"
+        if max(problem.head_dim, problem.value_dim) > LARGEST_HEAD_DIM:
+            return (
+                f"takes up to {LARGEST_HEAD_DIM} channels a head, got {problem.head_dim} and "
+                f"{problem.value_dim}"
+            )
+        if problem.batch * problem.grid.windows > MOST_WINDOWS:
+            return f"takes up to {MOST_WINDOWS} windows, got {problem.batch * problem.grid.windows}"
+        return _why_not_here(problem.device)
+
+    def forward(
+        self, operands: Operands, options: Options, differentiable: bool
+    ) -> tuple[Tensor, tuple[Tensor, ...]]:
+        out, log_sum_exp = FORWARD(*operands, *options, differentiable)
+        if differentiable and _wants_sums(operands, options):
+            return out, (out, log_sum_exp)
+        return out, ()
+
+    def backward(
+        self,
+        grad_out: Tensor,
+        operands: Operands,
+        options: Options,
+        saved: tuple[Tensor, ...],
+        needed: tuple[bool, ...],
+    ) -> tuple[Tensor | None, ...]:
+        out, log_sum_exp = saved or (None, None)
+        grads = BACKWARD(grad_out, out, log_sum_exp, *operands, *options, needed)
+        kept = {
+            name: grad
+            for name, grad in zip(GRADIENTS, grads)
+            if getattr(operands, name) is not None and needed[Operands._fields.index(name)]
+        }
+        return Operands(**{"query": None, **kept})

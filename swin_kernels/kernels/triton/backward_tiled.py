@@ -1,0 +1,539 @@
+"""Backward kernels for windows of several tiles: three passes from the saved log-sum-exp.
+
+`_tiled_dq_kernel` takes BLOCK_M queries of a window through its keys, and leaves Δ = rowsum(dO∘O)
+for the other two; `_tiled_dkv_kernel` takes BLOCK_N keys through the queries; `_tiled_dbias_kernel`
+takes one tile of the bias through a run of windows. (Dao et al., "FlashAttention", 2022, section
+3.2, split so that every sum has one owner: no atomics.)
+"""
+
+import triton
+import triton.language as tl
+
+from swin_kernels.kernels.triton.tile import (
+    LOG2_E,
+    add_masks,
+    bias_tile,
+    fill_padding,
+    kept_tile,
+    load_tokens,
+    store_partial,
+    store_tokens,
+    sum_over,
+    through_unit,
+    to_unit,
+)
+from swin_kernels.kernels.triton.window import (
+    seams_crossed,
+    token_places,
+    token_positions,
+    window_place,
+)
+
+
+@triton.jit
+def tile_gradients(
+    q,
+    k,
+    v,
+    do,
+    sums,
+    delta,
+    window,
+    number,
+    head,
+    heads,
+    i,
+    j,
+    places_i,
+    places_j,
+    crossed,
+    seams,
+    factor,
+    mask_value,
+    kept_factor,
+    bias_ptr,
+    mask_ptr,
+    seed_ptr,
+    WINDOW: tl.constexpr,
+    REGIONS: tl.constexpr,
+    BIAS: tl.constexpr,
+    HAS_MASK: tl.constexpr,
+    DROPOUT_THRESHOLD: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """Probabilities after dropout, and dS = P∘(dP − Δ): (BLOCK_M, BLOCK_N) both."""
+    s = tl.dot(q, tl.trans(k), input_precision=PRECISION) * (factor * LOG2_E)
+    s += bias_tile(bias_ptr, bias_ptr, head, heads, 0, i, j, places_i, places_j, BIAS, WINDOW)
+    s = add_masks(
+        s,
+        i,
+        j,
+        places_i,
+        places_j,
+        crossed,
+        seams,
+        mask_value,
+        mask_ptr,
+        number,
+        REGIONS,
+        HAS_MASK,
+        WINDOW,
+    )
+    p = tl.exp2(s - sums[:, None])
+    dp = tl.dot(do, tl.trans(v), input_precision=PRECISION)
+    weights = p
+    if DROPOUT_THRESHOLD > 0:
+        kept = kept_tile(seed_ptr, window, head, i, j, WINDOW, DROPOUT_THRESHOLD)
+        weights = tl.where(kept, p * kept_factor, 0.0)
+        dp = tl.where(kept, dp * kept_factor, 0.0)
+    return weights, p * (dp - delta[:, None])
+
+
+@triton.jit
+def _tiled_dq_kernel(
+    grad_out_ptr,
+    out_ptr,
+    log_sum_exp_ptr,
+    query_ptr,
+    key_ptr,
+    value_ptr,
+    bias_ptr,
+    mask_ptr,
+    pad_key_ptr,
+    pad_value_ptr,
+    logit_scale_ptr,
+    seed_ptr,
+    grad_query_ptr,
+    delta_ptr,
+    logit_scale_sums_ptr,
+    grad_out_strides,
+    out_strides,
+    query_strides,
+    key_strides,
+    value_strides,
+    grad_query_strides,
+    key_start,
+    value_start,
+    sizes,
+    counts,
+    periods,
+    rolls,
+    seams,
+    heads,
+    scale,
+    mask_value,
+    kept_factor,
+    WINDOW: tl.constexpr,
+    REGIONS: tl.constexpr,
+    ROLLED: tl.constexpr,
+    PADDED: tl.constexpr,
+    WIDE: tl.constexpr,
+    BIAS: tl.constexpr,
+    HAS_MASK: tl.constexpr,
+    HAS_PAD_KEY: tl.constexpr,
+    HAS_PAD_VALUE: tl.constexpr,
+    COSINE: tl.constexpr,
+    DROPOUT_THRESHOLD: tl.constexpr,
+    PRECISION: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    VALUE_DIM: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_DV: tl.constexpr,
+    LOOP_STAGES: tl.constexpr,
+):
+    N: tl.constexpr = WINDOW[0] * WINDOW[1] * WINDOW[2]
+    TILES: tl.constexpr = (N + BLOCK_M - 1) // BLOCK_M
+    tile = tl.program_id(0) % TILES
+    head = tl.program_id(0) // TILES % heads
+    window = tl.program_id(0) // TILES // heads
+    image, number, place = window_place(window, counts)
+    crossed = seams_crossed(place, counts, REGIONS)
+
+    i = tile * BLOCK_M + tl.arange(0, BLOCK_M)
+    places_i = token_places(i, WINDOW)
+    x_i, real = token_positions(
+        places_i, place, sizes, periods, rolls, WINDOW, ROLLED, PADDED, WIDE
+    )
+    rows = real & (i < N)
+    q = load_tokens(query_ptr, image, head, x_i, rows, query_strides, HEAD_DIM, BLOCK_D)
+    do = load_tokens(grad_out_ptr, image, head, x_i, rows, grad_out_strides, VALUE_DIM, BLOCK_DV)
+    out = load_tokens(out_ptr, image, head, x_i, rows, out_strides, VALUE_DIM, BLOCK_DV)
+    delta = tl.sum(do.to(tl.float32) * out.to(tl.float32), 1)
+    row = (window.to(tl.int64) * heads + head) * N
+    tl.store(delta_ptr + row + i, delta, mask=i < N)
+    sums = tl.load(log_sum_exp_ptr + row + i, mask=i < N, other=float("inf"))
+    factor = scale
+    if COSINE:
+        q, q_norm = to_unit(q)
+        factor = tl.load(logit_scale_ptr + head).to(tl.float32)
+
+    dq = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
+    for start in tl.range(0, N, BLOCK_N, num_stages=LOOP_STAGES):
+        j = start + tl.arange(0, BLOCK_N)
+        places_j = token_places(j, WINDOW)
+        x_j, real_j = token_positions(
+            places_j, place, sizes, periods, rolls, WINDOW, ROLLED, PADDED, WIDE
+        )
+        keys = real_j & (j < N)
+        padding = (j < N) & ~real_j
+        k = load_tokens(key_ptr + key_start, image, head, x_j, keys, key_strides, HEAD_DIM, BLOCK_D)
+        v = load_tokens(
+            value_ptr + value_start, image, head, x_j, keys, value_strides, VALUE_DIM, BLOCK_DV
+        )
+        if HAS_PAD_KEY:
+            k = fill_padding(k, padding, pad_key_ptr, head, HEAD_DIM, BLOCK_D)
+        if HAS_PAD_VALUE:
+            v = fill_padding(v, padding, pad_value_ptr, head, VALUE_DIM, BLOCK_DV)
+        if COSINE:
+            k, _ = to_unit(k)
+        _, ds = tile_gradients(
+            q,
+            k,
+            v,
+            do,
+            sums,
+            delta,
+            window,
+            number,
+            head,
+            heads,
+            i,
+            j,
+            places_i,
+            places_j,
+            crossed,
+            seams,
+            factor,
+            mask_value,
+            kept_factor,
+            bias_ptr,
+            mask_ptr,
+            seed_ptr,
+            WINDOW,
+            REGIONS,
+            BIAS,
+            HAS_MASK,
+            DROPOUT_THRESHOLD,
+            PRECISION,
+        )
+        dq += tl.dot(ds.to(k.dtype), k, input_precision=PRECISION)
+
+    if COSINE:
+        dq, radial = through_unit(dq, factor, q, q_norm, query_ptr.dtype.element_ty)
+        tl.store(logit_scale_sums_ptr + tl.program_id(0), tl.sum(radial, 0))
+    else:
+        dq *= factor
+    store_tokens(grad_query_ptr, image, head, x_i, rows, grad_query_strides, dq, HEAD_DIM, BLOCK_D)
+
+
+@triton.jit
+def _tiled_dkv_kernel(
+    grad_out_ptr,
+    log_sum_exp_ptr,
+    delta_ptr,
+    query_ptr,
+    key_ptr,
+    value_ptr,
+    bias_ptr,
+    mask_ptr,
+    pad_key_ptr,
+    pad_value_ptr,
+    logit_scale_ptr,
+    seed_ptr,
+    grad_key_ptr,
+    grad_value_ptr,
+    pad_key_sums_ptr,
+    pad_value_sums_ptr,
+    grad_out_strides,
+    query_strides,
+    key_strides,
+    value_strides,
+    grad_query_strides,
+    grad_value_strides,
+    key_start,
+    value_start,
+    grad_key_start,
+    grad_value_start,
+    sizes,
+    counts,
+    periods,
+    rolls,
+    seams,
+    heads,
+    scale,
+    mask_value,
+    kept_factor,
+    WINDOW: tl.constexpr,
+    REGIONS: tl.constexpr,
+    ROLLED: tl.constexpr,
+    PADDED: tl.constexpr,
+    WIDE: tl.constexpr,
+    BIAS: tl.constexpr,
+    HAS_MASK: tl.constexpr,
+    HAS_PAD_KEY: tl.constexpr,
+    HAS_PAD_VALUE: tl.constexpr,
+    COSINE: tl.constexpr,
+    DROPOUT_THRESHOLD: tl.constexpr,
+    PRECISION: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    VALUE_DIM: tl.constexpr,
+    NEEDS_PAD_KEY: tl.constexpr,
+    NEEDS_PAD_VALUE: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_DV: tl.constexpr,
+    LOOP_STAGES: tl.constexpr,
+):
+    N: tl.constexpr = WINDOW[0] * WINDOW[1] * WINDOW[2]
+    TILES: tl.constexpr = (N + BLOCK_N - 1) // BLOCK_N
+    tile = tl.program_id(0) % TILES
+    head = tl.program_id(0) // TILES % heads
+    window = tl.program_id(0) // TILES // heads
+    image, number, place = window_place(window, counts)
+    crossed = seams_crossed(place, counts, REGIONS)
+
+    j = tile * BLOCK_N + tl.arange(0, BLOCK_N)
+    places_j = token_places(j, WINDOW)
+    x_j, real_j = token_positions(
+        places_j, place, sizes, periods, rolls, WINDOW, ROLLED, PADDED, WIDE
+    )
+    keys = real_j & (j < N)
+    padding = (j < N) & ~real_j
+    k = load_tokens(key_ptr + key_start, image, head, x_j, keys, key_strides, HEAD_DIM, BLOCK_D)
+    v = load_tokens(
+        value_ptr + value_start, image, head, x_j, keys, value_strides, VALUE_DIM, BLOCK_DV
+    )
+    if HAS_PAD_KEY:
+        k = fill_padding(k, padding, pad_key_ptr, head, HEAD_DIM, BLOCK_D)
+    if HAS_PAD_VALUE:
+        v = fill_padding(v, padding, pad_value_ptr, head, VALUE_DIM, BLOCK_DV)
+    factor = scale
+    if COSINE:
+        k, k_norm = to_unit(k)
+        factor = tl.load(logit_scale_ptr + head).to(tl.float32)
+
+    row = (window.to(tl.int64) * heads + head) * N
+    dk = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
+    dv = tl.zeros((BLOCK_N, BLOCK_DV), tl.float32)
+    for start in tl.range(0, N, BLOCK_M, num_stages=LOOP_STAGES):
+        i = start + tl.arange(0, BLOCK_M)
+        places_i = token_places(i, WINDOW)
+        x_i, real_i = token_positions(
+            places_i, place, sizes, periods, rolls, WINDOW, ROLLED, PADDED, WIDE
+        )
+        rows = real_i & (i < N)
+        q = load_tokens(query_ptr, image, head, x_i, rows, query_strides, HEAD_DIM, BLOCK_D)
+        do = load_tokens(
+            grad_out_ptr, image, head, x_i, rows, grad_out_strides, VALUE_DIM, BLOCK_DV
+        )
+        sums = tl.load(log_sum_exp_ptr + row + i, mask=i < N, other=float("inf"))
+        delta = tl.load(delta_ptr + row + i, mask=i < N, other=0.0)
+        if COSINE:
+            q, _ = to_unit(q)
+        weights, ds = tile_gradients(
+            q,
+            k,
+            v,
+            do,
+            sums,
+            delta,
+            window,
+            number,
+            head,
+            heads,
+            i,
+            j,
+            places_i,
+            places_j,
+            crossed,
+            seams,
+            factor,
+            mask_value,
+            kept_factor,
+            bias_ptr,
+            mask_ptr,
+            seed_ptr,
+            WINDOW,
+            REGIONS,
+            BIAS,
+            HAS_MASK,
+            DROPOUT_THRESHOLD,
+            PRECISION,
+        )
+        dv += tl.dot(tl.trans(weights.to(do.dtype)), do, input_precision=PRECISION)
+        dk += tl.dot(tl.trans(ds.to(q.dtype)), q, input_precision=PRECISION)
+
+    if COSINE:
+        dk, _ = through_unit(dk, factor, k, k_norm, query_ptr.dtype.element_ty)
+    else:
+        dk *= factor
+    if NEEDS_PAD_KEY:
+        store_partial(pad_key_sums_ptr, tl.program_id(0), sum_over(padding, dk), HEAD_DIM, BLOCK_D)
+    if NEEDS_PAD_VALUE:
+        store_partial(
+            pad_value_sums_ptr, tl.program_id(0), sum_over(padding, dv), VALUE_DIM, BLOCK_DV
+        )
+    store_tokens(
+        grad_key_ptr + grad_key_start,
+        image,
+        head,
+        x_j,
+        keys,
+        grad_query_strides,
+        dk,
+        HEAD_DIM,
+        BLOCK_D,
+    )
+    store_tokens(
+        grad_value_ptr + grad_value_start,
+        image,
+        head,
+        x_j,
+        keys,
+        grad_value_strides,
+        dv,
+        VALUE_DIM,
+        BLOCK_DV,
+    )
+
+
+@triton.jit
+def _tiled_dbias_kernel(
+    grad_out_ptr,
+    log_sum_exp_ptr,
+    delta_ptr,
+    query_ptr,
+    key_ptr,
+    value_ptr,
+    bias_ptr,
+    mask_ptr,
+    pad_key_ptr,
+    pad_value_ptr,
+    logit_scale_ptr,
+    seed_ptr,
+    bias_sums_ptr,
+    grad_out_strides,
+    query_strides,
+    key_strides,
+    value_strides,
+    key_start,
+    value_start,
+    sizes,
+    counts,
+    periods,
+    rolls,
+    seams,
+    windows,
+    windows_per_program,
+    heads,
+    scale,
+    mask_value,
+    kept_factor,
+    WINDOW: tl.constexpr,
+    REGIONS: tl.constexpr,
+    ROLLED: tl.constexpr,
+    PADDED: tl.constexpr,
+    WIDE: tl.constexpr,
+    BIAS: tl.constexpr,
+    HAS_MASK: tl.constexpr,
+    HAS_PAD_KEY: tl.constexpr,
+    HAS_PAD_VALUE: tl.constexpr,
+    COSINE: tl.constexpr,
+    DROPOUT_THRESHOLD: tl.constexpr,
+    PRECISION: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    VALUE_DIM: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_DV: tl.constexpr,
+    LOOP_STAGES: tl.constexpr,
+):
+    N: tl.constexpr = WINDOW[0] * WINDOW[1] * WINDOW[2]
+    ROWS: tl.constexpr = (N + BLOCK_M - 1) // BLOCK_M
+    COLUMNS: tl.constexpr = (N + BLOCK_N - 1) // BLOCK_N
+    column = tl.program_id(0) % COLUMNS
+    tile_row = tl.program_id(0) // COLUMNS % ROWS
+    head = tl.program_id(0) // (COLUMNS * ROWS) % heads
+    run = tl.program_id(0) // (COLUMNS * ROWS) // heads
+    first = run * windows_per_program
+    last = tl.minimum(first + windows_per_program, windows)
+
+    i = tile_row * BLOCK_M + tl.arange(0, BLOCK_M)
+    j = column * BLOCK_N + tl.arange(0, BLOCK_N)
+    places_i = token_places(i, WINDOW)
+    places_j = token_places(j, WINDOW)
+    factor = scale
+    if COSINE:
+        factor = tl.load(logit_scale_ptr + head).to(tl.float32)
+
+    bias_sum = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    for step in tl.range(0, last - first, num_stages=LOOP_STAGES):
+        window = first + step
+        image, number, place = window_place(window, counts)
+        crossed = seams_crossed(place, counts, REGIONS)
+        x_i, real_i = token_positions(
+            places_i, place, sizes, periods, rolls, WINDOW, ROLLED, PADDED, WIDE
+        )
+        x_j, real_j = token_positions(
+            places_j, place, sizes, periods, rolls, WINDOW, ROLLED, PADDED, WIDE
+        )
+        rows = real_i & (i < N)
+        keys = real_j & (j < N)
+        padding = (j < N) & ~real_j
+        q = load_tokens(query_ptr, image, head, x_i, rows, query_strides, HEAD_DIM, BLOCK_D)
+        k = load_tokens(key_ptr + key_start, image, head, x_j, keys, key_strides, HEAD_DIM, BLOCK_D)
+        v = load_tokens(
+            value_ptr + value_start, image, head, x_j, keys, value_strides, VALUE_DIM, BLOCK_DV
+        )
+        do = load_tokens(
+            grad_out_ptr, image, head, x_i, rows, grad_out_strides, VALUE_DIM, BLOCK_DV
+        )
+        row = (window.to(tl.int64) * heads + head) * N
+        sums = tl.load(log_sum_exp_ptr + row + i, mask=i < N, other=float("inf"))
+        delta = tl.load(delta_ptr + row + i, mask=i < N, other=0.0)
+        if HAS_PAD_KEY:
+            k = fill_padding(k, padding, pad_key_ptr, head, HEAD_DIM, BLOCK_D)
+        if HAS_PAD_VALUE:
+            v = fill_padding(v, padding, pad_value_ptr, head, VALUE_DIM, BLOCK_DV)
+        if COSINE:
+            q, _ = to_unit(q)
+            k, _ = to_unit(k)
+        _, ds = tile_gradients(
+            q,
+            k,
+            v,
+            do,
+            sums,
+            delta,
+            window,
+            number,
+            head,
+            heads,
+            i,
+            j,
+            places_i,
+            places_j,
+            crossed,
+            seams,
+            factor,
+            mask_value,
+            kept_factor,
+            bias_ptr,
+            mask_ptr,
+            seed_ptr,
+            WINDOW,
+            REGIONS,
+            BIAS,
+            HAS_MASK,
+            DROPOUT_THRESHOLD,
+            PRECISION,
+        )
+        bias_sum += ds
+
+    start = bias_sums_ptr + (run.to(tl.int64) * heads + head) * (N * N)
+    within = (i < N)[:, None] & (j < N)[None, :]
+    tl.store(start + i[:, None] * N + j[None, :], bias_sum, mask=within)

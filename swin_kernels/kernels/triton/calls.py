@@ -1,0 +1,123 @@
+"""A call on tensors: its plan, found or made; its buffers; what comes out."""
+
+from __future__ import annotations
+
+import functools
+
+import torch
+from torch import Tensor
+
+from swin_kernels.kernels.triton.configs import Gpu
+from swin_kernels.kernels.triton.launch import Run, gpu_of
+from swin_kernels.kernels.triton.plan import (
+    STRIDED,
+    Needs,
+    TensorFacts,
+    backward_plan,
+    facts_of,
+    forward_plan,
+)
+from swin_kernels.problem import Operands, Options
+from swin_kernels.reference.forward import NORM_CLAMP
+
+Named = tuple[tuple[str, TensorFacts], ...]
+
+
+def _tensors(operands: Operands) -> dict[str, Tensor]:
+    """The operands that are there; a few numbers that do not lie in order are copied."""
+    return {
+        name: x if name in STRIDED else x.contiguous()
+        for name, x in zip(Operands._fields, operands)
+        if x is not None
+    }
+
+
+def _named(tensors: dict[str, Tensor]) -> Named:
+    return tuple((name, facts_of(x)) for name, x in tensors.items())
+
+
+def _tf32() -> bool:
+    """Whether the user allowed TF32 in products of fp32, in the old way or in the new."""
+    return torch.backends.cuda.matmul.fp32_precision == "tf32"
+
+
+@functools.lru_cache(maxsize=1024)
+def _forward_run(
+    facts: Named,
+    options: Options,
+    gpu: Gpu,
+    device: torch.device,
+    tf32: bool,
+    differentiable: bool,
+) -> Run:
+    return Run(forward_plan(dict(facts), options, gpu, tf32=tf32, differentiable=differentiable))
+
+
+def forward(
+    operands: Operands, options: Options, differentiable: bool
+) -> tuple[Tensor, Tensor | None]:
+    """The output, and the log2-sum-exp of each row where the backward will want it."""
+    tensors = _tensors(operands)
+    device = operands.query.device
+    run = _forward_run(_named(tensors), options, gpu_of(device), device, _tf32(), differentiable)
+    run(tensors, device)
+    return tensors["out"], tensors.get("log_sum_exp")
+
+
+@functools.lru_cache(maxsize=1024)
+def _backward_run(
+    facts: Named, options: Options, gpu: Gpu, device: torch.device, tf32: bool, needs: Needs
+) -> Run:
+    return Run(backward_plan(dict(facts), options, gpu, needs, tf32=tf32))
+
+
+def backward(
+    grad_out: Tensor,
+    operands: Operands,
+    options: Options,
+    out: Tensor | None,
+    log_sum_exp: Tensor | None,
+    needs: Needs,
+) -> dict[str, Tensor]:
+    """The gradients by the names of their operands, each in its dtype; those of tokens always."""
+    tensors = _tensors(operands) | {"grad_out": grad_out}
+    if out is not None and log_sum_exp is not None:
+        tensors |= {"out": out, "log_sum_exp": log_sum_exp}
+    device = operands.query.device
+    run = _backward_run(_named(tensors), options, gpu_of(device), device, _tf32(), needs)
+    run(tensors, device)
+    summed = {name: tensors[name].sum(axes) for name, axes in run.plan.sums.items()}
+    grads = {
+        name: tensors[f"grad_{name}"]
+        for name in ("query", "key", "value")
+        if f"grad_{name}" in tensors
+    }
+    if "bias_sums" in summed:
+        bias_grad = summed["bias_sums"]
+        if operands.bias is not None:
+            grads["bias"] = bias_grad.to(operands.bias.dtype)
+        else:
+            assert operands.bias_table is not None
+            tensors |= {
+                "bias_grad": bias_grad,
+                "table_grad": torch.empty_like(tensors["bias_table"]),
+            }
+            run.launch(run.after, tensors, device)
+            grads["bias_table"] = tensors["table_grad"]
+    for name in ("pad_key", "pad_value", "logit_scale"):
+        if f"{name}_sums" in summed:
+            grad = summed[f"{name}_sums"]
+            if name == "pad_key" and operands.logit_scale is not None:
+                grad = _held(grad, tensors["pad_key"])
+            grads[name] = grad.to(tensors[name].dtype)
+    for name, needed in zip(Needs._fields[1:], needs[1:]):
+        if needed and name not in grads:  # nothing is padded
+            grads[name] = torch.zeros_like(tensors[name])
+    return grads
+
+
+def _held(grad: Tensor, pad_key: Tensor) -> Tensor:
+    """As `through_unit`: the gradient of a zero vector held within what fp16 can store."""
+    limit = torch.finfo(pad_key.dtype).max
+    clamped = torch.linalg.vector_norm(pad_key.float(), dim=-1, keepdim=True) <= NORM_CLAMP
+    return torch.where(clamped, grad.clamp(-limit, limit), grad)

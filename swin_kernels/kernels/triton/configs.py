@@ -1,0 +1,148 @@
+"""How a problem is laid on a GPU: block sizes, warps and stages, by a pure function of both.
+
+A measured table, `tuned.json`, has the last word: `benchmarks/tune.py` writes it.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+
+import torch
+
+TUNED = Path(__file__).with_name("tuned.json")
+LARGEST_HEAD_DIM = 256
+SMALLEST_BLOCK = 16  # of the matrix units
+
+
+@dataclass(frozen=True)
+class Gpu:
+    """What a configuration depends on of the device."""
+
+    arch: str  # "sm_90", "gfx942"
+    shared_memory: int  # bytes that one program may have
+    multiprocessors: int
+    warp_size: int = 32
+
+
+# shared memory a program: CUDA programming guide, table of compute capabilities; AMD CDNA 3 guide
+KB = 1024
+KNOWN_GPUS = {
+    gpu.arch: gpu
+    for gpu in (
+        Gpu("sm_80", 163 * KB, 108),
+        Gpu("sm_86", 99 * KB, 84),
+        Gpu("sm_89", 99 * KB, 128),
+        Gpu("sm_90", 227 * KB, 132),
+        Gpu("sm_100", 227 * KB, 148),
+        Gpu("sm_120", 99 * KB, 170),
+        Gpu("gfx942", 64 * KB, 304, 64),
+    )
+}
+INTERPRETER = Gpu("interpreter", 227 * KB, 2)
+
+
+@dataclass(frozen=True)
+class Shape:
+    """What a configuration depends on of the problem."""
+
+    tokens: int
+    head_dim: int
+    value_dim: int
+    dtype: torch.dtype
+    windows: int  # of the batch
+    heads: int
+    sums_bias: bool = False  # backward: the gradient of the bias is wanted
+
+    @property
+    def block_d(self) -> int:
+        return block_of(self.head_dim)
+
+    @property
+    def block_dv(self) -> int:
+        return block_of(self.value_dim)
+
+    @property
+    def largest_block(self) -> int:
+        return max(self.block_d, self.block_dv)
+
+
+@dataclass(frozen=True)
+class Config:
+    """One kernel's layout."""
+
+    block_m: int  # queries of a tile; the window, padded for the matrix units, if it is whole
+    block_n: int  # keys of a tile
+    num_warps: int
+    loop_stages: int  # of the software pipeline over windows or tiles
+    programs_per_multiprocessor: int = 8  # how many runs of windows to cut, where there are runs
+
+    def windows_per_program(self, shape: Shape, gpu: Gpu, tiles: int = 1) -> int:
+        """Windows a run, so that the runs of all heads and tiles fill the device."""
+        wanted = self.programs_per_multiprocessor * gpu.multiprocessors
+        runs = max(1, wanted // (shape.heads * tiles))
+        return max(1, -(-shape.windows // runs))
+
+
+def block_of(length: int) -> int:
+    """The power of two that holds `length`, and that the matrix units take."""
+    return max(SMALLEST_BLOCK, 1 << (length - 1).bit_length())
+
+
+def takes_whole_windows(kernel: str, shape: Shape) -> bool:
+    """Whether forward or backward holds a window in one tile."""
+    exact = shape.dtype == torch.float32
+    if shape.tokens <= 64:
+        return not (exact and shape.largest_block > 64)
+    # 128 × 128 logits are 64 registers a thread with 8 warps; backward has several such tiles
+    return kernel == "forward" and shape.tokens <= 128 and not exact and shape.largest_block <= 64
+
+
+def backward_wants_sums(tokens: int, head_dim: int, value_dim: int, dtype: torch.dtype) -> bool:
+    """Whether a backward reads the output and the log-sum-exp of the forward: one in tiles does."""
+    return not takes_whole_windows("backward", Shape(tokens, head_dim, value_dim, dtype, 1, 1))
+
+
+def _whole(kernel: str, shape: Shape) -> Config:
+    block = block_of(shape.tokens)
+    exact = shape.dtype == torch.float32
+    warps = {16: 1, 32: 2, 64: 4, 128: 8}[block]
+    if kernel == "forward":
+        return Config(block, block, warps, 1 if exact else 2)
+    if exact or shape.largest_block > 64:
+        warps = min(8, 2 * warps)
+    return Config(block, block, warps, 1, programs_per_multiprocessor=4)
+
+
+def _tiled(kernel: str, shape: Shape) -> Config:
+    exact = shape.dtype == torch.float32
+    block = min(64, block_of(shape.tokens))
+    if exact and shape.largest_block > 64:
+        block = 32
+    warps = 4 if shape.largest_block <= 128 else 8
+    return Config(block, block, warps, 1 if exact or kernel == "dbias" else 2)
+
+
+@functools.cache
+def _tuned() -> dict[str, dict]:
+    return json.loads(TUNED.read_text())["configs"]
+
+
+def tuned_key(kernel: str, shape: Shape, gpu: Gpu) -> str:
+    """The name of a problem's class in the table: all that a layout may depend on."""
+    dtype = str(shape.dtype).removeprefix("torch.")
+    biased = "-bias" if shape.sums_bias else ""
+    return f"{kernel}-{gpu.arch}-{dtype}-n{shape.tokens}-d{shape.block_d}-{shape.block_dv}{biased}"
+
+
+def config_for(kernel: str, shape: Shape, gpu: Gpu) -> Config:
+    """The layout of one kernel: forward, backward; tiled_forward, dq, dkv or dbias."""
+    whole = kernel in ("forward", "backward")
+    config = _whole(kernel, shape) if whole else _tiled(kernel, shape)
+    if gpu.warp_size == 64:  # half as many warps have as many lanes
+        config = replace(config, num_warps=max(1, config.num_warps // 2))
+    if tuned := _tuned().get(tuned_key(kernel, shape, gpu)):
+        config = Config(**{**asdict(config), **tuned})
+    return config

@@ -1,0 +1,123 @@
+"""Runs the steps of a plan. A kernel is compiled at its first launch, and then called directly.
+
+`kernel[grid](...)` looks at every argument anew, some 9 µs; a plan is made for one set of facts, so
+that what its step compiled to fits every later call, and the driver is called with it in 2 µs.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import os
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from swin_kernels.kernels.triton.configs import INTERPRETER, KNOWN_GPUS, Gpu
+from swin_kernels.kernels.triton.plan import Plan, Step
+
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"  # as triton reads it, when it is imported
+
+
+@functools.cache
+def gpu_of(device: torch.device) -> Gpu:
+    """What configurations ask of a device."""
+    if device.type != "cuda":
+        return INTERPRETER
+    facts = torch.cuda.get_device_properties(device)
+    if torch.version.hip is not None:
+        arch, warp_size = facts.gcnArchName.split(":")[0], facts.warp_size
+    else:
+        arch, warp_size = f"sm_{facts.major}{facts.minor}", 32
+    known = KNOWN_GPUS.get(arch)
+    shared = known.shared_memory if known else facts.shared_memory_per_block_optin
+    return Gpu(arch, shared, facts.multi_processor_count, warp_size)
+
+
+def kernel_of(step: Step) -> Any:
+    """The Triton function that a step names."""
+    module, function = step.kernel.split(".")
+    return getattr(importlib.import_module(f"swin_kernels.kernels.triton.{module}"), function)
+
+
+def arguments_of(step: Step) -> dict[str, Any]:
+    """The arguments of a step's kernel in its order: names of tensors, None, and numbers."""
+    return {
+        name: step.pointers[name] if name.endswith("_ptr") else step.numbers[name]
+        for name in kernel_of(step).arg_names
+    }
+
+
+class Launch:
+    """One step, ready to run again and again."""
+
+    def __init__(self, step: Step) -> None:
+        self.kernel = kernel_of(step)
+        self.grid = step.grid
+        self.options = {
+            "num_warps": step.config.num_warps,
+            "num_stages": step.config.loop_stages,
+            "enable_fp_fusion": True,  # its default is not the same in every Triton
+        }
+        arguments = arguments_of(step)
+        self.tensors = [name for key, name in arguments.items() if key.endswith("_ptr")]
+        self.numbers = tuple(arguments.values())[len(self.tensors) :]
+        self.compiled: Any = None
+
+    def __call__(self, tensors: dict[str, Tensor], stream: int | None) -> None:
+        arguments = (
+            *(None if name is None else tensors[name] for name in self.tensors),
+            *self.numbers,
+        )
+        compiled = self.compiled
+        if compiled is None or stream is None or _watched():
+            self.compiled = self.kernel[(self.grid,)](*arguments, **self.options)
+            return
+        # grid, stream, function, its metadata; no hooks and nothing for them
+        compiled.run(
+            self.grid,
+            1,
+            1,
+            stream,
+            compiled.function,
+            compiled.packed_metadata,
+            None,
+            None,
+            None,
+            *arguments,
+        )
+
+
+def _watched() -> bool:
+    """Whether a profiler asked Triton to tell it of launches: then it launches by itself."""
+    from triton import knobs
+
+    hook = knobs.runtime.launch_enter_hook
+    return bool(getattr(hook, "calls", hook))
+
+
+class Run:
+    """A plan, ready to run on tensors like those it was made for."""
+
+    def __init__(self, plan: Plan) -> None:
+        self.plan = plan
+        self.steps = [Launch(step) for step in plan.steps]
+        self.after = [Launch(step) for step in plan.after]
+
+    def __call__(self, tensors: dict[str, Tensor], device: torch.device) -> None:
+        """Adds the plan's buffers to `tensors`, written."""
+        for name, (shape, dtype) in self.plan.buffers.items():
+            tensors[name] = torch.empty(shape, dtype=dtype, device=device)
+        self.launch(self.steps, tensors, device)
+
+    @staticmethod
+    def launch(launches: list[Launch], tensors: dict[str, Tensor], device: torch.device) -> None:
+        if device.type != "cuda":
+            for launch in launches:
+                launch(tensors, None)
+            return
+        with torch.cuda.device(device):
+            stream = torch.cuda.current_stream(device).cuda_stream
+            for launch in launches:
+                launch(tensors, stream)

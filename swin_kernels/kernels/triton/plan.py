@@ -1,0 +1,572 @@
+"""What to launch for a call: a pure function of its tensors' facts, its options and the GPU.
+
+A plan names tensors and holds numbers; no tensor, no Triton. So it is made once for all calls
+alike, can be compiled for a GPU that is not there, and is tested on tensors without data.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from swin_kernels.geometry import Grid
+from swin_kernels.kernels.triton.configs import (
+    Config,
+    Gpu,
+    Shape,
+    block_of,
+    config_for,
+    takes_whole_windows,
+)
+from swin_kernels.problem import Options
+
+LARGEST_INT32 = 2**31 - 1
+# the values of the kernels' BIAS
+BIAS_KINDS = {"none": 0, "dense": 1, "table": 2, "indexed": 3}
+
+
+class TensorFacts(NamedTuple):
+    """What a launch depends on of a tensor."""
+
+    shape: tuple[int, ...]
+    stride: tuple[int, ...]
+    dtype: torch.dtype
+    aligned: bool  # its first element, to 16 bytes
+
+
+class Buffer(NamedTuple):
+    """A tensor that a plan needs besides its operands."""
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+
+
+@dataclass(frozen=True)
+class Step:
+    """One launch: names for pointers, numbers for the rest; by the names of the kernel's arguments.
+
+    Tensors are named as in `Plan.buffers` and `Operands`.
+    """
+
+    kernel: str  # module.function
+    grid: int
+    pointers: dict[str, str | None]
+    numbers: dict[str, Any]
+    config: Config
+    compiled: dict[Any, Any] = field(default_factory=dict, compare=False, repr=False)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Launches, in order, and the tensors they need."""
+
+    steps: tuple[Step, ...]
+    buffers: dict[str, Buffer]
+    dtypes: dict[str, torch.dtype]  # of every tensor a step names
+    # after the steps: sums over these axes of buffers, then the launches that use them
+    sums: dict[str, tuple[int, ...]] = field(default_factory=dict)
+    after: tuple[Step, ...] = ()
+
+
+def three(values, filler) -> tuple:
+    """Values of one to three axes as three: those that are missing lead."""
+    return (filler,) * (3 - len(values)) + tuple(values)
+
+
+def contiguous_stride(shape: tuple[int, ...]) -> tuple[int, ...]:
+    stride, step = [], 1
+    for size in reversed(shape):
+        stride.append(step)
+        step *= size
+    return tuple(reversed(stride))
+
+
+def needs_wide_offsets(shape: tuple[int, ...], stride: tuple[int, ...]) -> bool:
+    """Whether an element of one image lies 2^31 elements or more from its first: (B, *S, H, D).
+
+    Kernels find image and head with 64 bits; the rest is 32 bits wherever that is enough.
+    """
+    reach = sum((n - 1) * abs(s) for n, s in zip(shape[1:-2], stride[1:-2]))
+    return reach + (shape[-1] - 1) * abs(stride[-1]) > LARGEST_INT32
+
+
+class _Tokens(NamedTuple):
+    """query, key or value, or a gradient of one, inside the tensor that holds it."""
+
+    tensor: str
+    strides: tuple[int, ...]  # image, three axes, head, channel
+    start: int
+    wide: bool
+
+    @classmethod
+    def of(cls, tensor: str, shape, stride, part: int | None = None) -> _Tokens:
+        start = 0
+        if part is not None:  # (B, *S, 3, H, D)
+            start = part * stride[-3]
+            shape, stride = shape[:-3] + shape[-2:], stride[:-3] + stride[-2:]
+        strides = (stride[0], *three(stride[1:-2], 0), stride[-2], stride[-1])
+        return cls(tensor, strides, start, needs_wide_offsets(shape, stride))
+
+
+class _Call(NamedTuple):
+    """The parts of a call that its launches share."""
+
+    facts: Mapping[str, TensorFacts]
+    options: Options
+    gpu: Gpu
+    tf32: bool
+    grid: Grid
+    batch: int
+    query: _Tokens
+    key: _Tokens
+    value: _Tokens
+    head_dim: int
+    value_dim: int
+    heads: int
+    bias: str  # one of BIAS_KINDS
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.facts["query"].dtype
+
+    @property
+    def windows(self) -> int:
+        return self.batch * self.grid.windows
+
+    @property
+    def packed(self) -> bool:
+        return "key" not in self.facts
+
+    def shape(self, sums_bias: bool = False) -> Shape:
+        return Shape(
+            self.grid.tokens,
+            self.head_dim,
+            self.value_dim,
+            self.dtype,
+            self.windows,
+            self.heads,
+            sums_bias,
+        )
+
+    def pointer(self, name: str) -> str | None:
+        return name if name in self.facts else None
+
+    def map_shape(self, dim: int) -> tuple[int, ...]:
+        return (self.batch, *self.grid.size, self.heads, dim)
+
+
+def _call(facts: Mapping[str, TensorFacts], options: Options, gpu: Gpu, tf32: bool) -> _Call:
+    query = facts["query"]
+    if "key" in facts:
+        q, k, v = (
+            _Tokens.of(name, facts[name].shape, facts[name].stride)
+            for name in ("query", "key", "value")
+        )
+        size, value_dim = query.shape[1:-2], facts["value"].shape[-1]
+    else:
+        q, k, v = (_Tokens.of("query", query.shape, query.stride, part) for part in range(3))
+        size, value_dim = query.shape[1:-3], query.shape[-1]
+    bias = "none"
+    if "bias" in facts:
+        bias = "dense"
+    elif "bias_table" in facts:
+        bias = "indexed" if "bias_index" in facts else "table"
+    return _Call(
+        facts,
+        options,
+        gpu,
+        tf32,
+        options.grid(size),
+        query.shape[0],
+        q,
+        k,
+        v,
+        query.shape[-1],
+        value_dim,
+        query.shape[-2],
+        bias,
+    )
+
+
+def _geometry(call: _Call) -> dict[str, Any]:
+    """The arguments that say where windows and tokens lie."""
+    grid = call.grid
+    padded = grid.padded
+    periods = grid.size if grid.pad_order == "roll-pad" else padded
+    return {
+        "sizes": three(grid.size, 1),
+        "counts": three(grid.counts, 1),
+        "periods": three(periods, 1),
+        "rolls": three([s % p for s, p in zip(grid.shift, periods)], 0),
+        "seams": three([w - s for w, s in zip(grid.window, grid.shift)], 1),
+        "WINDOW": three(grid.window, 1),
+        "REGIONS": three(
+            [s > 0 and not wraps for s, wraps in zip(grid.shift, grid.periodic)], False
+        ),
+        "ROLLED": any(grid.shift),
+        "PADDED": grid.needs_padding,
+    }
+
+
+def _numbers(call: _Call, *more: _Tokens) -> dict[str, Any]:
+    """Every number that is the same for all kernels of a call."""
+    options, grid = call.options, call.grid
+    p = options.dropout_p
+    threshold = min(int(p * 2**32), 2**32 - 1)
+    exact = call.dtype == torch.float32 and not call.tf32
+    tokens = (call.query, call.key, call.value, *more)
+    return {
+        **_geometry(call),
+        "query_strides": call.query.strides,
+        "key_strides": call.key.strides,
+        "value_strides": call.value.strides,
+        "key_start": call.key.start,
+        "value_start": call.value.start,
+        "heads": call.heads,
+        "scale": float(options.scale),
+        "mask_value": float(options.mask_value),
+        "kept_factor": 1.0 / (1.0 - p) if p < 1 else 0.0,
+        "WIDE": any(t.wide for t in tokens),
+        "HAS_MASK": "mask" in call.facts,
+        "HAS_PAD_KEY": "pad_key" in call.facts and grid.needs_padding,
+        "HAS_PAD_VALUE": "pad_value" in call.facts and grid.needs_padding,
+        "COSINE": "logit_scale" in call.facts,
+        "DROPOUT_THRESHOLD": threshold,
+        "PRECISION": "ieee" if exact else "tf32",
+        "HEAD_DIM": call.head_dim,
+        "VALUE_DIM": call.value_dim,
+        "BLOCK_D": block_of(call.head_dim),
+        "BLOCK_DV": block_of(call.value_dim),
+    }
+
+
+_SMALL = ("mask", "pad_key", "pad_value", "logit_scale")
+
+
+def _operand_pointers(call: _Call) -> dict[str, str | None]:
+    pointers: dict[str, str | None] = {
+        "query_ptr": call.query.tensor,
+        "key_ptr": call.key.tensor,
+        "value_ptr": call.value.tensor,
+        "seed_ptr": call.pointer("dropout_seed"),
+    }
+    return pointers | {f"{name}_ptr": call.pointer(name) for name in _SMALL}
+
+
+def _whole_bias(call: _Call) -> tuple[dict[str, str | None], dict[str, Any]]:
+    """Pointers and numbers of a bias that a kernel reads as the caller holds it."""
+    tensor = {"none": None, "dense": "bias"}.get(call.bias, "bias_table")
+    rows = call.facts["bias_table"].shape[0] if tensor == "bias_table" else 0
+    pointers = {"bias_ptr": tensor, "index_ptr": call.pointer("bias_index")}
+    numbers = {
+        "BIAS": BIAS_KINDS[call.bias],
+        "table_rows": rows,
+        "SHARED_STRIDES": call.query.strides == call.key.strides == call.value.strides,
+    }
+    return pointers, numbers
+
+
+def _tiled_bias(
+    call: _Call, buffers: dict[str, Buffer]
+) -> tuple[list[Step], dict[str, str | None], dict[str, Any]]:
+    """As `_whole_bias`, for kernels that load tiles of a dense bias: a table is spread first."""
+    if call.bias in ("none", "dense"):
+        return [], {"bias_ptr": call.pointer("bias")}, {"BIAS": BIAS_KINDS[call.bias]}
+    table, pairs = call.facts["bias_table"], call.grid.tokens**2
+    buffers["dense_bias"] = Buffer((call.heads, call.grid.tokens, call.grid.tokens), table.dtype)
+    block = 1024
+    step = Step(
+        "table._table_to_dense_kernel",
+        -(-pairs // block) * call.heads,
+        {
+            "table_ptr": "bias_table",
+            "index_ptr": call.pointer("bias_index"),
+            "dense_ptr": "dense_bias",
+        },
+        {
+            "heads": call.heads,
+            "table_rows": table.shape[0],
+            "WINDOW": three(call.grid.window, 1),
+            "BIAS": BIAS_KINDS[call.bias],
+            "BLOCK": block,
+        },
+        Config(block, block, 4, 1),
+    )
+    return [step], {"bias_ptr": "dense_bias"}, {"BIAS": BIAS_KINDS["dense"]}
+
+
+def _finish(call: _Call, steps, buffers, sums=None, after=()) -> Plan:
+    steps = tuple(s for s in steps if s.grid > 0)
+    dtypes = {name: f.dtype for name, f in call.facts.items()}
+    dtypes |= {name: b.dtype for name, b in buffers.items()} | {"bias_grad": torch.float32}
+    if "bias_table" in dtypes:
+        dtypes["table_grad"] = dtypes["bias_table"]
+    return Plan(steps, buffers, dtypes, sums or {}, tuple(after))
+
+
+def forward_plan(
+    facts: Mapping[str, TensorFacts],
+    options: Options,
+    gpu: Gpu,
+    *,
+    tf32: bool = False,
+    differentiable: bool = False,
+) -> Plan:
+    """Writes `out` (B, *S, H, Dv); `log_sum_exp` (W, H, N) fp32 if a backward will want it."""
+    call = _call(facts, options, gpu, tf32)
+    shape = call.shape()
+    keep_sums = differentiable and not takes_whole_windows("backward", shape)
+    buffers = {"out": Buffer(call.map_shape(call.value_dim), call.dtype)}
+    if keep_sums:
+        rows = (call.windows, call.heads, call.grid.tokens)
+        buffers["log_sum_exp"] = Buffer(rows, torch.float32)
+    out = _Tokens.of("out", buffers["out"].shape, contiguous_stride(buffers["out"].shape))
+    pointers = _operand_pointers(call) | {
+        "out_ptr": "out",
+        "log_sum_exp_ptr": "log_sum_exp" if keep_sums else None,
+    }
+    numbers = _numbers(call, out) | {"out_strides": out.strides, "KEEP_SUMS": keep_sums}
+    if takes_whole_windows("forward", shape):
+        config = config_for("forward", shape, gpu)
+        run = config.windows_per_program(shape, gpu)
+        bias_pointers, bias_numbers = _whole_bias(call)
+        step = Step(
+            "forward._whole_window_fwd_kernel",
+            -(-call.windows // run) * call.heads,
+            pointers | bias_pointers,
+            numbers
+            | bias_numbers
+            | {
+                "windows": call.windows,
+                "windows_per_program": run,
+                "BLOCK_N": config.block_n,
+                "LOOP_STAGES": config.loop_stages,
+            },
+            config,
+        )
+        return _finish(call, [step], buffers)
+    spread, bias_pointers, bias_numbers = _tiled_bias(call, buffers)
+    config = config_for("tiled_forward", shape, gpu)
+    step = Step(
+        "forward._tiled_fwd_kernel",
+        -(-shape.tokens // config.block_m) * call.heads * call.windows,
+        pointers | bias_pointers,
+        numbers | bias_numbers | _blocks(config),
+        config,
+    )
+    return _finish(call, [*spread, step], buffers)
+
+
+def _blocks(config: Config) -> dict[str, int]:
+    return {
+        "BLOCK_M": config.block_m,
+        "BLOCK_N": config.block_n,
+        "LOOP_STAGES": config.loop_stages,
+    }
+
+
+class Needs(NamedTuple):
+    """The gradients that cost extra work."""
+
+    bias: bool = False  # dense, or of the table
+    pad_key: bool = False
+    pad_value: bool = False
+
+
+def backward_plan(
+    facts: Mapping[str, TensorFacts],
+    options: Options,
+    gpu: Gpu,
+    needs: Needs,
+    *,
+    tf32: bool = False,
+) -> Plan:
+    """Writes `grad_query` (packed if the query is), `grad_key`, `grad_value`.
+
+    And, in fp32, the sums of what is shared by windows: `bias_sums`, `pad_key_sums`,
+    `pad_value_sums`, `logit_scale_sums`, each with axes in front to be summed, as `Plan.sums` says.
+    `facts` are those of the operands, of grad_out and, if kept, of out and log_sum_exp.
+    """
+    call = _call(facts, options, gpu, tf32)
+    grid = call.grid
+    needs = Needs(
+        needs.bias and call.bias != "none",
+        needs.pad_key and "pad_key" in facts and grid.needs_padding,
+        needs.pad_value and "pad_value" in facts and grid.needs_padding,
+    )
+    grads, buffers = _gradient_tokens(call)
+    grad_out = _Tokens.of("grad_out", facts["grad_out"].shape, facts["grad_out"].stride)
+    numbers = _numbers(call, grad_out, *grads) | {
+        "grad_out_strides": grad_out.strides,
+        "grad_query_strides": grads[0].strides,
+        "grad_value_strides": grads[2].strides,
+        "grad_key_start": grads[1].start,
+        "grad_value_start": grads[2].start,
+        "NEEDS_PAD_KEY": needs.pad_key,
+        "NEEDS_PAD_VALUE": needs.pad_value,
+    }
+    pointers = _operand_pointers(call) | {
+        "grad_out_ptr": "grad_out",
+        "grad_query_ptr": grads[0].tensor,
+        "grad_key_ptr": grads[1].tensor,
+        "grad_value_ptr": grads[2].tensor,
+        "pad_key_sums_ptr": "pad_key_sums" if needs.pad_key else None,
+        "pad_value_sums_ptr": "pad_value_sums" if needs.pad_value else None,
+        "logit_scale_sums_ptr": "logit_scale_sums" if numbers["COSINE"] else None,
+        "bias_sums_ptr": "bias_sums" if needs.bias else None,
+    }
+    if takes_whole_windows("backward", call.shape(needs.bias)):
+        return _whole_backward(call, needs, pointers, numbers, buffers)
+    return _tiled_backward(call, needs, pointers, numbers, buffers)
+
+
+def _gradient_tokens(call: _Call) -> tuple[list[_Tokens], dict[str, Buffer]]:
+    if call.packed:
+        shape = call.facts["query"].shape
+        stride = contiguous_stride(shape)
+        tokens = [_Tokens.of("grad_query", shape, stride, part) for part in range(3)]
+        return tokens, {"grad_query": Buffer(shape, call.dtype)}
+    buffers = {
+        f"grad_{name}": Buffer(call.facts[name].shape, call.dtype)
+        for name in ("query", "key", "value")
+    }
+    return [
+        _Tokens.of(name, b.shape, contiguous_stride(b.shape)) for name, b in buffers.items()
+    ], buffers
+
+
+def _sum_buffers(
+    call: _Call, needs: Needs, runs: int, rows: tuple[int, ...], axes: tuple[int, ...]
+) -> tuple[dict[str, Buffer], dict[str, tuple[int, ...]]]:
+    """Buffers of sums: a bias a run; of the rest a row for each of `rows`, to sum over `axes`."""
+    shapes: dict[str, tuple[tuple[int, ...], tuple[int, ...]]] = {}
+    if needs.bias:
+        shapes["bias_sums"] = ((runs, call.heads, call.grid.tokens, call.grid.tokens), (0,))
+    if needs.pad_key:
+        shapes["pad_key_sums"] = ((*rows, call.head_dim), axes)
+    if needs.pad_value:
+        shapes["pad_value_sums"] = ((*rows, call.value_dim), axes)
+    if "logit_scale" in call.facts:
+        shapes["logit_scale_sums"] = (rows, axes)
+    buffers = {name: Buffer(shape, torch.float32) for name, (shape, _) in shapes.items()}
+    return buffers, {name: over for name, (_, over) in shapes.items()}
+
+
+def _whole_backward(call: _Call, needs: Needs, pointers, numbers, buffers) -> Plan:
+    shape = call.shape(needs.bias)
+    config = config_for("backward", shape, call.gpu)
+    run = config.windows_per_program(shape, call.gpu)
+    runs = -(-call.windows // run)
+    extra, sums = _sum_buffers(call, needs, runs, (runs, call.heads), (0,))
+    bias_pointers, bias_numbers = _whole_bias(call)
+    step = Step(
+        "backward._whole_window_bwd_kernel",
+        runs * call.heads,
+        pointers | bias_pointers,
+        numbers
+        | bias_numbers
+        | {
+            "windows": call.windows,
+            "windows_per_program": run,
+            "NEEDS_BIAS": needs.bias,
+            "BLOCK_N": config.block_n,
+            "LOOP_STAGES": config.loop_stages,
+        },
+        config,
+    )
+    return _finish(call, [step], buffers | extra, sums, _table_grad(call, needs))
+
+
+def _tiled_backward(call: _Call, needs: Needs, pointers, numbers, buffers) -> Plan:
+    shape, tokens = call.shape(needs.bias), call.grid.tokens
+    rows = (call.windows, call.heads, tokens)
+    buffers["delta"] = Buffer(rows, torch.float32)
+    spread, bias_pointers, bias_numbers = _tiled_bias(call, buffers)
+    out_shape = call.map_shape(call.value_dim)
+    out = _Tokens.of("out", out_shape, contiguous_stride(out_shape))
+    pointers |= bias_pointers | {
+        "out_ptr": "out",
+        "log_sum_exp_ptr": "log_sum_exp",
+        "delta_ptr": "delta",
+    }
+    numbers |= bias_numbers | {"out_strides": out.strides}
+
+    config = config_for("dq", shape, call.gpu)
+    query_tiles = -(-tokens // config.block_m)
+    dq = Step(
+        "backward_tiled._tiled_dq_kernel",
+        query_tiles * call.heads * call.windows,
+        pointers,
+        numbers | _blocks(config),
+        config,
+    )
+    config = config_for("dkv", shape, call.gpu)
+    key_tiles = -(-tokens // config.block_n)
+    dkv = Step(
+        "backward_tiled._tiled_dkv_kernel",
+        key_tiles * call.heads * call.windows,
+        pointers,
+        numbers | _blocks(config),
+        config,
+    )
+    steps, runs = [*spread, dq, dkv], 0
+    if needs.bias:
+        config = config_for("dbias", shape, call.gpu)
+        tiles = -(-tokens // config.block_m) * -(-tokens // config.block_n)
+        run = config.windows_per_program(shape, call.gpu, tiles)
+        runs = -(-call.windows // run)
+        dbias = Step(
+            "backward_tiled._tiled_dbias_kernel",
+            tiles * call.heads * runs,
+            pointers,
+            numbers | _blocks(config) | {"windows": call.windows, "windows_per_program": run},
+            config,
+        )
+        steps.append(dbias)
+    # programs are (window, head, tile), row-major
+    extra, sums = _sum_buffers(call, needs, runs, (call.windows, call.heads, key_tiles), (0, 2))
+    if "logit_scale_sums" in extra:
+        shape_of_sums = (call.windows, call.heads, query_tiles)
+        extra["logit_scale_sums"] = Buffer(shape_of_sums, torch.float32)
+    return _finish(call, steps, buffers | extra, sums, _table_grad(call, needs))
+
+
+def _table_grad(call: _Call, needs: Needs) -> list[Step]:
+    """The summed dense gradient, `bias_grad`, gathered into the table's: `table_grad`."""
+    if not needs.bias or call.bias == "dense":
+        return []
+    table, pairs = call.facts["bias_table"], call.grid.tokens**2
+    rows, block = 16, 256 if call.bias == "indexed" else 64
+    block = min(block, block_of(pairs))
+    return [
+        Step(
+            "table._table_grad_kernel",
+            -(-table.shape[0] // rows) * call.heads,
+            {
+                "dense_ptr": "bias_grad",
+                "index_ptr": call.pointer("bias_index"),
+                "grad_ptr": "table_grad",
+            },
+            {
+                "heads": call.heads,
+                "table_rows": table.shape[0],
+                "WINDOW": three(call.grid.window, 1),
+                "BIAS": BIAS_KINDS[call.bias],
+                "BLOCK_ROWS": rows,
+                "BLOCK": block,
+            },
+            Config(rows, block, 4, 1),
+        )
+    ]
+
+
+STRIDED = ("query", "key", "value", "grad_out")  # kernels read these as they lie
+
+
+def facts_of(x: Tensor) -> TensorFacts:
+    aligned = x.device.type == "meta" or x.data_ptr() % 16 == 0
+    return TensorFacts(tuple(x.shape), x.stride(), x.dtype, aligned)

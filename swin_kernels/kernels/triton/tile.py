@@ -1,0 +1,187 @@
+"""Tiles of tokens and of logits, as device code: what the forward and backward kernels share.
+
+Logits are in units of log2, so that exp2 serves. Strides are tuples of (image, axis 0, axis 1,
+axis 2, head, channel), in elements.
+"""
+
+import triton
+import triton.language as tl
+
+from swin_kernels.kernels.triton.window import geometric_row, region_codes
+
+LOG2_E = tl.constexpr(1.4426950408889634)
+NORM_CLAMP = tl.constexpr(1e-12)  # as in the reference
+
+# the kinds of BIAS
+NO_BIAS = tl.constexpr(0)
+DENSE_BIAS = tl.constexpr(1)  # (H, N, N)
+TABLE_BIAS = tl.constexpr(2)  # (T, H), by the geometric index
+INDEXED_BIAS = tl.constexpr(3)  # (T, H), by an index (N, N)
+
+
+@triton.jit
+def _pointers(ptr, image, head, positions, d, strides):
+    # 64 bits to find one head of one image, as a batch may hold more than 2^31 elements
+    start = image.to(tl.int64) * strides[0] + head.to(tl.int64) * strides[4]
+    rows = positions[0] * strides[1] + positions[1] * strides[2] + positions[2] * strides[3]
+    return ptr + start + rows[:, None] + d[None, :] * strides[5]
+
+
+@triton.jit
+def _within(rows, d, DIM: tl.constexpr, BLOCK_DIM: tl.constexpr):
+    mask = rows[:, None]
+    if DIM != BLOCK_DIM:
+        mask = mask & (d < DIM)[None, :]
+    return mask
+
+
+@triton.jit
+def load_tokens(
+    ptr, image, head, positions, rows, strides, DIM: tl.constexpr, BLOCK_DIM: tl.constexpr
+):
+    """(BLOCK, BLOCK_DIM): tokens of one head of one image; zeros outside `rows` and beyond DIM."""
+    d = tl.arange(0, BLOCK_DIM)
+    pointers = _pointers(ptr, image, head, positions, d, strides)
+    return tl.load(pointers, mask=_within(rows, d, DIM, BLOCK_DIM), other=0.0)
+
+
+@triton.jit
+def store_tokens(
+    ptr, image, head, positions, rows, strides, x, DIM: tl.constexpr, BLOCK_DIM: tl.constexpr
+):
+    """Writes x (BLOCK, BLOCK_DIM) where `load_tokens` would read it."""
+    d = tl.arange(0, BLOCK_DIM)
+    pointers = _pointers(ptr, image, head, positions, d, strides)
+    tl.store(pointers, x.to(ptr.dtype.element_ty), mask=_within(rows, d, DIM, BLOCK_DIM))
+
+
+@triton.jit
+def fill_padding(x, padding, pad_ptr, head, DIM: tl.constexpr, BLOCK_DIM: tl.constexpr):
+    """x with row `head` of (H, DIM) where padding added a token, rounded as a token is."""
+    d = tl.arange(0, BLOCK_DIM)
+    filler = tl.load(pad_ptr + head * DIM + d, mask=d < DIM, other=0.0)
+    return tl.where(padding[:, None], filler.to(x.dtype)[None, :], x)
+
+
+@triton.jit
+def sum_over(rows, x):
+    """(BLOCK_DIM,): the sum of the `rows` of x."""
+    return tl.sum(tl.where(rows[:, None], x, 0.0), 0)
+
+
+@triton.jit
+def store_partial(ptr, row, x, DIM: tl.constexpr, BLOCK_DIM: tl.constexpr):
+    """One row of a buffer (rows, DIM) of sums."""
+    d = tl.arange(0, BLOCK_DIM)
+    tl.store(ptr + row.to(tl.int64) * DIM + d, x, mask=d < DIM)
+
+
+@triton.jit
+def to_unit(x):
+    """x/max(‖x‖, ε) in the dtype of x, and the clamped norm: (BLOCK, BLOCK_DIM) and (BLOCK,)."""
+    wide = x.to(tl.float32)
+    norm = tl.maximum(tl.sqrt_rn(tl.sum(wide * wide, 1)), NORM_CLAMP)
+    return (wide / norm[:, None]).to(x.dtype), norm
+
+
+@triton.jit
+def through_unit(grad, factor, unit, norm, dtype: tl.constexpr):
+    """The gradient behind `to_unit` of a gradient still to be scaled by `factor`; rowsum(x̂∘dx̂).
+
+    dx = (dx̂ − x̂·(x̂·dx̂))/‖x‖, and dx̂/ε where the clamp holds. fp16 cannot hold that: it saturates.
+    """
+    unit = unit.to(tl.float32)
+    radial = tl.sum(unit * grad, 1)
+    clamped = norm <= NORM_CLAMP
+    grad = (grad - unit * tl.where(clamped, 0.0, radial)[:, None]) * factor / norm[:, None]
+    if dtype == tl.float16:
+        held = tl.minimum(tl.maximum(grad, -65504.0), 65504.0)
+        grad = tl.where(clamped[:, None], held, grad)
+    return grad, radial
+
+
+@triton.jit
+def bias_tile(
+    bias_ptr,
+    index_ptr,
+    head,
+    heads,
+    table_rows,
+    i,
+    j,
+    places_i,
+    places_j,
+    BIAS: tl.constexpr,
+    WINDOW: tl.constexpr,
+):
+    """(BLOCK_M, BLOCK_N) to add to the logits of one head: −inf for keys beyond the window."""
+    N: tl.constexpr = WINDOW[0] * WINDOW[1] * WINDOW[2]
+    inside = (i < N)[:, None] & (j < N)[None, :]
+    dense = i[:, None] * N + j[None, :]
+    bias = tl.zeros(inside.shape, tl.float32)
+    if BIAS == DENSE_BIAS:
+        start = bias_ptr + head.to(tl.int64) * (N * N)
+        bias = tl.load(start + dense, mask=inside, other=0.0).to(tl.float32)
+    if BIAS == TABLE_BIAS:
+        queries = places_i[0][:, None], places_i[1][:, None], places_i[2][:, None]
+        keys = places_j[0][None, :], places_j[1][None, :], places_j[2][None, :]
+        row = geometric_row(queries, keys, WINDOW)
+        bias = tl.load(bias_ptr + row * heads + head, mask=inside, other=0.0).to(tl.float32)
+    if BIAS == INDEXED_BIAS:
+        row = tl.load(index_ptr + dense, mask=inside, other=0).to(tl.int32)
+        known = (row >= 0) & (row < table_rows)
+        value = tl.load(bias_ptr + row * heads + head, mask=inside & known, other=0.0)
+        # only the device sees an index that the table lacks: let the user see it too
+        bias = tl.where(inside & ~known, float("nan"), value.to(tl.float32))
+    return tl.where((j < N)[None, :], bias * LOG2_E, float("-inf"))
+
+
+@triton.jit
+def add_masks(
+    s,
+    i,
+    j,
+    places_i,
+    places_j,
+    crossed,
+    seams,
+    mask_value,
+    mask_ptr,
+    number,
+    REGIONS: tl.constexpr,
+    HAS_MASK: tl.constexpr,
+    WINDOW: tl.constexpr,
+):
+    """Logits plus the shift mask, computed only where a window holds two regions, and `mask`."""
+    N: tl.constexpr = WINDOW[0] * WINDOW[1] * WINDOW[2]
+    if REGIONS[0] or REGIONS[1] or REGIONS[2]:
+        if crossed[0] | crossed[1] | crossed[2]:
+            code_i = region_codes(places_i, crossed, seams)
+            code_j = region_codes(places_j, crossed, seams)
+            s += tl.where(code_i[:, None] != code_j[None, :], mask_value * LOG2_E, 0.0)
+    if HAS_MASK:
+        inside = (i < N)[:, None] & (j < N)[None, :]
+        start = mask_ptr + number.to(tl.int64) * (N * N)
+        mask = tl.load(start + i[:, None] * N + j[None, :], mask=inside, other=0.0)
+        s += mask.to(tl.float32) * LOG2_E
+    return s
+
+
+@triton.jit
+def kept_tile(
+    seed_ptr,
+    window,
+    head,
+    i,
+    j,
+    WINDOW: tl.constexpr,
+    DROPOUT_THRESHOLD: tl.constexpr,
+):
+    """Which probabilities dropout keeps: Philox4x32-10, one word each (docs/contract.md)."""
+    N: tl.constexpr = WINDOW[0] * WINDOW[1] * WINDOW[2]
+    pair = (i[:, None] * N + j[None, :]).to(tl.uint32)
+    zero = pair & 0
+    word, _, _, _ = tl.philox(
+        tl.load(seed_ptr), pair, zero + head.to(tl.uint32), zero + window.to(tl.uint32), zero
+    )
+    return word >= tl.full((), DROPOUT_THRESHOLD, tl.uint32)

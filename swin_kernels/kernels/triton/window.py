@@ -1,0 +1,90 @@
+"""Windows on a grid, as device code: the arithmetic of swin_kernels.geometry on program ids.
+
+A map always has three axes here; those that a caller lacks are leading axes of one token. What
+there is one of per axis is a tuple of three: `sizes` of the map, `counts` of windows, `periods` of
+the roll, `rolls` by how much, and `seams`, the place in a window where its second region begins.
+"""
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def window_place(window, counts):
+    """Image of a window, its number in the image, and its place on each axis."""
+    per_image = counts[0] * counts[1] * counts[2]
+    number = window % per_image
+    place = (number // (counts[1] * counts[2]), number // counts[2] % counts[1], number % counts[2])
+    return window // per_image, number, place
+
+
+@triton.jit
+def token_places(n, WINDOW: tl.constexpr):
+    """Place of token n in its window, on each axis."""
+    return n // (WINDOW[1] * WINDOW[2]), n // WINDOW[2] % WINDOW[1], n % WINDOW[2]
+
+
+@triton.jit
+def _source(rolled, size, period, roll, ROLLED: tl.constexpr, PADDED: tl.constexpr):
+    """Where on the map a position of the rolled map comes from, and whether it is on the map."""
+    position = rolled
+    if ROLLED:
+        position += roll
+        position = tl.where(position >= period, position - period, position)
+    real = rolled >= 0
+    if PADDED:
+        real = (rolled < period) & (position < size)
+    return position, real
+
+
+@triton.jit
+def token_positions(
+    places,
+    window,
+    sizes,
+    periods,
+    rolls,
+    WINDOW: tl.constexpr,
+    ROLLED: tl.constexpr,
+    PADDED: tl.constexpr,
+    WIDE: tl.constexpr,
+):
+    """Where on the map the tokens at `places` of the window at `window` lie, and which do."""
+    x0, real0 = _source(
+        window[0] * WINDOW[0] + places[0], sizes[0], periods[0], rolls[0], ROLLED, PADDED
+    )
+    x1, real1 = _source(
+        window[1] * WINDOW[1] + places[1], sizes[1], periods[1], rolls[1], ROLLED, PADDED
+    )
+    x2, real2 = _source(
+        window[2] * WINDOW[2] + places[2], sizes[2], periods[2], rolls[2], ROLLED, PADDED
+    )
+    if WIDE:
+        x0, x1, x2 = x0.to(tl.int64), x1.to(tl.int64), x2.to(tl.int64)
+    return (x0, x1, x2), real0 & real1 & real2
+
+
+@triton.jit
+def seams_crossed(window, counts, REGIONS: tl.constexpr):
+    """On which axes a window holds two regions: only the last one does, where there is a shift."""
+    return (
+        (window[0] == counts[0] - 1) & REGIONS[0],
+        (window[1] == counts[1] - 1) & REGIONS[1],
+        (window[2] == counts[2] - 1) & REGIONS[2],
+    )
+
+
+@triton.jit
+def region_codes(places, crossed, seams):
+    """A number per token, equal where two tokens of a window are in one region."""
+    code = ((places[0] >= seams[0]) & crossed[0]).to(tl.int32)
+    code = code * 2 + ((places[1] >= seams[1]) & crossed[1]).to(tl.int32)
+    return code * 2 + ((places[2] >= seams[2]) & crossed[2]).to(tl.int32)
+
+
+@triton.jit
+def geometric_row(places_i, places_j, WINDOW: tl.constexpr):
+    """Row of a geometric table where query i meets key j (Liu et al. 2021, eq. 4)."""
+    row = places_i[0] - places_j[0] + (WINDOW[0] - 1)
+    row = row * (2 * WINDOW[1] - 1) + places_i[1] - places_j[1] + (WINDOW[1] - 1)
+    return row * (2 * WINDOW[2] - 1) + places_i[2] - places_j[2] + (WINDOW[2] - 1)
