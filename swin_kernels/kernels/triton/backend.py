@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import math
 import os
 from collections.abc import Sequence
 
@@ -11,6 +12,7 @@ from torch import Tensor
 
 from swin_kernels.kernels.tracing import asked_while_tracing
 from swin_kernels.kernels.triton.configs import LARGEST_HEAD_DIM, backward_wants_sums
+from swin_kernels.kernels.triton.plan import tiles_shape
 from swin_kernels.problem import Operands, Options, Problem
 
 # triton reads it when it is imported: kernels then run on the CPU, a NumPy call an operation
@@ -40,14 +42,14 @@ _OPTIONS_SCHEMA = (
     "float scale, float dropout_p"
 )
 _library = torch.library.Library("swin_kernels", "FRAGMENT")
-# the output, and the log2-sum-exp of each row if `differentiable` and the backward will want it
+# the output, and what the backward will want besides, if `differentiable`: empty if nothing
 _library.define(
     f"triton_forward({_OPERANDS_SCHEMA}, {_OPTIONS_SCHEMA}, bool differentiable) "
     "-> (Tensor, Tensor)"
 )
 # GRADIENTS, empty where not needed
 _library.define(
-    f"triton_backward(Tensor grad_out, Tensor? out, Tensor? log_sum_exp, {_OPERANDS_SCHEMA}, "
+    f"triton_backward(Tensor grad_out, Tensor? out, Tensor? kept, {_OPERANDS_SCHEMA}, "
     f"{_OPTIONS_SCHEMA}, bool[] needed) -> ({', '.join(['Tensor'] * len(GRADIENTS))})"
 )
 
@@ -63,11 +65,11 @@ def _forward(*arguments) -> tuple[Tensor, Tensor]:
     from swin_kernels.kernels.triton import calls
 
     operands, options = _split(arguments[:-1])
-    out, log_sum_exp = calls.forward(operands, options, arguments[-1])
-    return out, out.new_empty(0) if log_sum_exp is None else log_sum_exp
+    out, kept = calls.forward(operands, options, arguments[-1])
+    return out, out.new_empty(0) if kept is None else kept
 
 
-def _backward(grad_out, out, log_sum_exp, *arguments) -> tuple[Tensor, ...]:
+def _backward(grad_out, out, kept, *arguments) -> tuple[Tensor, ...]:
     from swin_kernels.kernels.triton import calls
 
     operands, options = _split(arguments[:-1])
@@ -75,7 +77,7 @@ def _backward(grad_out, out, log_sum_exp, *arguments) -> tuple[Tensor, ...]:
     needs = calls.Needs(
         wanted["bias"] or wanted["bias_table"], wanted["pad_key"], wanted["pad_value"]
     )
-    grads = calls.backward(grad_out, operands, options, out, log_sum_exp, needs)
+    grads = calls.backward(grad_out, operands, options, out, kept, needs)
     return tuple(grads.get(name, grad_out.new_empty(0)) for name in GRADIENTS)
 
 
@@ -88,8 +90,20 @@ BACKWARD = torch.ops.swin_kernels.triton_backward.default
 
 def _wants_sums(operands: Operands, options: Options) -> bool:
     query, _, value = operands.unpacked()
-    tokens = options.grid(query.shape[1:-2]).tokens
+    tokens = math.prod(options.window_size)
     return backward_wants_sums(tokens, int(query.shape[-1]), int(value.shape[-1]), query.dtype)
+
+
+def _kept_shape(operands: Operands, options: Options) -> tuple[int, ...]:
+    """Of the forward's second output: see plan.forward_plan."""
+    query, _, _ = operands.unpacked()
+    tokens = math.prod(options.window_size)
+    if _wants_sums(operands, options):
+        windows = query.shape[0] * options.grid(query.shape[1:-2]).windows
+        return windows, query.shape[-2], tokens
+    biased = operands.bias is not None or operands.bias_table is not None
+    shape = tiles_shape(options, query.shape[-2], biased)
+    return shape if shape[0] > 0 else (0,)
 
 
 @torch.library.register_fake("swin_kernels::triton_forward")
@@ -97,15 +111,13 @@ def _forward_fake(*arguments) -> tuple[Tensor, Tensor]:
     operands, options = _split(arguments[:-1])
     query, _, value = operands.unpacked()
     out = query.new_empty((*query.shape[:-1], value.shape[-1]))
-    if not (arguments[-1] and _wants_sums(operands, options)):
-        return out, query.new_empty(0)
-    grid = options.grid(query.shape[1:-2])
-    rows = (query.shape[0] * grid.windows, query.shape[-2], grid.tokens)
-    return out, query.new_empty(rows, dtype=torch.float32)
+    shape = _kept_shape(operands, options) if arguments[-1] else (0,)
+    dtype = query.dtype if shape == (0,) else torch.float32
+    return out, query.new_empty(shape, dtype=dtype)
 
 
 @torch.library.register_fake("swin_kernels::triton_backward")
-def _backward_fake(grad_out, out, log_sum_exp, *arguments) -> tuple[Tensor, ...]:
+def _backward_fake(grad_out, out, kept, *arguments) -> tuple[Tensor, ...]:
     operands, needed = Operands(*arguments[:_OPERANDS]), arguments[-1]
     wanted = dict(zip(Operands._fields, needed))
     grads = []
@@ -157,10 +169,10 @@ class TritonBackend:
     def forward(
         self, operands: Operands, options: Options, differentiable: bool
     ) -> tuple[Tensor, tuple[Tensor, ...]]:
-        out, log_sum_exp = FORWARD(*operands, *options, differentiable)
+        out, kept = FORWARD(*operands, *options, differentiable)
         if differentiable and _wants_sums(operands, options):
-            return out, (out, log_sum_exp)
-        return out, ()
+            return out, (out, kept)
+        return out, (kept,) if kept.numel() > 0 else ()
 
     def backward(
         self,
@@ -170,11 +182,11 @@ class TritonBackend:
         saved: tuple[Tensor, ...],
         needed: tuple[bool, ...],
     ) -> tuple[Tensor | None, ...]:
-        out, log_sum_exp = saved or (None, None)
-        grads = BACKWARD(grad_out, out, log_sum_exp, *operands, *options, needed)
-        kept = {
+        out, kept = (None, None, *saved)[-2:]
+        grads = BACKWARD(grad_out, out, kept, *operands, *options, needed)
+        wanted = {
             name: grad
             for name, grad in zip(GRADIENTS, grads)
             if getattr(operands, name) is not None and needed[Operands._fields.index(name)]
         }
-        return Operands(**{"query": None, **kept})
+        return tuple(wanted.get(name) for name in Operands._fields)

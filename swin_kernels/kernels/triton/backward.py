@@ -1,6 +1,7 @@
 """Backward kernel for a window in one tile: every gradient of docs/math.md in one pass.
 
-The probabilities are computed again. With a whole row on chip Δ = rowsum(P∘dP), so that neither the
+The probabilities are computed again, with the tiles of bias and
+shift mask that the forward left. With a whole row on chip Δ = rowsum(P∘dP), so that neither the
 output nor a log-sum-exp is read. What is summed over windows (the gradients of the bias, of what
 padding holds, of logit_scale) is summed on chip over a program's run of windows and written once, a
 row per program, to be summed in a second pass: no atomics, and two runs give the same bits.
@@ -11,15 +12,15 @@ import triton.language as tl
 
 from swin_kernels.kernels.triton.tile import (
     LOG2_E,
-    add_masks,
-    bias_tile,
     fill_padding,
     kept_tile,
     load_tokens,
+    mask_tile,
     store_partial,
     store_tokens,
     sum_over,
     through_unit,
+    tile_pointers,
     to_unit,
 )
 from swin_kernels.kernels.triton.window import (
@@ -36,8 +37,7 @@ def _whole_window_bwd_kernel(
     query_ptr,
     key_ptr,
     value_ptr,
-    bias_ptr,
-    index_ptr,
+    tiles_ptr,
     mask_ptr,
     pad_key_ptr,
     pad_value_ptr,
@@ -64,21 +64,22 @@ def _whole_window_bwd_kernel(
     counts,
     periods,
     rolls,
-    seams,
     windows,
     windows_per_program,
     heads,
-    table_rows,
+    tile_heads,
     scale,
-    mask_value,
     kept_factor,
     WINDOW: tl.constexpr,
     REGIONS: tl.constexpr,
     ROLLED: tl.constexpr,
     PADDED: tl.constexpr,
     WIDE: tl.constexpr,
+    ALIGNED: tl.constexpr,
     SHARED_STRIDES: tl.constexpr,
-    BIAS: tl.constexpr,
+    SHARED_GRAD_STRIDES: tl.constexpr,
+    HAS_TILES: tl.constexpr,
+    TILES_PER_HEAD: tl.constexpr,
     HAS_MASK: tl.constexpr,
     HAS_PAD_KEY: tl.constexpr,
     HAS_PAD_VALUE: tl.constexpr,
@@ -102,14 +103,14 @@ def _whole_window_bwd_kernel(
     if SHARED_STRIDES:
         key_strides = query_strides
         value_strides = query_strides
+    if SHARED_GRAD_STRIDES:
+        grad_query_strides = query_strides
+        grad_value_strides = query_strides
 
     N: tl.constexpr = WINDOW[0] * WINDOW[1] * WINDOW[2]
     n = tl.arange(0, BLOCK_N)
     inside = n < N
     places = token_places(n, WINDOW)
-    bias = bias_tile(
-        bias_ptr, index_ptr, head, heads, table_rows, n, n, places, places, BIAS, WINDOW
-    )  # (BLOCK_N, BLOCK_N)
     factor = scale
     if COSINE:
         factor = tl.load(logit_scale_ptr + head).to(tl.float32)
@@ -126,12 +127,34 @@ def _whole_window_bwd_kernel(
         )
         rows = real & inside
         padding = inside & ~real
-        q = load_tokens(query_ptr, image, head, x, rows, query_strides, HEAD_DIM, BLOCK_D)
-        k = load_tokens(key_ptr + key_start, image, head, x, rows, key_strides, HEAD_DIM, BLOCK_D)
-        v = load_tokens(
-            value_ptr + value_start, image, head, x, rows, value_strides, VALUE_DIM, BLOCK_DV
+        # bias and shift mask are read again for each window: that hits L1, and leaves registers
+        s = tl.zeros((BLOCK_N, BLOCK_N), tl.float32)
+        if HAS_TILES:
+            tile = head % tile_heads * TILES_PER_HEAD + seams_crossed(place, counts, REGIONS)
+            s = tl.load(tile_pointers(tiles_ptr, tile, BLOCK_N))
+        if HAS_MASK:
+            s += mask_tile(mask_ptr, number, n, n, WINDOW)
+        q = load_tokens(
+            query_ptr, 0, image, head, x, rows, query_strides, HEAD_DIM, BLOCK_D, ALIGNED
         )
-        do = load_tokens(grad_out_ptr, image, head, x, rows, grad_out_strides, VALUE_DIM, BLOCK_DV)
+        k = load_tokens(
+            key_ptr, key_start, image, head, x, rows, key_strides, HEAD_DIM, BLOCK_D, ALIGNED
+        )
+        v = load_tokens(
+            value_ptr,
+            value_start,
+            image,
+            head,
+            x,
+            rows,
+            value_strides,
+            VALUE_DIM,
+            BLOCK_DV,
+            ALIGNED,
+        )
+        do = load_tokens(
+            grad_out_ptr, 0, image, head, x, rows, grad_out_strides, VALUE_DIM, BLOCK_DV, ALIGNED
+        )
         if HAS_PAD_KEY:
             k = fill_padding(k, padding, pad_key_ptr, head, HEAD_DIM, BLOCK_D)
         if HAS_PAD_VALUE:
@@ -140,23 +163,7 @@ def _whole_window_bwd_kernel(
             q, q_norm = to_unit(q)
             k, k_norm = to_unit(k)
 
-        s = tl.dot(q, tl.trans(k), input_precision=PRECISION) * (factor * LOG2_E) + bias
-        crossed = seams_crossed(place, counts, REGIONS)
-        s = add_masks(
-            s,
-            n,
-            n,
-            places,
-            places,
-            crossed,
-            seams,
-            mask_value,
-            mask_ptr,
-            number,
-            REGIONS,
-            HAS_MASK,
-            WINDOW,
-        )
+        s = s + tl.dot(q, tl.trans(k), input_precision=PRECISION) * (factor * LOG2_E)
         top = tl.max(s, 1)
         top = tl.where(top == float("-inf"), 0.0, top)
         e = tl.exp2(s - top[:, None])
@@ -187,10 +194,21 @@ def _whole_window_bwd_kernel(
         if NEEDS_PAD_VALUE:
             pad_value_sum += sum_over(padding, dv)
         store_tokens(
-            grad_query_ptr, image, head, x, rows, grad_query_strides, dq, HEAD_DIM, BLOCK_D
+            grad_query_ptr,
+            0,
+            image,
+            head,
+            x,
+            rows,
+            grad_query_strides,
+            dq,
+            HEAD_DIM,
+            BLOCK_D,
+            ALIGNED,
         )
         store_tokens(
-            grad_key_ptr + grad_key_start,
+            grad_key_ptr,
+            grad_key_start,
             image,
             head,
             x,
@@ -199,9 +217,11 @@ def _whole_window_bwd_kernel(
             dk,
             HEAD_DIM,
             BLOCK_D,
+            ALIGNED,
         )
         store_tokens(
-            grad_value_ptr + grad_value_start,
+            grad_value_ptr,
+            grad_value_start,
             image,
             head,
             x,
@@ -210,6 +230,7 @@ def _whole_window_bwd_kernel(
             dv,
             VALUE_DIM,
             BLOCK_DV,
+            ALIGNED,
         )
 
     # program is (run of windows, head), row-major

@@ -23,6 +23,7 @@ from swin_kernels.kernels.triton.tile import (
     to_unit,
 )
 from swin_kernels.kernels.triton.window import (
+    seam_sides,
     seams_crossed,
     token_places,
     token_positions,
@@ -68,10 +69,9 @@ def tile_gradients(
         s,
         i,
         j,
-        places_i,
-        places_j,
+        seam_sides(places_i, seams),
+        seam_sides(places_j, seams),
         crossed,
-        seams,
         mask_value,
         mask_ptr,
         number,
@@ -128,6 +128,7 @@ def _tiled_dq_kernel(
     ROLLED: tl.constexpr,
     PADDED: tl.constexpr,
     WIDE: tl.constexpr,
+    ALIGNED: tl.constexpr,
     BIAS: tl.constexpr,
     HAS_MASK: tl.constexpr,
     HAS_PAD_KEY: tl.constexpr,
@@ -157,9 +158,11 @@ def _tiled_dq_kernel(
         places_i, place, sizes, periods, rolls, WINDOW, ROLLED, PADDED, WIDE
     )
     rows = real & (i < N)
-    q = load_tokens(query_ptr, image, head, x_i, rows, query_strides, HEAD_DIM, BLOCK_D)
-    do = load_tokens(grad_out_ptr, image, head, x_i, rows, grad_out_strides, VALUE_DIM, BLOCK_DV)
-    out = load_tokens(out_ptr, image, head, x_i, rows, out_strides, VALUE_DIM, BLOCK_DV)
+    q = load_tokens(query_ptr, 0, image, head, x_i, rows, query_strides, HEAD_DIM, BLOCK_D, ALIGNED)
+    do = load_tokens(
+        grad_out_ptr, 0, image, head, x_i, rows, grad_out_strides, VALUE_DIM, BLOCK_DV, ALIGNED
+    )
+    out = load_tokens(out_ptr, 0, image, head, x_i, rows, out_strides, VALUE_DIM, BLOCK_DV, ALIGNED)
     delta = tl.sum(do.to(tl.float32) * out.to(tl.float32), 1)
     row = (window.to(tl.int64) * heads + head) * N
     tl.store(delta_ptr + row + i, delta, mask=i < N)
@@ -178,9 +181,20 @@ def _tiled_dq_kernel(
         )
         keys = real_j & (j < N)
         padding = (j < N) & ~real_j
-        k = load_tokens(key_ptr + key_start, image, head, x_j, keys, key_strides, HEAD_DIM, BLOCK_D)
+        k = load_tokens(
+            key_ptr, key_start, image, head, x_j, keys, key_strides, HEAD_DIM, BLOCK_D, ALIGNED
+        )
         v = load_tokens(
-            value_ptr + value_start, image, head, x_j, keys, value_strides, VALUE_DIM, BLOCK_DV
+            value_ptr,
+            value_start,
+            image,
+            head,
+            x_j,
+            keys,
+            value_strides,
+            VALUE_DIM,
+            BLOCK_DV,
+            ALIGNED,
         )
         if HAS_PAD_KEY:
             k = fill_padding(k, padding, pad_key_ptr, head, HEAD_DIM, BLOCK_D)
@@ -225,7 +239,19 @@ def _tiled_dq_kernel(
         tl.store(logit_scale_sums_ptr + tl.program_id(0), tl.sum(radial, 0))
     else:
         dq *= factor
-    store_tokens(grad_query_ptr, image, head, x_i, rows, grad_query_strides, dq, HEAD_DIM, BLOCK_D)
+    store_tokens(
+        grad_query_ptr,
+        0,
+        image,
+        head,
+        x_i,
+        rows,
+        grad_query_strides,
+        dq,
+        HEAD_DIM,
+        BLOCK_D,
+        ALIGNED,
+    )
 
 
 @triton.jit
@@ -270,6 +296,7 @@ def _tiled_dkv_kernel(
     ROLLED: tl.constexpr,
     PADDED: tl.constexpr,
     WIDE: tl.constexpr,
+    ALIGNED: tl.constexpr,
     BIAS: tl.constexpr,
     HAS_MASK: tl.constexpr,
     HAS_PAD_KEY: tl.constexpr,
@@ -302,9 +329,11 @@ def _tiled_dkv_kernel(
     )
     keys = real_j & (j < N)
     padding = (j < N) & ~real_j
-    k = load_tokens(key_ptr + key_start, image, head, x_j, keys, key_strides, HEAD_DIM, BLOCK_D)
+    k = load_tokens(
+        key_ptr, key_start, image, head, x_j, keys, key_strides, HEAD_DIM, BLOCK_D, ALIGNED
+    )
     v = load_tokens(
-        value_ptr + value_start, image, head, x_j, keys, value_strides, VALUE_DIM, BLOCK_DV
+        value_ptr, value_start, image, head, x_j, keys, value_strides, VALUE_DIM, BLOCK_DV, ALIGNED
     )
     if HAS_PAD_KEY:
         k = fill_padding(k, padding, pad_key_ptr, head, HEAD_DIM, BLOCK_D)
@@ -325,9 +354,11 @@ def _tiled_dkv_kernel(
             places_i, place, sizes, periods, rolls, WINDOW, ROLLED, PADDED, WIDE
         )
         rows = real_i & (i < N)
-        q = load_tokens(query_ptr, image, head, x_i, rows, query_strides, HEAD_DIM, BLOCK_D)
+        q = load_tokens(
+            query_ptr, 0, image, head, x_i, rows, query_strides, HEAD_DIM, BLOCK_D, ALIGNED
+        )
         do = load_tokens(
-            grad_out_ptr, image, head, x_i, rows, grad_out_strides, VALUE_DIM, BLOCK_DV
+            grad_out_ptr, 0, image, head, x_i, rows, grad_out_strides, VALUE_DIM, BLOCK_DV, ALIGNED
         )
         sums = tl.load(log_sum_exp_ptr + row + i, mask=i < N, other=float("inf"))
         delta = tl.load(delta_ptr + row + i, mask=i < N, other=0.0)
@@ -377,7 +408,8 @@ def _tiled_dkv_kernel(
             pad_value_sums_ptr, tl.program_id(0), sum_over(padding, dv), VALUE_DIM, BLOCK_DV
         )
     store_tokens(
-        grad_key_ptr + grad_key_start,
+        grad_key_ptr,
+        grad_key_start,
         image,
         head,
         x_j,
@@ -386,9 +418,11 @@ def _tiled_dkv_kernel(
         dk,
         HEAD_DIM,
         BLOCK_D,
+        ALIGNED,
     )
     store_tokens(
-        grad_value_ptr + grad_value_start,
+        grad_value_ptr,
+        grad_value_start,
         image,
         head,
         x_j,
@@ -397,6 +431,7 @@ def _tiled_dkv_kernel(
         dv,
         VALUE_DIM,
         BLOCK_DV,
+        ALIGNED,
     )
 
 
@@ -437,6 +472,7 @@ def _tiled_dbias_kernel(
     ROLLED: tl.constexpr,
     PADDED: tl.constexpr,
     WIDE: tl.constexpr,
+    ALIGNED: tl.constexpr,
     BIAS: tl.constexpr,
     HAS_MASK: tl.constexpr,
     HAS_PAD_KEY: tl.constexpr,
@@ -484,13 +520,26 @@ def _tiled_dbias_kernel(
         rows = real_i & (i < N)
         keys = real_j & (j < N)
         padding = (j < N) & ~real_j
-        q = load_tokens(query_ptr, image, head, x_i, rows, query_strides, HEAD_DIM, BLOCK_D)
-        k = load_tokens(key_ptr + key_start, image, head, x_j, keys, key_strides, HEAD_DIM, BLOCK_D)
+        q = load_tokens(
+            query_ptr, 0, image, head, x_i, rows, query_strides, HEAD_DIM, BLOCK_D, ALIGNED
+        )
+        k = load_tokens(
+            key_ptr, key_start, image, head, x_j, keys, key_strides, HEAD_DIM, BLOCK_D, ALIGNED
+        )
         v = load_tokens(
-            value_ptr + value_start, image, head, x_j, keys, value_strides, VALUE_DIM, BLOCK_DV
+            value_ptr,
+            value_start,
+            image,
+            head,
+            x_j,
+            keys,
+            value_strides,
+            VALUE_DIM,
+            BLOCK_DV,
+            ALIGNED,
         )
         do = load_tokens(
-            grad_out_ptr, image, head, x_i, rows, grad_out_strides, VALUE_DIM, BLOCK_DV
+            grad_out_ptr, 0, image, head, x_i, rows, grad_out_strides, VALUE_DIM, BLOCK_DV, ALIGNED
         )
         row = (window.to(tl.int64) * heads + head) * N
         sums = tl.load(log_sum_exp_ptr + row + i, mask=i < N, other=float("inf"))

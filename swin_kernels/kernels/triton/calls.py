@@ -56,12 +56,12 @@ def _forward_run(
 def forward(
     operands: Operands, options: Options, differentiable: bool
 ) -> tuple[Tensor, Tensor | None]:
-    """The output, and the log2-sum-exp of each row where the backward will want it."""
+    """The output, and what else the backward will want of it: see `forward_plan`."""
     tensors = _tensors(operands)
     device = operands.query.device
     run = _forward_run(_named(tensors), options, gpu_of(device), device, _tf32(), differentiable)
     run(tensors, device)
-    return tensors["out"], tensors.get("log_sum_exp")
+    return tensors["out"], tensors.get("log_sum_exp", tensors.get("tiles"))
 
 
 @functools.lru_cache(maxsize=1024)
@@ -76,13 +76,15 @@ def backward(
     operands: Operands,
     options: Options,
     out: Tensor | None,
-    log_sum_exp: Tensor | None,
+    kept: Tensor | None,
     needs: Needs,
 ) -> dict[str, Tensor]:
     """The gradients by the names of their operands, each in its dtype; those of tokens always."""
     tensors = _tensors(operands) | {"grad_out": grad_out}
-    if out is not None and log_sum_exp is not None:
-        tensors |= {"out": out, "log_sum_exp": log_sum_exp}
+    if out is not None and kept is not None:
+        tensors |= {"out": out, "log_sum_exp": kept}
+    elif kept is not None:
+        tensors["tiles"] = kept
     device = operands.query.device
     run = _backward_run(_named(tensors), options, gpu_of(device), device, _tf32(), needs)
     run(tensors, device)

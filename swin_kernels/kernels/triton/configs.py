@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 
 TUNED = Path(__file__).with_name("tuned.json")
-LARGEST_HEAD_DIM = 256
+LARGEST_HEAD_DIM = 128
 SMALLEST_BLOCK = 16  # of the matrix units
 
 
@@ -94,10 +94,10 @@ def block_of(length: int) -> int:
 def takes_whole_windows(kernel: str, shape: Shape) -> bool:
     """Whether forward or backward holds a window in one tile."""
     exact = shape.dtype == torch.float32
-    if shape.tokens <= 64:
-        return not (exact and shape.largest_block > 64)
-    # 128 × 128 logits are 64 registers a thread with 8 warps; backward has several such tiles
-    return kernel == "forward" and shape.tokens <= 128 and not exact and shape.largest_block <= 64
+    if kernel == "forward":
+        return shape.tokens <= 64 and shape.largest_block <= (64 if exact else 128)
+    # it holds four tiles of tokens and three of logits
+    return shape.tokens <= 64 and shape.largest_block <= (32 if exact else 64)
 
 
 def backward_wants_sums(tokens: int, head_dim: int, value_dim: int, dtype: torch.dtype) -> bool:
@@ -111,7 +111,7 @@ def _whole(kernel: str, shape: Shape) -> Config:
     warps = {16: 1, 32: 2, 64: 4, 128: 8}[block]
     if kernel == "forward":
         return Config(block, block, warps, 1 if exact else 2)
-    if exact or shape.largest_block > 64:
+    if exact or shape.largest_block > 32:
         warps = min(8, 2 * warps)
     return Config(block, block, warps, 1, programs_per_multiprocessor=4)
 
@@ -119,9 +119,9 @@ def _whole(kernel: str, shape: Shape) -> Config:
 def _tiled(kernel: str, shape: Shape) -> Config:
     exact = shape.dtype == torch.float32
     block = min(64, block_of(shape.tokens))
-    if exact and shape.largest_block > 64:
+    if shape.largest_block > (64 if exact else 128):
         block = 32
-    warps = 4 if shape.largest_block <= 128 else 8
+    warps = 8 if kernel == "dbias" and shape.largest_block > 64 else 4
     return Config(block, block, warps, 1 if exact or kernel == "dbias" else 2)
 
 

@@ -3,8 +3,10 @@
 `_whole_window_fwd_kernel` holds a window in one tile. A program takes one head and a run of
 windows, with the head's bias on chip for all of them. `_tiled_fwd_kernel` takes BLOCK_M queries of
 one window and runs over its keys with a running softmax (Milakov & Gimelshein, "Online normalizer
-calculation for softmax", 2018). A backward in tiles finds the log-sum-exp of each row again; one
-that holds whole rows needs none.
+calculation for softmax", 2018).
+
+For the backward one leaves, if that holds whole windows as well, the sum of bias and shift mask: a
+tile per head and per set of seams that can cut a window; else the log-sum-exp of each row.
 """
 
 import triton
@@ -17,10 +19,13 @@ from swin_kernels.kernels.triton.tile import (
     fill_padding,
     kept_tile,
     load_tokens,
+    shift_mask_tile,
     store_tokens,
+    tile_pointers,
     to_unit,
 )
 from swin_kernels.kernels.triton.window import (
+    seam_sides,
     seams_crossed,
     token_places,
     token_positions,
@@ -50,6 +55,7 @@ def _whole_window_fwd_kernel(
     seed_ptr,
     out_ptr,
     log_sum_exp_ptr,
+    tiles_ptr,
     query_strides,
     key_strides,
     value_strides,
@@ -65,6 +71,7 @@ def _whole_window_fwd_kernel(
     windows_per_program,
     heads,
     table_rows,
+    tile_heads,
     scale,
     mask_value,
     kept_factor,
@@ -73,6 +80,7 @@ def _whole_window_fwd_kernel(
     ROLLED: tl.constexpr,
     PADDED: tl.constexpr,
     WIDE: tl.constexpr,
+    ALIGNED: tl.constexpr,
     SHARED_STRIDES: tl.constexpr,
     BIAS: tl.constexpr,
     HAS_MASK: tl.constexpr,
@@ -84,6 +92,8 @@ def _whole_window_fwd_kernel(
     HEAD_DIM: tl.constexpr,
     VALUE_DIM: tl.constexpr,
     KEEP_SUMS: tl.constexpr,
+    KEEP_TILES: tl.constexpr,
+    TILES_PER_HEAD: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
     BLOCK_DV: tl.constexpr,
@@ -101,9 +111,16 @@ def _whole_window_fwd_kernel(
     n = tl.arange(0, BLOCK_N)
     inside = n < N
     places = token_places(n, WINDOW)
+    sides = seam_sides(places, seams)
     bias = bias_tile(
         bias_ptr, index_ptr, head, heads, table_rows, n, n, places, places, BIAS, WINDOW
     )  # (BLOCK_N, BLOCK_N)
+    if KEEP_TILES:
+        if (first == 0) & (head < tile_heads):
+            for crossed in tl.static_range(TILES_PER_HEAD):
+                tile = bias + shift_mask_tile(sides, sides, crossed, mask_value)
+                number = head * TILES_PER_HEAD + crossed
+                tl.store(tile_pointers(tiles_ptr, number, BLOCK_N), tile)
     factor = scale
     if COSINE:
         factor = tl.load(logit_scale_ptr + head).to(tl.float32)
@@ -115,10 +132,23 @@ def _whole_window_fwd_kernel(
             places, place, sizes, periods, rolls, WINDOW, ROLLED, PADDED, WIDE
         )
         rows = real & inside
-        q = load_tokens(query_ptr, image, head, x, rows, query_strides, HEAD_DIM, BLOCK_D)
-        k = load_tokens(key_ptr + key_start, image, head, x, rows, key_strides, HEAD_DIM, BLOCK_D)
+        q = load_tokens(
+            query_ptr, 0, image, head, x, rows, query_strides, HEAD_DIM, BLOCK_D, ALIGNED
+        )
+        k = load_tokens(
+            key_ptr, key_start, image, head, x, rows, key_strides, HEAD_DIM, BLOCK_D, ALIGNED
+        )
         v = load_tokens(
-            value_ptr + value_start, image, head, x, rows, value_strides, VALUE_DIM, BLOCK_DV
+            value_ptr,
+            value_start,
+            image,
+            head,
+            x,
+            rows,
+            value_strides,
+            VALUE_DIM,
+            BLOCK_DV,
+            ALIGNED,
         )
         if HAS_PAD_KEY:
             k = fill_padding(k, inside & ~real, pad_key_ptr, head, HEAD_DIM, BLOCK_D)
@@ -134,10 +164,9 @@ def _whole_window_fwd_kernel(
             s,
             n,
             n,
-            places,
-            places,
+            sides,
+            sides,
             crossed,
-            seams,
             mask_value,
             mask_ptr,
             number,
@@ -154,7 +183,9 @@ def _whole_window_fwd_kernel(
             e = tl.where(kept, e, 0.0)
         out = tl.dot(e.to(v.dtype), v, input_precision=PRECISION)  # (BLOCK_N, BLOCK_DV)
         out *= (kept_factor / tl.where(total == 0.0, 1.0, total))[:, None]
-        store_tokens(out_ptr, image, head, x, rows, out_strides, out, VALUE_DIM, BLOCK_DV)
+        store_tokens(
+            out_ptr, 0, image, head, x, rows, out_strides, out, VALUE_DIM, BLOCK_DV, ALIGNED
+        )
         if KEEP_SUMS:
             store_sums(log_sum_exp_ptr, window, head, heads, n, top, total, N)
 
@@ -192,6 +223,7 @@ def _tiled_fwd_kernel(
     ROLLED: tl.constexpr,
     PADDED: tl.constexpr,
     WIDE: tl.constexpr,
+    ALIGNED: tl.constexpr,
     BIAS: tl.constexpr,
     HAS_MASK: tl.constexpr,
     HAS_PAD_KEY: tl.constexpr,
@@ -219,11 +251,12 @@ def _tiled_fwd_kernel(
 
     i = tile * BLOCK_M + tl.arange(0, BLOCK_M)
     places_i = token_places(i, WINDOW)
+    sides_i = seam_sides(places_i, seams)
     x_i, real = token_positions(
         places_i, place, sizes, periods, rolls, WINDOW, ROLLED, PADDED, WIDE
     )
     rows = real & (i < N)
-    q = load_tokens(query_ptr, image, head, x_i, rows, query_strides, HEAD_DIM, BLOCK_D)
+    q = load_tokens(query_ptr, 0, image, head, x_i, rows, query_strides, HEAD_DIM, BLOCK_D, ALIGNED)
     factor = scale
     if COSINE:
         q, _ = to_unit(q)
@@ -236,13 +269,25 @@ def _tiled_fwd_kernel(
         j = start + tl.arange(0, BLOCK_N)
         inside = j < N
         places_j = token_places(j, WINDOW)
+        sides_j = seam_sides(places_j, seams)
         x_j, real_j = token_positions(
             places_j, place, sizes, periods, rolls, WINDOW, ROLLED, PADDED, WIDE
         )
         keys = real_j & inside
-        k = load_tokens(key_ptr + key_start, image, head, x_j, keys, key_strides, HEAD_DIM, BLOCK_D)
+        k = load_tokens(
+            key_ptr, key_start, image, head, x_j, keys, key_strides, HEAD_DIM, BLOCK_D, ALIGNED
+        )
         v = load_tokens(
-            value_ptr + value_start, image, head, x_j, keys, value_strides, VALUE_DIM, BLOCK_DV
+            value_ptr,
+            value_start,
+            image,
+            head,
+            x_j,
+            keys,
+            value_strides,
+            VALUE_DIM,
+            BLOCK_DV,
+            ALIGNED,
         )
         if HAS_PAD_KEY:
             k = fill_padding(k, inside & ~real_j, pad_key_ptr, head, HEAD_DIM, BLOCK_D)
@@ -257,10 +302,9 @@ def _tiled_fwd_kernel(
             s,
             i,
             j,
-            places_i,
-            places_j,
+            sides_i,
+            sides_j,
             crossed,
-            seams,
             mask_value,
             mask_ptr,
             number,
@@ -280,6 +324,6 @@ def _tiled_fwd_kernel(
         top = higher
 
     out *= (kept_factor / tl.where(total == 0.0, 1.0, total))[:, None]
-    store_tokens(out_ptr, image, head, x_i, rows, out_strides, out, VALUE_DIM, BLOCK_DV)
+    store_tokens(out_ptr, 0, image, head, x_i, rows, out_strides, out, VALUE_DIM, BLOCK_DV, ALIGNED)
     if KEEP_SUMS:
         store_sums(log_sum_exp_ptr, window, head, heads, i, top, total, N)

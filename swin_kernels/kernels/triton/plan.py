@@ -6,7 +6,8 @@ alike, can be compiled for a GPU that is not there, and is tested on tensors wit
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import math
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -159,6 +160,11 @@ class _Call(NamedTuple):
         return (self.batch, *self.grid.size, self.heads, dim)
 
 
+def _alignment(tokens: Iterable[_Tokens]) -> int:
+    """The largest power of two, up to 16, that divides where every head of every token begins."""
+    return math.gcd(16, *(n for t in tokens for n in (*t.strides[:-1], t.start)))
+
+
 def _call(facts: Mapping[str, TensorFacts], options: Options, gpu: Gpu, tf32: bool) -> _Call:
     query = facts["query"]
     if "key" in facts:
@@ -231,6 +237,7 @@ def _numbers(call: _Call, *more: _Tokens) -> dict[str, Any]:
         "mask_value": float(options.mask_value),
         "kept_factor": 1.0 / (1.0 - p) if p < 1 else 0.0,
         "WIDE": any(t.wide for t in tokens),
+        "ALIGNED": _alignment(tokens),
         "HAS_MASK": "mask" in call.facts,
         "HAS_PAD_KEY": "pad_key" in call.facts and grid.needs_padding,
         "HAS_PAD_VALUE": "pad_value" in call.facts and grid.needs_padding,
@@ -257,17 +264,16 @@ def _operand_pointers(call: _Call) -> dict[str, str | None]:
     return pointers | {f"{name}_ptr": call.pointer(name) for name in _SMALL}
 
 
+def _shared_strides(call: _Call) -> bool:
+    return call.query.strides == call.key.strides == call.value.strides
+
+
 def _whole_bias(call: _Call) -> tuple[dict[str, str | None], dict[str, Any]]:
     """Pointers and numbers of a bias that a kernel reads as the caller holds it."""
     tensor = {"none": None, "dense": "bias"}.get(call.bias, "bias_table")
     rows = call.facts["bias_table"].shape[0] if tensor == "bias_table" else 0
     pointers = {"bias_ptr": tensor, "index_ptr": call.pointer("bias_index")}
-    numbers = {
-        "BIAS": BIAS_KINDS[call.bias],
-        "table_rows": rows,
-        "SHARED_STRIDES": call.query.strides == call.key.strides == call.value.strides,
-    }
-    return pointers, numbers
+    return pointers, {"BIAS": BIAS_KINDS[call.bias], "table_rows": rows}
 
 
 def _tiled_bias(
@@ -308,6 +314,21 @@ def _finish(call: _Call, steps, buffers, sums=None, after=()) -> Plan:
     return Plan(steps, buffers, dtypes, sums or {}, tuple(after))
 
 
+def tiles_shape(options: Options, heads: int, biased: bool) -> tuple[int, int, int, int]:
+    """(heads, sets, BLOCK_N, BLOCK_N) of what a backward of whole windows adds to the logits.
+
+    That is bias and shift mask: a tile for every set of seams that can cut a window, numbered by
+    the bits that the kernels give them. One head without a bias, none if there is nothing to add.
+    """
+    cut = three([s > 0 and not p for s, p in zip(options.shift_size, options.periodic)], False)
+    sets = 8 >> cut.index(True) if any(cut) else 1
+    tokens = math.prod(options.window_size)
+    block = block_of(tokens)
+    if not biased:
+        heads = int(sets > 1 or tokens < block)
+    return heads, sets, block, block
+
+
 def forward_plan(
     facts: Mapping[str, TensorFacts],
     options: Options,
@@ -316,10 +337,16 @@ def forward_plan(
     tf32: bool = False,
     differentiable: bool = False,
 ) -> Plan:
-    """Writes `out` (B, *S, H, Dv); `log_sum_exp` (W, H, N) fp32 if a backward will want it."""
+    """Writes `out` (B, *S, H, Dv), and in fp32 what `backward_plan` reads if `differentiable`.
+
+    That is `log_sum_exp` (W, H, N) where it works in tiles, else `tiles`: see `tiles_shape`.
+    """
     call = _call(facts, options, gpu, tf32)
     shape = call.shape()
-    keep_sums = differentiable and not takes_whole_windows("backward", shape)
+    whole_backward = takes_whole_windows("backward", shape)
+    keep_sums = differentiable and not whole_backward
+    tiles = tiles_shape(options, call.heads, call.bias != "none")
+    keep_tiles = differentiable and whole_backward and tiles[0] > 0
     buffers = {"out": Buffer(call.map_shape(call.value_dim), call.dtype)}
     if keep_sums:
         rows = (call.windows, call.heads, call.grid.tokens)
@@ -334,13 +361,19 @@ def forward_plan(
         config = config_for("forward", shape, gpu)
         run = config.windows_per_program(shape, gpu)
         bias_pointers, bias_numbers = _whole_bias(call)
+        if keep_tiles:
+            buffers["tiles"] = Buffer(tiles, torch.float32)
         step = Step(
             "forward._whole_window_fwd_kernel",
             -(-call.windows // run) * call.heads,
-            pointers | bias_pointers,
+            pointers | bias_pointers | {"tiles_ptr": "tiles" if keep_tiles else None},
             numbers
             | bias_numbers
             | {
+                "SHARED_STRIDES": _shared_strides(call),
+                "KEEP_TILES": keep_tiles,
+                "TILES_PER_HEAD": tiles[1],
+                "tile_heads": tiles[0],
                 "windows": call.windows,
                 "windows_per_program": run,
                 "BLOCK_N": config.block_n,
@@ -389,7 +422,8 @@ def backward_plan(
 
     And, in fp32, the sums of what is shared by windows: `bias_sums`, `pad_key_sums`,
     `pad_value_sums`, `logit_scale_sums`, each with axes in front to be summed, as `Plan.sums` says.
-    `facts` are those of the operands, of grad_out and, if kept, of out and log_sum_exp.
+    `facts` are those of the operands, of grad_out, and of what the forward kept: `log_sum_exp` with
+    its `out`, or `tiles`.
     """
     call = _call(facts, options, gpu, tf32)
     grid = call.grid
@@ -462,14 +496,21 @@ def _whole_backward(call: _Call, needs: Needs, pointers, numbers, buffers) -> Pl
     run = config.windows_per_program(shape, call.gpu)
     runs = -(-call.windows // run)
     extra, sums = _sum_buffers(call, needs, runs, (runs, call.heads), (0,))
-    bias_pointers, bias_numbers = _whole_bias(call)
+    has_tiles = "tiles" in call.facts
     step = Step(
         "backward._whole_window_bwd_kernel",
         runs * call.heads,
-        pointers | bias_pointers,
+        pointers | {"tiles_ptr": "tiles" if has_tiles else None},
         numbers
-        | bias_numbers
         | {
+            "SHARED_STRIDES": _shared_strides(call),
+            # offsets kept for the stores save instructions, but cosine needs the registers
+            "SHARED_GRAD_STRIDES": _shared_strides(call)
+            and call.query.strides == numbers["grad_query_strides"] == numbers["grad_value_strides"]
+            and not numbers["COSINE"],
+            "HAS_TILES": has_tiles,
+            "TILES_PER_HEAD": call.facts["tiles"].shape[1] if has_tiles else 1,
+            "tile_heads": call.facts["tiles"].shape[0] if has_tiles else 0,
             "windows": call.windows,
             "windows_per_program": run,
             "NEEDS_BIAS": needs.bias,

@@ -7,7 +7,7 @@ axis 2, head, channel), in elements.
 import triton
 import triton.language as tl
 
-from swin_kernels.kernels.triton.window import geometric_row, region_codes
+from swin_kernels.kernels.triton.window import geometric_row
 
 LOG2_E = tl.constexpr(1.4426950408889634)
 NORM_CLAMP = tl.constexpr(1e-12)  # as in the reference
@@ -20,10 +20,12 @@ INDEXED_BIAS = tl.constexpr(3)  # (T, H), by an index (N, N)
 
 
 @triton.jit
-def _pointers(ptr, image, head, positions, d, strides):
+def _pointers(ptr, first, image, head, positions, d, strides, ALIGNED: tl.constexpr):
     # 64 bits to find one head of one image, as a batch may hold more than 2^31 elements
-    start = image.to(tl.int64) * strides[0] + head.to(tl.int64) * strides[4]
+    start = image.to(tl.int64) * strides[0] + head.to(tl.int64) * strides[4] + first
     rows = positions[0] * strides[1] + positions[1] * strides[2] + positions[2] * strides[3]
+    # Triton sees by itself that 16 divides a stride, but not that 2, 4 or 8 do
+    start, rows = tl.multiple_of(start, ALIGNED), tl.multiple_of(rows, ALIGNED)
     return ptr + start + rows[:, None] + d[None, :] * strides[5]
 
 
@@ -37,21 +39,43 @@ def _within(rows, d, DIM: tl.constexpr, BLOCK_DIM: tl.constexpr):
 
 @triton.jit
 def load_tokens(
-    ptr, image, head, positions, rows, strides, DIM: tl.constexpr, BLOCK_DIM: tl.constexpr
+    ptr,
+    first,
+    image,
+    head,
+    positions,
+    rows,
+    strides,
+    DIM: tl.constexpr,
+    BLOCK_DIM: tl.constexpr,
+    ALIGNED: tl.constexpr,
 ):
-    """(BLOCK, BLOCK_DIM): tokens of one head of one image; zeros outside `rows` and beyond DIM."""
+    """(BLOCK, BLOCK_DIM): tokens of one head of one image; zeros outside `rows` and beyond DIM.
+
+    `first` is where the tokens begin in what holds them; ALIGNED divides it and the strides.
+    """
     d = tl.arange(0, BLOCK_DIM)
-    pointers = _pointers(ptr, image, head, positions, d, strides)
+    pointers = _pointers(ptr, first, image, head, positions, d, strides, ALIGNED)
     return tl.load(pointers, mask=_within(rows, d, DIM, BLOCK_DIM), other=0.0)
 
 
 @triton.jit
 def store_tokens(
-    ptr, image, head, positions, rows, strides, x, DIM: tl.constexpr, BLOCK_DIM: tl.constexpr
+    ptr,
+    first,
+    image,
+    head,
+    positions,
+    rows,
+    strides,
+    x,
+    DIM: tl.constexpr,
+    BLOCK_DIM: tl.constexpr,
+    ALIGNED: tl.constexpr,
 ):
     """Writes x (BLOCK, BLOCK_DIM) where `load_tokens` would read it."""
     d = tl.arange(0, BLOCK_DIM)
-    pointers = _pointers(ptr, image, head, positions, d, strides)
+    pointers = _pointers(ptr, first, image, head, positions, d, strides, ALIGNED)
     tl.store(pointers, x.to(ptr.dtype.element_ty), mask=_within(rows, d, DIM, BLOCK_DIM))
 
 
@@ -137,14 +161,38 @@ def bias_tile(
 
 
 @triton.jit
+def tile_pointers(ptr, tile, BLOCK_N: tl.constexpr):
+    """Where tile number `tile` of (…, BLOCK_N, BLOCK_N) lies."""
+    n = tl.arange(0, BLOCK_N)
+    start = ptr + tile.to(tl.int64) * (BLOCK_N * BLOCK_N)
+    return start + n[:, None] * BLOCK_N + n[None, :]
+
+
+@triton.jit
+def mask_tile(mask_ptr, number, i, j, WINDOW: tl.constexpr):
+    """(BLOCK_M, BLOCK_N) of an explicit mask (nW, N, N), times log2 e; zeros outside the window."""
+    N: tl.constexpr = WINDOW[0] * WINDOW[1] * WINDOW[2]
+    inside = (i < N)[:, None] & (j < N)[None, :]
+    start = mask_ptr + number.to(tl.int64) * (N * N)
+    mask = tl.load(start + i[:, None] * N + j[None, :], mask=inside, other=0.0)
+    return mask.to(tl.float32) * LOG2_E
+
+
+@triton.jit
+def shift_mask_tile(sides_i, sides_j, crossed, mask_value):
+    """(BLOCK_M, BLOCK_N) of the shift mask, times log2 e, where the seams of `crossed` cut."""
+    apart = (sides_i[:, None] ^ sides_j[None, :]) & crossed
+    return tl.where(apart != 0, mask_value * LOG2_E, 0.0)
+
+
+@triton.jit
 def add_masks(
     s,
     i,
     j,
-    places_i,
-    places_j,
+    sides_i,
+    sides_j,
     crossed,
-    seams,
     mask_value,
     mask_ptr,
     number,
@@ -153,17 +201,11 @@ def add_masks(
     WINDOW: tl.constexpr,
 ):
     """Logits plus the shift mask, computed only where a window holds two regions, and `mask`."""
-    N: tl.constexpr = WINDOW[0] * WINDOW[1] * WINDOW[2]
     if REGIONS[0] or REGIONS[1] or REGIONS[2]:
-        if crossed[0] | crossed[1] | crossed[2]:
-            code_i = region_codes(places_i, crossed, seams)
-            code_j = region_codes(places_j, crossed, seams)
-            s += tl.where(code_i[:, None] != code_j[None, :], mask_value * LOG2_E, 0.0)
+        if crossed != 0:
+            s += shift_mask_tile(sides_i, sides_j, crossed, mask_value)
     if HAS_MASK:
-        inside = (i < N)[:, None] & (j < N)[None, :]
-        start = mask_ptr + number.to(tl.int64) * (N * N)
-        mask = tl.load(start + i[:, None] * N + j[None, :], mask=inside, other=0.0)
-        s += mask.to(tl.float32) * LOG2_E
+        s += mask_tile(mask_ptr, number, i, j, WINDOW)
     return s
 
 

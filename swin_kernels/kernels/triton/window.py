@@ -66,20 +66,22 @@ def token_positions(
 
 @triton.jit
 def seams_crossed(window, counts, REGIONS: tl.constexpr):
-    """On which axes a window holds two regions: only the last one does, where there is a shift."""
-    return (
-        (window[0] == counts[0] - 1) & REGIONS[0],
-        (window[1] == counts[1] - 1) & REGIONS[1],
-        (window[2] == counts[2] - 1) & REGIONS[2],
-    )
+    """A bit per axis on which a window holds two regions: only the last one does, if shifted."""
+    crossed = 0
+    if REGIONS[0]:
+        crossed += (window[0] == counts[0] - 1).to(tl.int32) * 4
+    if REGIONS[1]:
+        crossed += (window[1] == counts[1] - 1).to(tl.int32) * 2
+    if REGIONS[2]:
+        crossed += (window[2] == counts[2] - 1).to(tl.int32)
+    return crossed
 
 
 @triton.jit
-def region_codes(places, crossed, seams):
-    """A number per token, equal where two tokens of a window are in one region."""
-    code = ((places[0] >= seams[0]) & crossed[0]).to(tl.int32)
-    code = code * 2 + ((places[1] >= seams[1]) & crossed[1]).to(tl.int32)
-    return code * 2 + ((places[2] >= seams[2]) & crossed[2]).to(tl.int32)
+def seam_sides(places, seams):
+    """A bit per axis: the side of the seam on which a token lies, in a window that holds one."""
+    side = (places[0] >= seams[0]).to(tl.int32) * 4
+    return side + (places[1] >= seams[1]).to(tl.int32) * 2 + (places[2] >= seams[2]).to(tl.int32)
 
 
 @triton.jit

@@ -1,0 +1,168 @@
+"""Compiles the steps of a plan for a GPU that is not there, and reads what its machine code costs.
+
+The specialisation is the one a launch would get: integers equal to 1 are constants, and what 16
+divides is said to be so. cuobjdump comes with Triton.
+"""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import tempfile
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from swin_kernels.kernels.triton.configs import Gpu
+from swin_kernels.kernels.triton.launch import arguments_of, kernel_of
+from swin_kernels.kernels.triton.plan import LARGEST_INT32, Step
+
+_CUOBJDUMP = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+_POINTER_TYPES = {
+    torch.float16: "*fp16",
+    torch.bfloat16: "*bf16",
+    torch.float32: "*fp32",
+    torch.float64: "*fp64",
+    torch.int32: "*i32",
+    torch.int64: "*i64",
+}
+# sm_80: HMMA on registers; sm_90: HGMMA of a warp group; sm_100: UTCHMMA of the tensor core's memory
+_MATRIX = re.compile(r"^(U?T?C?[HQ]G?MMA|v_mfma|OMMA)")
+_SPILLS = ("STL", "LDL", "scratch_store", "scratch_load")
+
+
+@dataclass(frozen=True)
+class Code:
+    """What one compiled kernel costs."""
+
+    registers: int  # a thread
+    stack: int  # bytes a thread
+    spills: int  # instructions that store or load what did not fit the registers
+    shared: int  # bytes a program
+    instructions: int
+    loop: int  # instructions of the largest loop body, a warp
+    matrix: int  # matrix instructions
+    histogram: tuple[tuple[str, int], ...]  # of the loop, by instruction
+
+
+def target_of(gpu: Gpu) -> GPUTarget:
+    if gpu.arch.startswith("sm_"):
+        return GPUTarget("cuda", int(gpu.arch.removeprefix("sm_")), 32)
+    return GPUTarget("hip", gpu.arch, gpu.warp_size)
+
+
+def _specialised(value: Any, place: tuple[int, ...], constants: dict, attributes: dict) -> Any:
+    """The type of an argument that is no pointer, as Triton's own launch would take it."""
+    if isinstance(value, tuple):
+        return tuple(
+            _specialised(v, (*place, i), constants, attributes) for i, v in enumerate(value)
+        )
+    if isinstance(value, float):
+        return "fp32"
+    if value == 1:
+        constants[place] = 1
+        return "constexpr"
+    if value % 16 == 0:
+        attributes[place] = [["tt.divisibility", 16]]
+    return "i32" if -LARGEST_INT32 - 1 <= value <= LARGEST_INT32 else "i64"
+
+
+def source_of(step: Step, dtypes: dict[str, torch.dtype]) -> ASTSource:
+    """A step's kernel for tensors that are aligned to 16 bytes."""
+    kernel = kernel_of(step)
+    signature: dict[str, Any] = {}
+    constants: dict[tuple[int, ...], Any] = {}
+    attributes: dict[tuple[int, ...], Any] = {}
+    for position, ((name, value), parameter) in enumerate(
+        zip(arguments_of(step).items(), kernel.params)
+    ):
+        if parameter.is_constexpr or value is None:
+            signature[name] = "constexpr"
+            constants[(position,)] = value
+        elif name.endswith("_ptr"):
+            signature[name] = _POINTER_TYPES[dtypes[value]]
+            attributes[(position,)] = [["tt.divisibility", 16]]
+        else:
+            signature[name] = _specialised(value, (position,), constants, attributes)
+    return ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=attributes)
+
+
+def compile_step(step: Step, dtypes: dict[str, torch.dtype], gpu: Gpu) -> Any:
+    """The compiled kernel, as `triton.compile` returns it."""
+    options = {
+        "num_warps": step.config.num_warps,
+        "num_stages": step.config.loop_stages,
+        "enable_fp_fusion": True,
+    }
+    return triton.compile(source_of(step, dtypes), target=target_of(gpu), options=options)
+
+
+def _largest_loop(code: list[tuple[int, str]], target: re.Pattern) -> list[str]:
+    loop: list[str] = []
+    for address, text in code:
+        branch = target.search(text)
+        if branch and (start := int(branch[1], 16)) < address:
+            loop = max(loop, [t for a, t in code if start <= a <= address], key=len)
+    return loop
+
+
+def _name(text: str) -> str:
+    return text.split()[1 if text.startswith("@") else 0].split(".")[0]
+
+
+def _read_cuda(compiled: Any) -> Code:
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(compiled.asm["cubin"])
+        file.flush()
+        usage, sass = (
+            subprocess.check_output([_CUOBJDUMP, flag, file.name], text=True)
+            for flag in ("--dump-resource-usage", "--dump-sass")
+        )
+    found = re.search(r"REG:(\d+) STACK:(\d+)", usage)
+    assert found is not None, usage
+    lines = re.findall(r"^\s+/\*([0-9a-f]{4,})\*/\s+(.*?);", sass, re.M)
+    code = [(int(address, 16), text) for address, text in lines]
+    loop = _largest_loop(code, re.compile(r"BRA\S*\s+.*?0x([0-9a-f]+)"))
+    names = [_name(text) for _, text in code]
+    return Code(
+        int(found[1]),
+        int(found[2]),
+        sum(name in _SPILLS for name in names),
+        compiled.metadata.shared,
+        sum(name != "NOP" for name in names),
+        len(loop),
+        sum(bool(_MATRIX.match(name)) for name in names),
+        tuple(Counter(map(_name, loop)).most_common()),
+    )
+
+
+def _read_amd(compiled: Any) -> Code:
+    text = compiled.asm["amdgcn"]
+
+    def number(key: str) -> int:
+        found = re.search(rf"\.{key}:\s+(\d+)", text)
+        assert found is not None, key
+        return int(found[1])
+
+    body = re.findall(r"^\t([a-z]\w+)(?:[ \t]|$)", text, re.M)
+    return Code(
+        number("vgpr_count"),
+        number("private_segment_fixed_size"),
+        number("vgpr_spill_count") + number("sgpr_spill_count"),
+        number("group_segment_fixed_size") or compiled.metadata.shared,
+        len(body),
+        0,  # not read from this assembly
+        sum(name.startswith("v_mfma") for name in body),
+        (),
+    )
+
+
+def read(compiled: Any) -> Code:
+    """What the machine code of a compiled kernel costs."""
+    return _read_cuda(compiled) if "cubin" in compiled.asm else _read_amd(compiled)
