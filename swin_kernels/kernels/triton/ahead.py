@@ -32,7 +32,7 @@ _POINTER_TYPES = {
     torch.int32: "*i32",
     torch.int64: "*i64",
 }
-# sm_80: HMMA on registers; sm_90: HGMMA of a warp group; sm_100: UTCHMMA of the tensor core's memory
+# HMMA of a warp; sm_90: HGMMA of a warp group; sm_100: UTCHMMA on the tensor cores' own memory
 _MATRIX = re.compile(r"^(U?T?C?[HQ]G?MMA|v_mfma|OMMA)")
 _SPILLS = ("STL", "LDL", "scratch_store", "scratch_load")
 

@@ -15,6 +15,7 @@ import torch
 TUNED = Path(__file__).with_name("tuned.json")
 LARGEST_HEAD_DIM = 128
 SMALLEST_BLOCK = 16  # of the matrix units
+LARGEST_BLOCK = 64  # of tiles of a window
 
 
 @dataclass(frozen=True)
@@ -118,7 +119,7 @@ def _whole(kernel: str, shape: Shape) -> Config:
 
 def _tiled(kernel: str, shape: Shape) -> Config:
     exact = shape.dtype == torch.float32
-    block = min(64, block_of(shape.tokens))
+    block = min(LARGEST_BLOCK, block_of(shape.tokens))
     if shape.largest_block > (64 if exact else 128):
         block = 32
     warps = 8 if kernel == "dbias" and shape.largest_block > 64 else 4

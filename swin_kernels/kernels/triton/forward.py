@@ -14,6 +14,7 @@ import triton.language as tl
 
 from swin_kernels.kernels.triton.tile import (
     LOG2_E,
+    add_bias,
     add_masks,
     bias_tile,
     fill_padding,
@@ -224,7 +225,8 @@ def _tiled_fwd_kernel(
     PADDED: tl.constexpr,
     WIDE: tl.constexpr,
     ALIGNED: tl.constexpr,
-    BIAS: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    SPREAD: tl.constexpr,
     HAS_MASK: tl.constexpr,
     HAS_PAD_KEY: tl.constexpr,
     HAS_PAD_VALUE: tl.constexpr,
@@ -297,7 +299,7 @@ def _tiled_fwd_kernel(
             k, _ = to_unit(k)
 
         s = tl.dot(q, tl.trans(k), input_precision=PRECISION) * (factor * LOG2_E)
-        s += bias_tile(bias_ptr, bias_ptr, head, heads, 0, i, j, places_i, places_j, BIAS, WINDOW)
+        s = add_bias(s, bias_ptr, head, i, j, HAS_BIAS, WINDOW, SPREAD)
         s = add_masks(
             s,
             i,

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from swin_kernels.geometry import Grid
 from swin_kernels.kernels.triton.configs import (
+    LARGEST_BLOCK,
     Config,
     Gpu,
     Shape,
@@ -279,30 +280,29 @@ def _whole_bias(call: _Call) -> tuple[dict[str, str | None], dict[str, Any]]:
 def _tiled_bias(
     call: _Call, buffers: dict[str, Buffer]
 ) -> tuple[list[Step], dict[str, str | None], dict[str, Any]]:
-    """As `_whole_bias`, for kernels that load tiles of a dense bias: a table is spread first."""
-    if call.bias in ("none", "dense"):
-        return [], {"bias_ptr": call.pointer("bias")}, {"BIAS": BIAS_KINDS[call.bias]}
-    table, pairs = call.facts["bias_table"], call.grid.tokens**2
-    buffers["dense_bias"] = Buffer((call.heads, call.grid.tokens, call.grid.tokens), table.dtype)
+    """Spreads a bias for kernels that load tiles of it: the launch, pointers, numbers."""
+    tokens = call.grid.tokens
+    spread = -(-tokens // LARGEST_BLOCK) * LARGEST_BLOCK
+    numbers = {"HAS_BIAS": call.bias != "none", "SPREAD": spread}
+    if call.bias == "none":
+        return [], {"bias_ptr": None}, numbers
+    buffers["spread_bias"] = Buffer((call.heads, spread, spread), torch.float32)
+    pointers, bias_numbers = _whole_bias(call)
     block = 1024
     step = Step(
-        "table._table_to_dense_kernel",
-        -(-pairs // block) * call.heads,
-        {
-            "table_ptr": "bias_table",
-            "index_ptr": call.pointer("bias_index"),
-            "dense_ptr": "dense_bias",
-        },
-        {
+        "table._spread_bias_kernel",
+        -(-(spread**2) // block) * call.heads,
+        pointers | {"spread_ptr": "spread_bias"},
+        bias_numbers
+        | {
             "heads": call.heads,
-            "table_rows": table.shape[0],
             "WINDOW": three(call.grid.window, 1),
-            "BIAS": BIAS_KINDS[call.bias],
+            "SPREAD": spread,
             "BLOCK": block,
         },
         Config(block, block, 4, 1),
     )
-    return [step], {"bias_ptr": "dense_bias"}, {"BIAS": BIAS_KINDS["dense"]}
+    return [step], {"bias_ptr": "spread_bias"}, numbers
 
 
 def _finish(call: _Call, steps, buffers, sums=None, after=()) -> Plan:

@@ -1,35 +1,48 @@
-"""Kernels between a bias table and the dense bias (H, N, N) that it stands for."""
+"""Kernels before and after the tiled ones: a bias spread for them, the gradient of a table."""
 
 import triton
 import triton.language as tl
 
-from swin_kernels.kernels.triton.tile import INDEXED_BIAS, TABLE_BIAS
+from swin_kernels.kernels.triton.tile import DENSE_BIAS, INDEXED_BIAS, LOG2_E, TABLE_BIAS
 from swin_kernels.kernels.triton.window import geometric_row, token_places
 
 
 @triton.jit
-def _table_to_dense_kernel(
-    table_ptr,
+def _spread_bias_kernel(
+    bias_ptr,
     index_ptr,
-    dense_ptr,
+    spread_ptr,
     heads,
     table_rows,
     WINDOW: tl.constexpr,
     BIAS: tl.constexpr,
+    SPREAD: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """dense[h, i, j] = table[index[i, j], h]; a program has BLOCK pairs of one head."""
+    """Bias of any kind as tiles want it: (H, SPREAD, SPREAD) fp32, SPREAD a multiple of all blocks.
+
+    Times log2 e, and −inf for keys beyond the window. A program has BLOCK pairs of one head.
+    """
     N: tl.constexpr = WINDOW[0] * WINDOW[1] * WINDOW[2]
     head = tl.program_id(0) % heads
     pair = tl.program_id(0) // heads * BLOCK + tl.arange(0, BLOCK)
-    inside = pair < N * N
-    if BIAS == TABLE_BIAS:
-        row = geometric_row(token_places(pair // N, WINDOW), token_places(pair % N, WINDOW), WINDOW)
+    i, j = pair // SPREAD, pair % SPREAD
+    inside = (i < N) & (j < N)
+    if BIAS == DENSE_BIAS:
+        start = bias_ptr + head.to(tl.int64) * (N * N)
+        value = tl.load(start + i * N + j, mask=inside, other=0.0).to(tl.float32)
     else:
-        row = tl.load(index_ptr + pair, mask=inside, other=0).to(tl.int32)
-    known = (row >= 0) & (row < table_rows)
-    value = tl.load(table_ptr + row * heads + head, mask=inside & known, other=float("nan"))
-    tl.store(dense_ptr + head.to(tl.int64) * (N * N) + pair, value, mask=inside)
+        if BIAS == TABLE_BIAS:
+            row = geometric_row(token_places(i, WINDOW), token_places(j, WINDOW), WINDOW)
+        else:
+            row = tl.load(index_ptr + i * N + j, mask=inside, other=0).to(tl.int32)
+        known = (row >= 0) & (row < table_rows)
+        value = tl.load(bias_ptr + row * heads + head, mask=inside & known, other=0.0)
+        # only the device sees an index that the table lacks: let the user see it too
+        value = tl.where(inside & ~known, float("nan"), value.to(tl.float32))
+    value = tl.where(j < N, value * LOG2_E, float("-inf"))
+    start = spread_ptr + head.to(tl.int64) * (SPREAD * SPREAD)
+    tl.store(start + pair, value, mask=pair < SPREAD * SPREAD)
 
 
 @triton.jit

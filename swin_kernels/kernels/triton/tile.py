@@ -161,6 +161,20 @@ def bias_tile(
 
 
 @triton.jit
+def add_bias(
+    s, spread_ptr, head, i, j, HAS_BIAS: tl.constexpr, WINDOW: tl.constexpr, SPREAD: tl.constexpr
+):
+    """Logits plus a bias (H, SPREAD, SPREAD) that was spread before; −inf beyond the window."""
+    N: tl.constexpr = WINDOW[0] * WINDOW[1] * WINDOW[2]
+    if HAS_BIAS:
+        start = spread_ptr + head.to(tl.int64) * (SPREAD * SPREAD)
+        s += tl.load(start + i[:, None] * SPREAD + j[None, :])
+    elif N != SPREAD:
+        s = tl.where((j < N)[None, :], s, float("-inf"))
+    return s
+
+
+@triton.jit
 def tile_pointers(ptr, tile, BLOCK_N: tl.constexpr):
     """Where tile number `tile` of (…, BLOCK_N, BLOCK_N) lies."""
     n = tl.arange(0, BLOCK_N)
