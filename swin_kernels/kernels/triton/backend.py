@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.util
-import math
 import os
 from collections.abc import Sequence
 
@@ -11,8 +10,8 @@ import torch
 from torch import Tensor
 
 from swin_kernels.kernels.tracing import asked_while_tracing
-from swin_kernels.kernels.triton.configs import LARGEST_HEAD_DIM, backward_wants_sums
-from swin_kernels.kernels.triton.plan import tiles_shape
+from swin_kernels.kernels.triton.configs import LARGEST_HEAD_DIM
+from swin_kernels.kernels.triton.plan import kept_shape
 from swin_kernels.problem import Operands, Options, Problem
 
 # triton reads it when it is imported: kernels then run on the CPU, a NumPy call an operation
@@ -88,30 +87,12 @@ FORWARD = torch.ops.swin_kernels.triton_forward.default
 BACKWARD = torch.ops.swin_kernels.triton_backward.default
 
 
-def _wants_sums(operands: Operands, options: Options) -> bool:
-    query, _, value = operands.unpacked()
-    tokens = math.prod(options.window_size)
-    return backward_wants_sums(tokens, int(query.shape[-1]), int(value.shape[-1]), query.dtype)
-
-
-def _kept_shape(operands: Operands, options: Options) -> tuple[int, ...]:
-    """Of the forward's second output: see plan.forward_plan."""
-    query, _, _ = operands.unpacked()
-    tokens = math.prod(options.window_size)
-    if _wants_sums(operands, options):
-        windows = query.shape[0] * options.grid(query.shape[1:-2]).windows
-        return windows, query.shape[-2], tokens
-    biased = operands.bias is not None or operands.bias_table is not None
-    shape = tiles_shape(options, query.shape[-2], biased)
-    return shape if shape[0] > 0 else (0,)
-
-
 @torch.library.register_fake("swin_kernels::triton_forward")
 def _forward_fake(*arguments) -> tuple[Tensor, Tensor]:
     operands, options = _split(arguments[:-1])
     query, _, value = operands.unpacked()
     out = query.new_empty((*query.shape[:-1], value.shape[-1]))
-    shape = _kept_shape(operands, options) if arguments[-1] else (0,)
+    shape = kept_shape(operands, options) if arguments[-1] else (0,)
     dtype = query.dtype if shape == (0,) else torch.float32
     return out, query.new_empty(shape, dtype=dtype)
 
@@ -170,9 +151,10 @@ class TritonBackend:
         self, operands: Operands, options: Options, differentiable: bool
     ) -> tuple[Tensor, tuple[Tensor, ...]]:
         out, kept = FORWARD(*operands, *options, differentiable)
-        if differentiable and _wants_sums(operands, options):
-            return out, (out, kept)
-        return out, (kept,) if kept.numel() > 0 else ()
+        if kept.ndim == 1:  # nothing
+            return out, ()
+        # a log-sum-exp (W, H, N) goes with its output; tiles (heads, sets, …) stand alone
+        return out, (out, kept) if kept.ndim == 3 else (kept,)
 
     def backward(
         self,

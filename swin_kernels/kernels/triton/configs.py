@@ -56,6 +56,15 @@ class Shape:
     windows: int  # of the batch
     heads: int
     sums_bias: bool = False  # backward: the gradient of the bias is wanted
+    cosine: bool = False
+    dropout: bool = False
+    explicit_mask: bool = False
+    fills_padding: bool = False  # with keys or values that are not zeros
+
+    @property
+    def exact(self) -> bool:
+        """fp32: products on the plain units, whose operands take registers."""
+        return self.dtype == torch.float32
 
     @property
     def block_d(self) -> int:
@@ -93,37 +102,40 @@ def block_of(length: int) -> int:
 
 
 def takes_whole_windows(kernel: str, shape: Shape) -> bool:
-    """Whether forward or backward holds a window in one tile."""
-    exact = shape.dtype == torch.float32
+    """Whether forward or backward holds a window in one tile: what compiles without a spill does.
+
+    A backward that does so holds four tiles of tokens and three of logits.
+    """
     if kernel == "forward":
-        return shape.tokens <= 64 and shape.largest_block <= (64 if exact else 128)
-    # it holds four tiles of tokens and three of logits
-    return shape.tokens <= 64 and shape.largest_block <= (32 if exact else 64)
-
-
-def backward_wants_sums(tokens: int, head_dim: int, value_dim: int, dtype: torch.dtype) -> bool:
-    """Whether a backward reads the output and the log-sum-exp of the forward: one in tiles does."""
-    return not takes_whole_windows("backward", Shape(tokens, head_dim, value_dim, dtype, 1, 1))
+        return shape.tokens <= 64 and shape.largest_block <= (32 if shape.exact else 128)
+    one_by_one = shape.head_dim % 16 != 0 or shape.value_dim % 16 != 0  # narrow loads: more offsets
+    crowded = shape.cosine and (shape.exact or shape.explicit_mask or shape.fills_padding)
+    return (
+        shape.tokens <= 64
+        and shape.largest_block <= 32
+        and not (shape.dropout or one_by_one or crowded)
+    )
 
 
 def _whole(kernel: str, shape: Shape) -> Config:
     block = block_of(shape.tokens)
-    exact = shape.dtype == torch.float32
-    warps = {16: 1, 32: 2, 64: 4, 128: 8}[block]
+    warps = {16: 1, 32: 2, 64: 4}[block]
     if kernel == "forward":
-        return Config(block, block, warps, 1 if exact else 2)
-    if exact or shape.largest_block > 32:
-        warps = min(8, 2 * warps)
-    return Config(block, block, warps, 1, programs_per_multiprocessor=4)
+        crowded = shape.exact or shape.dropout
+        return Config(block, block, 2 * warps if crowded else warps, 1 if shape.exact else 2)
+    crowded = shape.exact or shape.explicit_mask or shape.fills_padding
+    return Config(block, block, 2 * warps if crowded else warps, 1, programs_per_multiprocessor=4)
 
 
 def _tiled(kernel: str, shape: Shape) -> Config:
-    exact = shape.dtype == torch.float32
-    block = min(LARGEST_BLOCK, block_of(shape.tokens))
-    if shape.largest_block > (64 if exact else 128):
-        block = 32
-    warps = 8 if kernel == "dbias" and shape.largest_block > 64 else 4
-    return Config(block, block, warps, 1 if exact or kernel == "dbias" else 2)
+    stages = 1 if shape.exact or kernel == "dbias" else 2
+    wide = shape.largest_block > 32
+    crowded = shape.exact or shape.dropout or (shape.cosine and shape.explicit_mask)
+    if kernel == "tiled_forward" and not shape.exact:
+        return Config(64, 64, 8 if crowded or shape.largest_block > 64 else 4, stages)
+    if crowded or (wide and kernel != "dq"):
+        return Config(32, 32, 8 if kernel == "dbias" and shape.largest_block > 64 else 4, stages)
+    return Config(64, 64, 8 if wide or kernel == "dbias" else 4, stages)
 
 
 @functools.cache
@@ -134,8 +146,15 @@ def _tuned() -> dict[str, dict]:
 def tuned_key(kernel: str, shape: Shape, gpu: Gpu) -> str:
     """The name of a problem's class in the table: all that a layout may depend on."""
     dtype = str(shape.dtype).removeprefix("torch.")
-    biased = "-bias" if shape.sums_bias else ""
-    return f"{kernel}-{gpu.arch}-{dtype}-n{shape.tokens}-d{shape.block_d}-{shape.block_dv}{biased}"
+    extras = {
+        "bias": shape.sums_bias,
+        "cosine": shape.cosine,
+        "dropout": shape.dropout,
+        "mask": shape.explicit_mask,
+        "pads": shape.fills_padding,
+    }
+    size = f"n{shape.tokens}-d{shape.block_d}-{shape.block_dv}"
+    return "-".join([kernel, gpu.arch, dtype, size, *(name for name, on in extras.items() if on)])
 
 
 def config_for(kernel: str, shape: Shape, gpu: Gpu) -> Config:

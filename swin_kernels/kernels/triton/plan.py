@@ -16,6 +16,7 @@ from torch import Tensor
 
 from swin_kernels.geometry import Grid
 from swin_kernels.kernels.triton.configs import (
+    INTERPRETER,
     LARGEST_BLOCK,
     Config,
     Gpu,
@@ -24,7 +25,7 @@ from swin_kernels.kernels.triton.configs import (
     config_for,
     takes_whole_windows,
 )
-from swin_kernels.problem import Options
+from swin_kernels.problem import Operands, Options
 
 LARGEST_INT32 = 2**31 - 1
 # the values of the kernels' BIAS
@@ -152,7 +153,14 @@ class _Call(NamedTuple):
             self.windows,
             self.heads,
             sums_bias,
+            cosine="logit_scale" in self.facts,
+            dropout=self.options.dropout_p > 0,
+            explicit_mask="mask" in self.facts,
+            fills_padding=self.fills("pad_key") or self.fills("pad_value"),
         )
+
+    def fills(self, pad: str) -> bool:
+        return pad in self.facts and self.grid.needs_padding
 
     def pointer(self, name: str) -> str | None:
         return name if name in self.facts else None
@@ -221,7 +229,7 @@ def _geometry(call: _Call) -> dict[str, Any]:
 
 def _numbers(call: _Call, *more: _Tokens) -> dict[str, Any]:
     """Every number that is the same for all kernels of a call."""
-    options, grid = call.options, call.grid
+    options = call.options
     p = options.dropout_p
     threshold = min(int(p * 2**32), 2**32 - 1)
     exact = call.dtype == torch.float32 and not call.tf32
@@ -240,8 +248,8 @@ def _numbers(call: _Call, *more: _Tokens) -> dict[str, Any]:
         "WIDE": any(t.wide for t in tokens),
         "ALIGNED": _alignment(tokens),
         "HAS_MASK": "mask" in call.facts,
-        "HAS_PAD_KEY": "pad_key" in call.facts and grid.needs_padding,
-        "HAS_PAD_VALUE": "pad_value" in call.facts and grid.needs_padding,
+        "HAS_PAD_KEY": call.fills("pad_key"),
+        "HAS_PAD_VALUE": call.fills("pad_value"),
         "COSINE": "logit_scale" in call.facts,
         "DROPOUT_THRESHOLD": threshold,
         "PRECISION": "ieee" if exact else "tf32",
@@ -312,6 +320,20 @@ def _finish(call: _Call, steps, buffers, sums=None, after=()) -> Plan:
     if "bias_table" in dtypes:
         dtypes["table_grad"] = dtypes["bias_table"]
     return Plan(steps, buffers, dtypes, sums or {}, tuple(after))
+
+
+def kept_shape(operands: Operands, options: Options) -> tuple[int, ...]:
+    """Of what a differentiable forward keeps beside its output; (0,) if nothing."""
+    facts = {
+        name: TensorFacts(x.shape, (0,) * x.ndim, x.dtype, True)
+        for name, x in zip(Operands._fields, operands)
+        if x is not None
+    }
+    call = _call(facts, options, INTERPRETER, False)
+    if not takes_whole_windows("backward", call.shape()):
+        return call.windows, call.heads, call.grid.tokens
+    shape = tiles_shape(options, call.heads, call.bias != "none")
+    return shape if shape[0] > 0 else (0,)
 
 
 def tiles_shape(options: Options, heads: int, biased: bool) -> tuple[int, int, int, int]:
@@ -426,11 +448,10 @@ def backward_plan(
     its `out`, or `tiles`.
     """
     call = _call(facts, options, gpu, tf32)
-    grid = call.grid
     needs = Needs(
         needs.bias and call.bias != "none",
-        needs.pad_key and "pad_key" in facts and grid.needs_padding,
-        needs.pad_value and "pad_value" in facts and grid.needs_padding,
+        needs.pad_key and call.fills("pad_key"),
+        needs.pad_value and call.fills("pad_value"),
     )
     grads, buffers = _gradient_tokens(call)
     grad_out = _Tokens.of("grad_out", facts["grad_out"].shape, facts["grad_out"].stride)
