@@ -16,8 +16,8 @@ export PATH := $(abspath $(VENV)/bin):$(PATH):$(dir $(shell command -v $(PYTHON)
 demo: build  ## a timm Swin on a photograph, patched against stock; ARGS="--help" lists options
 	@$(RUN) -m swin_kernels demo $(ARGS)
 
-test: build  ## the tests; ARGS="-k name" picks some
-	@$(RUN) -m pytest -q $(ARGS)
+test: build  ## the tests, and those of the Triton kernels interpreted; ARGS="-k name" picks some
+	@.ci/tests $(RUN) $(ARGS)
 
 check: environment  ## linters, types, formatting
 	$(RUN) -m ruff check .

@@ -1,17 +1,28 @@
-"""Fixtures shared by the tests: the backends that every CPU machine must run."""
+"""Fixtures shared by the tests, and which tests each way to run them keeps (tests/modes.py)."""
 
 from __future__ import annotations
 
+import contextlib
 import os
 import tempfile
 
 import pytest
 import torch
+from modes import (
+    BACKEND_FIXTURES,
+    CPU,
+    CUDA,
+    INTERPRETER,
+    NOT_INTERPRETED,
+    Mode,
+)
 
+from swin_kernels.kernels.triton.backend import INTERPRETED
 from swin_kernels.ops.dispatch import BACKENDS
 from swin_kernels.problem import Operands, Problem
+from swin_kernels.testing import Case
 
-CPU_BACKENDS = ("cpu", "reference")
+MODE = pytest.StashKey[Mode]()
 
 # inductor's own key leaves the vector code out: it would run here what it made for another
 _CAPABILITY = torch.backends.cpu.get_cpu_capability()
@@ -20,10 +31,98 @@ os.environ["TORCHINDUCTOR_CACHE_DIR"] = os.path.join(
 )
 
 
+def pytest_addoption(parser):
+    parser.addoption(
+        "--device",
+        choices=("cpu", "cuda"),
+        default="cpu",
+        help="cuda: the Triton kernels on a GPU, the tests of a backend and those marked gpu",
+    )
+
+
+def pytest_configure(config):
+    mode = INTERPRETER if INTERPRETED else CPU
+    if config.getoption("--device") == "cuda":
+        if INTERPRETED:
+            raise pytest.UsageError("--device cuda: TRITON_INTERPRET=1 runs on the CPU; unset it")
+        if not torch.cuda.is_available():
+            raise pytest.UsageError(
+                f"--device cuda: torch {torch.__version__} finds no CUDA device "
+                "(torch.cuda.is_available() is False)"
+            )
+        mode = CUDA
+        torch.set_default_device("cuda")  # before the tests are imported: some hold tensors
+    config.stash[MODE] = mode
+
+
+def pytest_report_header(config):
+    mode = config.stash[MODE]
+    if mode is not CPU:
+        lacks = "; ".join(sorted(mode.lacks.values()))
+        return f"swin_kernels: {mode.name}, backend {mode.fused} alone ({lacks})"
+    return None
+
+
+def pytest_generate_tests(metafunc):
+    for name in ("backend", "backend_name", "through"):
+        if name in metafunc.fixturenames:
+            backends = metafunc.config.stash[MODE].backends
+            metafunc.parametrize(name, backends, indirect=True)
+
+
+def _deselected(item, mode: Mode) -> str | None:
+    """Why a mode that runs the Triton kernels leaves a test out."""
+    if item.get_closest_marker(mode.mark):
+        return None
+    if not BACKEND_FIXTURES & set(item.fixturenames):
+        return "tests no backend"
+    if item.get_closest_marker("float64") and torch.float64 in mode.lacks:
+        return mode.lacks[torch.float64]
+    if mode is INTERPRETER:
+        for mark, reason in NOT_INTERPRETED.items():
+            if item.get_closest_marker(mark):
+                return reason
+    parameters = item.callspec.params.values() if hasattr(item, "callspec") else ()
+    dtypes = [p.dtype if isinstance(p, Case) else p for p in parameters]
+    return next((why for dtype, why in mode.lacks.items() if dtype in dtypes), None)
+
+
+def pytest_collection_modifyitems(config, items):
+    mode = config.stash[MODE]
+    elsewhere = {
+        "gpu": "needs a GPU: pytest --device cuda",
+        "interpreted": "needs TRITON_INTERPRET=1 in the environment",
+    }
+    for item in items:
+        for mark, reason in elsewhere.items():
+            if mark != mode.mark and item.get_closest_marker(mark):
+                item.add_marker(pytest.mark.skip(reason=reason))
+    if mode is CPU:
+        return
+    left_out = [item for item in items if _deselected(item, mode)]
+    if left_out:
+        config.hook.pytest_deselected(items=left_out)
+        items[:] = [item for item in items if not _deselected(item, mode)]
+
+
 @pytest.fixture(autouse=True, scope="session")
 def _one_thread():
     """On small problems threads mostly wait for each other; on a busy machine, for seconds."""
     torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True)
+def _watched_launches():
+    """Interpreted kernels stay within their tensors, and find NaN in what nobody wrote."""
+    with contextlib.ExitStack() as stack:
+        if INTERPRETED:
+            from triton_interpreter import fast_interpreter
+            from triton_memory import guarded_launches, poisoned_buffers
+
+            stack.enter_context(fast_interpreter())
+            stack.enter_context(guarded_launches())
+            stack.enter_context(poisoned_buffers())
+        yield
 
 
 def _require(name: str) -> None:
@@ -33,9 +132,9 @@ def _require(name: str) -> None:
         pytest.fail(f"backend {name!r} cannot run: {reason}", pytrace=False)
 
 
-@pytest.fixture(params=CPU_BACKENDS)
+@pytest.fixture
 def backend(request, monkeypatch):
-    """The name of each CPU backend; the test fails unless a call of it reached that backend."""
+    """The name of each backend of the mode; the test fails unless a call reached that backend."""
     _require(request.param)
     chosen, calls = BACKENDS[request.param], []
     forward = chosen.forward
@@ -49,11 +148,24 @@ def backend(request, monkeypatch):
     assert calls, f"no call reached backend {request.param!r}"
 
 
-@pytest.fixture(params=CPU_BACKENDS)
+@pytest.fixture
 def backend_name(request):
-    """The name of each CPU backend, where nothing may be wrapped or no call needs to be reached."""
+    """The name of each backend of the mode, where nothing is wrapped or no call need be reached."""
     _require(request.param)
     return request.param
+
+
+@pytest.fixture
+def mode(request):
+    """What this session of tests runs on."""
+    return request.config.stash[MODE]
+
+
+@pytest.fixture
+def fused(mode):
+    """The name of the mode's backend of fused kernels."""
+    _require(mode.fused)
+    return mode.fused
 
 
 @pytest.fixture

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from modes import cut
 from torch.utils.checkpoint import checkpoint
 
 import swin_kernels
@@ -26,7 +27,8 @@ from swin_kernels.testing import (
 )
 
 SMALL = Case(1, (5, 4), (3, 2), (1, 1), 2, 4, dtype=torch.float64, bias="table", pads=True)
-PLANE = Case(2, (11, 9), (4, 4), (2, 2), bias="table", pads=True)
+SINGLE = SMALL.but(dtype=torch.float32)
+PLANE = cut(Case(2, (11, 9), (4, 4), (2, 2), bias="table", pads=True))
 
 GRADCHECKS = (
     SMALL,
@@ -130,12 +132,12 @@ def test_vmap_equals_a_loop():
 
 
 @pytest.mark.parametrize("transform", ["jvp", "vmap", "grad"])
-def test_transform_of_a_backend_by_name_raises_and_names_the_reference(transform, cpu_kernels):
-    function, leaves = _leaves(SMALL)
+def test_transform_of_a_backend_by_name_raises_and_names_the_reference(transform, fused):
+    function, leaves = _leaves(SINGLE)
     x, *rest = [x.detach() for x in leaves]
 
     def by_name(x):
-        return function(x, *rest, backend="cpu").sum()
+        return function(x, *rest, backend=fused).sum()
 
     calls = {
         "jvp": lambda: torch.func.jvp(by_name, (x,), (x,)),
@@ -146,28 +148,28 @@ def test_transform_of_a_backend_by_name_raises_and_names_the_reference(transform
         calls[transform]()
 
 
-def test_second_derivative_of_a_kernel_raises_and_names_the_reference(cpu_kernels):
-    function, leaves = _leaves(SMALL)
+def test_second_derivative_of_a_kernel_raises_and_names_the_reference(fused):
+    function, leaves = _leaves(SINGLE)
     first = torch.autograd.grad(
-        function(*leaves, backend="cpu").pow(2).sum(), leaves[0], create_graph=True
+        function(*leaves, backend=fused).pow(2).sum(), leaves[0], create_graph=True
     )[0]
     with pytest.raises(NotImplementedError, match='backend="reference"'):
         first.sum().backward()
 
 
-def test_second_derivative_along_another_path_raises_too(cpu_kernels):
-    function, (query, *rest) = _leaves(SMALL)
-    weight = torch.ones((), dtype=torch.float64, requires_grad=True)
-    out = function(query * weight, *rest, backend="cpu")
+def test_second_derivative_along_another_path_raises_too(fused):
+    function, (query, *rest) = _leaves(SINGLE)
+    weight = torch.ones((), requires_grad=True)
+    out = function(query * weight, *rest, backend=fused)
     inner = torch.autograd.grad(out.pow(2).sum(), rest[0], create_graph=True)[0]
     with pytest.raises(NotImplementedError, match='backend="reference"'):
         torch.autograd.grad((inner**2).sum() + weight**2, weight)
 
 
-def test_first_derivative_survives_create_graph(cpu_kernels):
-    function, leaves = _leaves(SMALL)
-    expected = torch.autograd.grad(function(*leaves, backend="cpu").pow(2).sum(), leaves)
-    out = function(*leaves, backend="cpu").pow(2).sum()
+def test_first_derivative_survives_create_graph(fused):
+    function, leaves = _leaves(SINGLE)
+    expected = torch.autograd.grad(function(*leaves, backend=fused).pow(2).sum(), leaves)
+    out = function(*leaves, backend=fused).pow(2).sum()
     actual = torch.autograd.grad(out, leaves, create_graph=True)
     for a, b in zip(actual, expected):
         assert torch.equal(a, b)
@@ -179,13 +181,13 @@ def test_raw_ops_are_private():
         assert not isinstance(getattr(swin_kernels, name), torch._ops.OpOverload)
 
 
-def test_needed_gradient_goes_through_the_function_and_not_the_raw_op(cpu_kernels):
+def test_needed_gradient_goes_through_the_function_and_not_the_raw_op(fused):
     operands = make_operands(PLANE)
     for name in DIFFERENTIABLE:
         if (x := getattr(operands, name)) is None:
             continue
         one = operands._replace(**{name: x.detach().requires_grad_()})
-        node = call(PLANE, one, "cpu").grad_fn
+        node = call(PLANE, one, fused).grad_fn
         assert type(node).__name__ == "ShiftedWindowAttentionFunctionBackward"
 
 
@@ -275,19 +277,19 @@ def test_function_can_be_applied_directly(backend):
     assert_within_error_rule(actual, eager, exact)
 
 
-def test_only_the_operands_are_saved(cpu_kernels):
+def test_only_the_operands_are_saved(fused):
     operands, saved = with_grad(make_operands(PLANE)), []
     with torch.autograd.graph.saved_tensors_hooks(lambda x: saved.append(x) or x, lambda x: x):
-        out = call(PLANE, operands, "cpu")
+        out = call(PLANE, operands, fused)
     assert {x.data_ptr() for x in saved} == {x.data_ptr() for x in operands if x is not None}
     out.sum().backward()
     assert operands.query.grad is not None
 
 
-def test_operand_changed_before_backward_raises(cpu_kernels):
+def test_operand_changed_before_backward_raises(fused):
     operands = with_grad(make_operands(PLANE))
     key = operands.key * 1
-    out = call(PLANE, operands._replace(key=key), "cpu")
+    out = call(PLANE, operands._replace(key=key), fused)
     key.add_(1)
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         out.sum().backward()
@@ -330,7 +332,7 @@ def test_autocast_casts_the_tokens_and_returns_fp32_gradients(dtype, packed, bac
     grad_out = make_grad_out(case).to(dtype)
 
     def under_autocast(leaves):
-        with torch.autocast("cpu", dtype):
+        with torch.autocast(grad_out.device.type, dtype):
             return call(case, leaves, backend)
 
     actual = differentiate(under_autocast, operands, grad_out)
@@ -343,6 +345,7 @@ def test_autocast_casts_the_tokens_and_returns_fp32_gradients(dtype, packed, bac
         assert torch.equal(grad, expected.grads[name].float())
 
 
+@pytest.mark.float64
 def test_autocast_leaves_float64_alone(backend):
     case = PLANE.but(dtype=torch.float64)
     operands = make_operands(case)
@@ -351,22 +354,22 @@ def test_autocast_leaves_float64_alone(backend):
     assert torch.equal(actual, call(case, operands, backend))
 
 
-def test_packed_gradient_is_written_packed(cpu_kernels):
+def test_packed_gradient_is_written_packed(fused):
     case = PLANE.but(packed=True)
     operands, grad_out = make_operands(case), make_grad_out(case)
     options = Problem.checked(operands, **case.options).options
     needed = tuple(name == "query" for name in Operands._fields)
-    grads = BACKENDS["cpu"].backward(grad_out, operands, options, (), needed)
+    grads = BACKENDS[fused].backward(grad_out, operands, options, (), needed)
     assert grads[0].shape == operands.query.shape
     assert grads[0].is_contiguous()
     assert all(grad is None for grad in grads[1:])
 
 
-def test_function_refuses_a_mask_that_requires_grad(cpu_kernels):
+def test_function_refuses_a_mask_that_requires_grad(fused):
     case = PLANE.but(mask="soft")
     operands = make_operands(case)
     options = Problem.checked(operands, **case.options).options
     operands = operands._replace(mask=operands.mask.requires_grad_())
-    out = ShiftedWindowAttentionFunction.apply(*operands, *options, "cpu")
+    out = ShiftedWindowAttentionFunction.apply(*operands, *options, fused)
     with pytest.raises(ValueError, match="mask requires grad"):
         out.sum().backward()

@@ -5,10 +5,12 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.autograd.forward_ad as forward_ad
+from modes import cut
 from torch._dynamo.testing import CompileCounter, CompileCounterWithBackend
 
 from swin_kernels import shifted_window_attention, shifted_window_attention_qkvpacked
 from swin_kernels.kernels import native
+from swin_kernels.kernels.triton import backend as triton_backend
 from swin_kernels.problem import Operands, Problem
 from swin_kernels.testing import (
     Case,
@@ -20,7 +22,7 @@ from swin_kernels.testing import (
     with_grad,
 )
 
-PLANE = Case(2, (11, 9), (4, 4), (2, 2), bias="table", pads=True)
+PLANE = cut(Case(2, (11, 9), (4, 4), (2, 2), bias="table", pads=True))
 CASES = (
     PLANE,
     PLANE.but(packed=True, bias="none", pads=False),
@@ -29,12 +31,14 @@ CASES = (
     PLANE.but(bias="table+index", cosine=True, dtype=torch.bfloat16, extras_dtype=torch.float32),
     Case(1, (7,), (4,), (1,), bias="dense", layout="contiguous"),
     Case(1, (3, 4, 5), (2, 2, 2), (1, 0, 1), cosine=True, packed=True, dropout_p=0.2),
+    # Triton's kernels save the output and the log-sum-exp of windows of more than 64 tokens
+    Case(1, (90,), (81,), (40,), bias="table", pads=True, dtype=torch.float16),
 )
 over_cases = pytest.mark.parametrize("case", CASES, ids=str)
 
 
 @pytest.fixture(autouse=True)
-def _fresh_dynamo(cpu_kernels):
+def _fresh_dynamo(fused):
     torch._dynamo.reset()
     yield
     torch._dynamo.reset()
@@ -47,30 +51,47 @@ def _arguments(case):
     return (*operands, *Problem.checked(operands, **case.options).options)
 
 
+def _forward_op(fused, case):
+    """The forward op of a backend and its arguments."""
+    if fused == "triton":
+        return triton_backend.FORWARD, (*_arguments(case), True)
+    return native.FORWARD, _arguments(case)
+
+
+def _backward_op(fused, case, all_needed):
+    """The backward op of a backend and its arguments."""
+    operands = make_operands(case)
+    present = [n for n in native.NEEDS if getattr(operands, n) is not None and all_needed]
+    if fused == "cpu":
+        needs = sum(native.NEEDS[name] for name in present)
+        return native.BACKWARD, (make_grad_out(case), *_arguments(case), needs)
+    op, arguments = _forward_op(fused, case)
+    saved = [x if x.numel() > 0 else None for x in op(*arguments)]
+    if saved[1] is None:
+        saved = [None, None]
+    needed = [n in (*present, "query", "key", "value") for n in Operands._fields]
+    return triton_backend.BACKWARD, (make_grad_out(case), *saved, *_arguments(case), needed)
+
+
 @over_cases
-def test_opcheck_passes_for_the_forward_op(case):
-    torch.library.opcheck(native.FORWARD, _arguments(case))
+def test_opcheck_passes_for_the_forward_op(case, fused):
+    torch.library.opcheck(*_forward_op(fused, case))
 
 
 @over_cases
 @pytest.mark.parametrize("all_needed", [True, False], ids=["all", "tokens"])
-def test_opcheck_passes_for_the_backward_op(case, all_needed):
-    needs = 0
-    if all_needed:
-        operands = make_operands(case)
-        present = [bit for n, bit in native.NEEDS.items() if getattr(operands, n) is not None]
-        needs = sum(present)
-    torch.library.opcheck(native.BACKWARD, (make_grad_out(case), *_arguments(case), needs))
+def test_opcheck_passes_for_the_backward_op(case, all_needed, fused):
+    torch.library.opcheck(*_backward_op(fused, case, all_needed))
 
 
 @over_cases
 @pytest.mark.parametrize("compiler", ["aot_eager", "inductor"])
-def test_compiled_training_step_equals_eager(case, compiler):
+def test_compiled_training_step_equals_eager(case, compiler, fused):
     case = case.but(dropout_p=0.0)  # under inductor the seeds are drawn by another generator
     operands, grad_out = make_operands(case), make_grad_out(case)
-    expected = run(case, operands, grad_out, "cpu")
+    expected = run(case, operands, grad_out, fused)
     compiled = torch.compile(
-        lambda leaves: call(case, leaves, "cpu"), fullgraph=True, backend=compiler
+        lambda leaves: call(case, leaves, fused), fullgraph=True, backend=compiler
     )
     actual = differentiate(compiled, operands, grad_out)
     assert torch.equal(actual.out, expected.out)
@@ -89,18 +110,20 @@ def test_compiled_reference_equals_eager():
     torch.testing.assert_close(actual.grads, expected.grads, rtol=1e-4, atol=1e-5)
 
 
-def test_compiled_inference_equals_eager():
+def test_compiled_inference_equals_eager(fused):
     operands = make_operands(PLANE)
     with torch.no_grad():
-        compiled = torch.compile(lambda x: call(PLANE, x), fullgraph=True, backend="aot_eager")
-        assert torch.equal(compiled(operands), call(PLANE, operands, "cpu"))
+        compiled = torch.compile(
+            lambda x: call(PLANE, x, fused), fullgraph=True, backend="aot_eager"
+        )
+        assert torch.equal(compiled(operands), call(PLANE, operands, fused))
 
 
-def test_compiled_dropout_is_reproducible():
+def test_compiled_dropout_is_reproducible(fused):
     case = PLANE.but(dropout_p=0.4)
     operands = make_operands(case)
     compiled = torch.compile(
-        lambda leaves: call(case, leaves, "cpu"), fullgraph=True, backend="aot_eager"
+        lambda leaves: call(case, leaves, fused), fullgraph=True, backend="aot_eager"
     )
     outs = []
     for seed in (1, 1, 2):
@@ -110,25 +133,28 @@ def test_compiled_dropout_is_reproducible():
     assert not torch.equal(outs[0], outs[2])
 
 
-def test_autocast_inside_a_compiled_region_equals_eager():
+def test_autocast_inside_a_compiled_region_equals_eager(fused, mode):
     operands = with_grad(make_operands(PLANE))
+    device = operands.query.device.type
+    dtype = torch.bfloat16 if torch.bfloat16 in mode.dtypes else torch.float16
 
     def step(operands):
-        with torch.autocast("cpu", torch.bfloat16):
-            return call(PLANE, operands, "cpu")
+        with torch.autocast(device, dtype):
+            return call(PLANE, operands, fused)
 
     compiled = torch.compile(step, fullgraph=True, backend="aot_eager")
     out = compiled(operands)
-    assert out.dtype == torch.bfloat16
+    assert out.dtype == dtype
     assert torch.equal(out, step(operands))
     out.sum().backward()
     assert operands.query.grad.dtype == torch.float32
 
 
-def test_other_sizes_of_a_dynamic_graph_compile_nothing_more():
+@pytest.mark.costly
+def test_other_sizes_of_a_dynamic_graph_compile_nothing_more(fused):
     def step(qkv, table):
         return shifted_window_attention_qkvpacked(
-            qkv, (4, 4), (2, 2), bias_table=table, backend="cpu"
+            qkv, (4, 4), (2, 2), bias_table=table, backend=fused
         )
 
     counter = CompileCounterWithBackend("aot_eager")
@@ -147,9 +173,9 @@ def test_other_sizes_of_a_dynamic_graph_compile_nothing_more():
     assert counter.frame_count == first
 
 
-def test_changing_sizes_without_asking_compile_at_most_four_times():
+def test_changing_sizes_without_asking_compile_at_most_four_times(fused):
     def step(q, k, v):
-        return shifted_window_attention(q, k, v, 4, 1, backend="cpu")
+        return shifted_window_attention(q, k, v, 4, 1, backend=fused)
 
     counter = CompileCounter()
     compiled = torch.compile(step, fullgraph=True, backend=counter)
@@ -160,8 +186,9 @@ def test_changing_sizes_without_asking_compile_at_most_four_times():
 
 
 class _Layer(torch.nn.Module):
-    def __init__(self):
+    def __init__(self, backend):
         super().__init__()
+        self.backend = backend
         self.qkv = torch.nn.Linear(32, 96)
         self.table = torch.nn.Parameter(torch.randn(49, 2))
 
@@ -169,7 +196,13 @@ class _Layer(torch.nn.Module):
         qkv = self.qkv(x).unflatten(-1, (3, 2, 16))
         _, pad_key, pad_value = self.qkv.bias.unflatten(0, (3, 2, 16))
         out = shifted_window_attention_qkvpacked(
-            qkv, 4, 2, bias_table=self.table, pad_key=pad_key, pad_value=pad_value, backend="cpu"
+            qkv,
+            4,
+            2,
+            bias_table=self.table,
+            pad_key=pad_key,
+            pad_value=pad_value,
+            backend=self.backend,
         )
         return out.flatten(-2)
 
@@ -180,11 +213,11 @@ def _exported(layer, x):
         return torch.export.export(layer, (x,), dynamic_shapes=({0: batch},))
 
 
-def test_exported_inference_equals_eager():
-    layer, x = _Layer().eval(), torch.randn(2, 11, 9, 32)
+def test_exported_inference_equals_eager(fused):
+    layer, x = _Layer(fused).eval(), torch.randn(2, 11, 9, 32)
     program = _exported(layer, x)
     targets = [str(node.target) for node in program.graph.nodes]
-    assert "swin_kernels.window_attention_forward.default" in targets
+    assert str(_forward_op(fused, PLANE)[0]) in targets
     for batch in (2, 5):
         x = torch.randn(batch, 11, 9, 32)
         with torch.no_grad():
@@ -192,8 +225,9 @@ def test_exported_inference_equals_eager():
 
 
 @pytest.mark.slow
-def test_ahead_of_time_compiled_package_equals_eager(tmp_path):
-    layer, x = _Layer().eval(), torch.randn(2, 11, 9, 32)
+@pytest.mark.costly
+def test_ahead_of_time_compiled_package_equals_eager(tmp_path, fused):
+    layer, x = _Layer(fused).eval(), torch.randn(2, 11, 9, 32)
     path = torch._inductor.aoti_compile_and_package(
         _exported(layer, x), package_path=str(tmp_path / "layer.pt2")
     )
@@ -203,26 +237,31 @@ def test_ahead_of_time_compiled_package_equals_eager(tmp_path):
         torch.testing.assert_close(package(x), layer(x))
 
 
-def test_fakes_have_the_shapes_strides_and_dtypes_of_the_kernels():
+@over_cases
+def test_fakes_have_the_shapes_strides_and_dtypes_of_the_kernels(case, fused):
     from torch._subclasses.fake_tensor import FakeTensorMode
 
-    for case in CASES:
-        arguments = _arguments(case)
-        real = native.FORWARD(*arguments)
-        with FakeTensorMode() as mode:
-            fakes = [mode.from_tensor(x) if isinstance(x, torch.Tensor) else x for x in arguments]
-            fake = native.FORWARD(*fakes)
+    op, arguments = _forward_op(fused, case)
+    reals = op(*arguments)
+    with FakeTensorMode() as fake_mode:
+        fakes = [fake_mode.from_tensor(x) if torch.is_tensor(x) else x for x in arguments]
+        fakes = op(*fakes)
+    if torch.is_tensor(reals):
+        reals, fakes = [reals], [fakes]
+    for real, fake in zip(reals, fakes):
         assert (fake.shape, fake.dtype, fake.stride()) == (real.shape, real.dtype, real.stride())
 
 
-def test_operands_are_the_leading_arguments_of_both_schemas():
-    forward = [a.name for a in native.FORWARD._schema.arguments]
-    backward = [a.name for a in native.BACKWARD._schema.arguments]
+def test_operands_are_the_leading_arguments_of_both_schemas(fused):
+    forward = [a.name for a in _forward_op(fused, PLANE)[0]._schema.arguments]
+    backward = [a.name for a in _backward_op(fused, PLANE, True)[0]._schema.arguments]
     names = list(Operands._fields)
+    saved = ["out", "log_sum_exp"] if fused == "triton" else []
     assert forward[: len(names)] == names
-    assert backward[1 : 1 + len(names)] == names
+    assert backward[: 1 + len(saved) + len(names)] == ["grad_out", *saved, *names]
 
 
+@pytest.mark.float64
 @pytest.mark.parametrize("compiler", ["eager", "aot_eager"])
 def test_forward_mode_under_compile_is_not_zero(compiler):
     """The silent error: a raw op has no tangent, and a compiled call would answer zeros."""

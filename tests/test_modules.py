@@ -123,8 +123,8 @@ def _check(module, with_mask, images=3, windows=4):
     assert_within_error_rule(*joined)
 
 
-@pytest.fixture(params=["cpu", "reference"])
-def through(request, monkeypatch, cpu_kernels):
+@pytest.fixture
+def through(request, monkeypatch):
     """Runs the modules on each backend, and proves that they reached it."""
     from swin_kernels.ops import dispatch
 

@@ -32,13 +32,13 @@ from swin_kernels import patch
 kinds = pytest.mark.parametrize("kind", KINDS)
 
 
-@pytest.mark.parametrize("backend", ["cpu", "reference"])
+@pytest.mark.parametrize("name", ["cpu", "reference"])
 @pytest.mark.parametrize("size", [(56, 56), (60, 76)], ids=["unpadded", "padded"])
 @kinds
-def test_small_model_trains_as_stock(kind, size, backend, calls):
+def test_small_model_trains_as_stock(kind, size, name, calls):
     model = small_model(kind, size)
     images = [image(*size, seed=seed) for seed in range(3)]
-    assert_same_training(model, lambda m: patch(m, backend=backend), images)
+    assert_same_training(model, lambda m: patch(m, backend=name), images)
     assert len(calls) == 3 * len(blocks_of(model))
     # blocks without padding run no token of zeros
     assert {"pad_key" in c for c in calls if c["size"] == (14, 14)} <= {False}

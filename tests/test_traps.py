@@ -7,6 +7,7 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
+from modes import cut, sized
 
 from swin_kernels import shifted_window_attention, shifted_window_attention_qkvpacked
 from swin_kernels.testing import (
@@ -32,14 +33,14 @@ DTYPES = pytest.mark.parametrize(
     ("pad_order", "reached"), [("roll-pad", [0, 1, 10, 11]), ("pad-roll", [0, 1, 2])]
 )
 def test_trap_1_pad_order_decides_which_rows_see_row_0(pad_order, reached, backend):
-    qkv = torch.randn(1, 12, 12, 3, 2, 8, dtype=torch.float64)
+    qkv = torch.randn(1, 12, 12, 3, 2, 8)
     changed = qkv.clone()
     changed[:, 0] += 1
     out, moved = (
         shifted_window_attention_qkvpacked(x, 7, 3, pad_order=pad_order, backend=backend)
         for x in (qkv, changed)
     )
-    rows = (moved - out).abs().amax(dim=(0, 2, 3, 4)) > 1e-6
+    rows = (moved != out).sum(dim=(0, 2, 3, 4)) > 0
     assert rows.nonzero().flatten().tolist() == reached
 
 
@@ -62,6 +63,7 @@ def _stock_linear_attention(x, weight, bias, heads, size, window, shift, pad_ord
     return out[:, : size[0], : size[1]].roll(shift, (1, 2))
 
 
+@pytest.mark.float64
 @pytest.mark.parametrize("pad_order", ["pad-roll", "roll-pad"])
 def test_trap_2_gradients_of_padded_tokens_reach_the_qkv_bias(pad_order, backend):
     size, window, shift, heads = (11, 9), (4, 4), (2, 1), 2
@@ -140,13 +142,13 @@ def test_trap_3_probabilities_below_the_smallest_normal_number_are_flushed(cpu_k
 @DTYPES
 def test_trap_3_each_mask_value_of_the_libraries_matches(mask_value, dtype, backend):
     case = Case(2, (8, 8), (4, 4), (2, 2), dtype=dtype, mask_value=mask_value, cosine=True)
-    check(case, backend)
+    check(sized(case), backend)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32], ids=str)
 @pytest.mark.parametrize("pad_order", ["pad-roll", "roll-pad"])
 def test_trap_6_zero_vectors_under_cosine_give_no_nan(pad_order, dtype, backend):
-    case = Case(2, (11, 9), (4, 4), (2, 2), dtype=dtype, cosine=True, pad_order=pad_order)
+    case = cut(Case(2, (11, 9), (4, 4), (2, 2), dtype=dtype, cosine=True, pad_order=pad_order))
     operands = make_operands(case)
     for x in operands[:2]:
         x[:, 3:5] = 0
@@ -163,6 +165,7 @@ def test_trap_6_zero_vectors_under_cosine_give_no_nan(pad_order, dtype, backend)
     assert_within_error_rule(*map(without_norms, (actual, eager, exact)))
 
 
+@pytest.mark.float64
 @pytest.mark.parametrize("length", [1e-13, 7e-13, 2e-12, 1e-11])
 def test_trap_6_norms_round_the_clamp_match_autograd(length, backend):
     case = Case(1, (8,), (4,), dtype=torch.float64, cosine=True)

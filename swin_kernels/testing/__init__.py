@@ -18,6 +18,7 @@ from swin_kernels.testing.rule import (
     assert_no_worse_than_eager,
     assert_within_error_rule,
     check,
+    repetitions,
 )
 from swin_kernels.testing.runs import (
     DIFFERENTIABLE,
@@ -46,6 +47,7 @@ __all__ = [
     "differentiate",
     "make_grad_out",
     "make_operands",
+    "repetitions",
     "run",
     "run_exact",
     "run_unfused",

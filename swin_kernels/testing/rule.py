@@ -98,6 +98,11 @@ def _joined(results: Sequence[Result]) -> Result:
     )
 
 
+def repetitions(numbers: int, fewest: int) -> int:
+    """How many inputs `check` judges together, by the numbers of an output and of any gradient."""
+    return max(-(-FEW // fewest), min(-(-SMALL // numbers), MOST_RUNS))
+
+
 def check(
     case: Case, backend: str | None = None, device: torch.device | str | None = None, seed: int = 0
 ) -> Result:
@@ -113,7 +118,7 @@ def check(
         assert grad.shape == exact.grads[name].shape, f"gradient of {name}: {tuple(grad.shape)}"
     if actual.out.numel() > 0:
         fewest = min(grad.numel() for grad in actual.grads.values())
-        runs = max(-(-FEW // fewest), min(-(-SMALL // actual.out.numel()), MOST_RUNS))
+        runs = repetitions(actual.out.numel(), fewest)
         measured += [_measure(case, backend, device, seed + 2 * i) for i in range(1, runs)]
     ours, eager, exact = (_joined(results) for results in zip(*measured))
     assert_within_error_rule(ours, eager, exact)

@@ -1,0 +1,86 @@
+"""The three ways to run the tests, and cases cut to what Triton's interpreter can afford.
+
+By themselves the tests run the CPU backends. With TRITON_INTERPRET=1 in the environment they run
+the Triton kernels on CPU tensors, and with `--device cuda` on a GPU: there only tests of a backend
+are kept, those with one of `BACKEND_FIXTURES`, and those marked for that way.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from swin_kernels.kernels.triton.backend import INTERPRETED
+from swin_kernels.testing import Case
+
+BACKEND_FIXTURES = {"backend", "backend_name", "fused", "through"}
+
+
+@dataclass(frozen=True)
+class Mode:
+    """What a session of tests runs on."""
+
+    name: str
+    backends: tuple[str, ...]
+    lacks: dict[torch.dtype, str]  # dtypes that are deselected, and why
+    mark: str | None = None  # tests so marked run in this mode alone
+
+    @property
+    def fused(self) -> str:
+        """The backend of fused kernels."""
+        return self.backends[0]
+
+    @property
+    def dtypes(self) -> tuple[torch.dtype, ...]:
+        every = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
+        return tuple(dtype for dtype in every if dtype not in self.lacks)
+
+
+_NO_FP64 = {torch.float64: "Triton's kernels have no fp64"}
+CPU = Mode("cpu", ("cpu", "reference"), {})
+INTERPRETER = Mode(
+    "interpreter",
+    ("triton",),
+    _NO_FP64 | {torch.bfloat16: "Triton's interpreter multiplies bf16 wrongly"},
+    "interpreted",
+)
+CUDA = Mode("cuda", ("triton",), _NO_FP64, "gpu")
+
+# tests marked with these are deselected under the interpreter
+NOT_INTERPRETED = {
+    "costly": "takes minutes there; what it tests, other tests do too",
+}
+
+
+def cut(case: Case) -> Case:
+    """`case`; under the interpreter at most two windows an axis, the last as full as it was."""
+    if not INTERPRETED:
+        return case
+    return case.but(
+        size=tuple(s if s <= 2 * w else 2 * w - -s % w for s, w in zip(case.size, case.window))
+    )
+
+
+def sized(case: Case) -> Case:
+    """`case` for `check`; under the interpreter with as many numbers in fewer windows.
+
+    There a window of a head takes some 30 ms, whatever its channels, and `check` repeats a case
+    until each gradient has 48 numbers and the output 16384. So: channels, which cost nothing; heads
+    rather than images where a gradient has one number a head.
+    """
+    if not INTERPRETED:
+        return case
+    case = cut(case)
+    if case.head_dim == Case.head_dim:  # the default, so not what this case is about
+        case = case.but(head_dim=64)
+    if case.dv < 16 and not case.packed:
+        case = case.but(value_dim=case.dv + 8)
+    if not case.cosine:
+        return case.but(heads=max(4, case.heads))
+    size = case.size
+    if len(size) == 3:  # a window on each axis without a shift, as the other cases have two
+        size = tuple(
+            s if shift else min(s, s % w or w) for s, w, shift in zip(size, case.window, case.shift)
+        )
+    return case.but(batch=1, heads=24, head_dim=min(32, case.head_dim), size=size)

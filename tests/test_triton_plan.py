@@ -1,0 +1,461 @@
+"""Plans of the Triton backend: what would be launched, from facts alone, without a GPU."""
+
+from __future__ import annotations
+
+import json
+import math
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from swin_kernels.kernels.triton import backend, configs
+from swin_kernels.kernels.triton.backend import MOST_WINDOWS, TritonBackend
+from swin_kernels.kernels.triton.configs import (
+    INTERPRETER,
+    KNOWN_GPUS,
+    LARGEST_HEAD_DIM,
+    Config,
+    Gpu,
+    Shape,
+    backward_wants_sums,
+    block_of,
+    config_for,
+    takes_whole_windows,
+    tuned_key,
+)
+from swin_kernels.kernels.triton.plan import (
+    Needs,
+    backward_plan,
+    contiguous_stride,
+    facts_of,
+    forward_plan,
+    needs_wide_offsets,
+)
+from swin_kernels.problem import Operands, Problem
+from swin_kernels.testing import Case, make_grad_out, make_operands
+
+ROOT = Path(__file__).resolve().parent.parent
+H100 = KNOWN_GPUS["sm_90"]
+PLANE = Case(2, (11, 9), (4, 4), (2, 2), bias="table", pads=True, layout="contiguous")
+EVERYTHING = Needs(bias=True, pad_key=True, pad_value=True)
+
+
+def _facts(operands):
+    return {n: facts_of(x) for n, x in zip(Operands._fields, operands) if x is not None}
+
+
+def _options(case, operands):
+    return Problem.checked(operands, **case.options).options
+
+
+def _forward(case, gpu=H100, device="meta", **flags):
+    operands = make_operands(case, device)
+    return forward_plan(_facts(operands), _options(case, operands), gpu, **flags)
+
+
+def _backward(case, gpu=H100, device="meta", needs=EVERYTHING, **flags):
+    operands, grad_out = make_operands(case, device), make_grad_out(case, device)
+    facts = _facts(operands) | {"grad_out": facts_of(grad_out)}
+    return backward_plan(facts, _options(case, operands), gpu, needs, **flags)
+
+
+def _of_shape(*shape, window, dtype=torch.float16, gpu=H100):
+    """The forward's step for a query, key and value of this shape, which may be of any size."""
+    x = torch.empty(shape, dtype=dtype, device="meta")
+    operands = Operands(x, x, x)
+    options = Problem.checked(operands, window).options
+    return forward_plan(_facts(operands), options, gpu).steps[-1]
+
+
+def _kernels(plan):
+    return [step.kernel.split(".")[1] for step in (*plan.steps, *plan.after)]
+
+
+CASES = (
+    PLANE,
+    PLANE.but(packed=True, pad_order="roll-pad", cosine=True, dropout_p=0.5),
+    PLANE.but(layout="strided", bias="table+index", mask="soft", value_dim=24),
+    Case(1, (30,), (100,), bias="dense", pads=True),
+    Case(1, (8, 7, 12), (8, 7, 7), bias="table", cosine=True, dtype=torch.float16),
+)
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_a_plan_depends_on_facts_alone(case):
+    for plan in (_forward, _backward):
+        assert plan(case) == plan(case)
+        assert plan(case) == plan(case, device="cpu")  # the values of tensors are not looked at
+
+
+def test_plans_need_no_triton():
+    program = """
+import sys
+sys.modules["triton"] = None
+sys.path.insert(0, "tests")
+import test_triton_plan as t
+print(len(t._forward(t.PLANE).steps), len(t._backward(t.PLANE).steps))
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=False
+    )
+    assert done.stdout.split() == ["1", "1"], done.stderr
+
+
+# tokens of a window, channels, dtype; whether forward and backward hold it whole
+REGIMES = (
+    (16, 32, torch.float16, True, True),
+    (49, 32, torch.float16, True, True),
+    (64, 64, torch.bfloat16, True, True),
+    (64, 256, torch.float16, True, True),
+    (65, 32, torch.float16, True, False),
+    (128, 64, torch.float16, True, False),
+    (128, 96, torch.float16, False, False),
+    (129, 32, torch.float16, False, False),
+    (576, 32, torch.float16, False, False),
+    (64, 64, torch.float32, True, True),
+    (64, 65, torch.float32, False, False),
+    (65, 32, torch.float32, False, False),
+)
+
+
+@pytest.mark.parametrize(("tokens", "dim", "dtype", "forward", "backward"), REGIMES)
+def test_tokens_channels_and_dtype_decide_between_whole_windows_and_tiles(
+    tokens, dim, dtype, forward, backward
+):
+    case = Case(1, (tokens,), (tokens,), head_dim=dim, dtype=dtype, bias="table")
+    shape = Shape(tokens, dim, dim, dtype, 1, 2)
+    assert takes_whole_windows("forward", shape) == forward
+    assert takes_whole_windows("backward", shape) == backward
+    assert backward_wants_sums(tokens, dim, dim, dtype) == (not backward)
+    spread = [] if forward else ["_table_to_dense_kernel"]
+    kernel = "_whole_window_fwd_kernel" if forward else "_tiled_fwd_kernel"
+    assert _kernels(_forward(case)) == [*spread, kernel]
+    if backward:
+        expected = ["_whole_window_bwd_kernel", "_table_grad_kernel"]
+    else:
+        expected = ["_table_to_dense_kernel", "_tiled_dq_kernel", "_tiled_dkv_kernel"]
+        expected += ["_tiled_dbias_kernel", "_table_grad_kernel"]
+    assert _kernels(_backward(case)) == expected
+    # the forward keeps what the backward will read, and nothing when nobody differentiates
+    kept = _forward(case, differentiable=True)
+    assert ("log_sum_exp" in kept.buffers) == (not backward)
+    assert kept.steps[-1].numbers["KEEP_SUMS"] == (not backward)
+    assert set(_forward(case).buffers) == {"out"} | ({"dense_bias"} if spread else set())
+
+
+def test_the_wider_of_keys_and_values_decides():
+    case = Case(1, (7, 7), (7, 7), head_dim=32, value_dim=96)
+    assert _kernels(_forward(case)) == ["_tiled_fwd_kernel"]
+    assert _kernels(_forward(case.but(dtype=torch.float16))) == ["_whole_window_fwd_kernel"]
+    step = _forward(case).steps[0]
+    assert (step.numbers["BLOCK_D"], step.numbers["BLOCK_DV"]) == (32, 128)
+
+
+@pytest.mark.parametrize(
+    ("length", "block"), [(1, 16), (16, 16), (17, 32), (49, 64), (64, 64), (65, 128), (200, 256)]
+)
+def test_blocks_are_powers_of_two_that_the_matrix_units_take(length, block):
+    assert block_of(length) == block
+
+
+# 16 channels: an image of n tokens of one head has elements up to 16n − 1
+@pytest.mark.parametrize(("tokens", "wide"), [(2**27, False), (2**27 + 1, True)])
+def test_offsets_are_wide_where_the_last_element_of_an_image_needs_more_than_31_bits(tokens, wide):
+    assert needs_wide_offsets((1, tokens, 1, 16), (tokens * 16, 16, 16, 1)) == wide
+    assert _of_shape(1, tokens, 1, 16, window=64).numbers["WIDE"] == wide
+
+
+@pytest.mark.parametrize(("tokens", "wide"), [(2**25, False), (2**25 + 1, True)])
+def test_heads_are_found_with_64_bits_anyway(tokens, wide):
+    # the last token begins at 64·(n − 1); its last head lies 48 elements further
+    assert _of_shape(1, tokens, 4, 16, window=64).numbers["WIDE"] == wide
+
+
+def test_a_batch_of_any_size_needs_no_wide_offsets():
+    step = _of_shape(2**20, 8, 8, 4, 32, window=8)  # 2^33 elements
+    assert not step.numbers["WIDE"]
+
+
+@pytest.mark.parametrize(("rows", "wide"), [(2**11, False), (2**11 + 1, True)])
+def test_offsets_of_all_axes_add_up(rows, wide):
+    shape = (1, rows, 2**10, 2**6, 1, 16)
+    assert needs_wide_offsets(shape, contiguous_stride(shape)) == wide
+
+
+def test_expanded_axes_have_no_reach():
+    x = torch.empty(1, 1, 1, 16, device="meta").expand(1, 2**30, 1, 16)
+    assert not needs_wide_offsets(tuple(x.shape), x.stride())
+    x = torch.empty(1, 2**27 + 1, 1, 1, device="meta").expand(1, -1, 1, 16)
+    assert not needs_wide_offsets(tuple(x.shape), x.stride())
+
+
+@pytest.mark.parametrize(("tokens", "wide"), [(2**23, False), (2**23 + 1, True)])
+def test_channels_outside_of_tokens_count(tokens, wide):
+    x = torch.empty(1, 256, tokens, 1, device="meta").permute(0, 2, 3, 1)  # (B, S, H, D)
+    assert needs_wide_offsets(tuple(x.shape), x.stride()) == wide
+
+
+def test_one_tensor_that_is_wide_makes_the_call_wide():
+    narrow = torch.empty(1, 2**27 + 1, 1, 1, device="meta").expand(1, -1, 1, 16)
+    wide = torch.empty(1, 2**27 + 1, 1, 16, device="meta")
+    for tensors in ((narrow, narrow, wide), (narrow, wide, narrow), (wide, narrow, narrow)):
+        operands = Operands(*tensors)
+        plan = forward_plan(_facts(operands), Problem.checked(operands, 64).options, H100)
+        assert plan.steps[0].numbers["WIDE"]
+
+
+@pytest.mark.parametrize("whole", [True, False], ids=["whole", "tiles"])
+def test_grids_have_one_axis_that_holds_any_number_of_windows(whole):
+    window, windows, heads = 49 if whole else 200, 100_000, 3  # the other axes end at 65,535
+    step = _of_shape(windows, window, heads, 32, window=window)
+    assert isinstance(step.grid, int)
+    if whole:
+        run = step.numbers["windows_per_program"]
+        assert step.grid == math.ceil(windows / run) * heads
+        assert step.grid * run >= windows * heads
+    else:
+        assert step.grid == windows * heads * math.ceil(window / step.config.block_m)
+        assert step.grid > 65_535
+
+
+@pytest.mark.parametrize("windows", [0, 1, 2, 7, 64, 1000, 12345])
+@pytest.mark.parametrize("heads", [1, 3, 24, 5000])
+@pytest.mark.parametrize("gpu", [H100, INTERPRETER, KNOWN_GPUS["gfx942"]], ids=lambda g: g.arch)
+def test_runs_cover_all_windows_and_no_more_programs_than_wanted(windows, heads, gpu):
+    shape = Shape(49, 32, 32, torch.float16, windows, heads)
+    config = Config(64, 64, 4, 1, programs_per_multiprocessor=4)
+    run = config.windows_per_program(shape, gpu)
+    runs = math.ceil(windows / run)
+    assert run >= 1
+    assert (runs - 1) * run < max(1, windows)
+    assert runs * heads <= max(heads, 4 * gpu.multiprocessors)
+    if windows * heads <= 4 * gpu.multiprocessors // 2:
+        assert run == 1  # a device that is not full has no reason for runs
+
+
+def test_gradients_of_packed_tokens_lie_in_one_buffer():
+    case = PLANE.but(packed=True)
+    plan = _backward(case)
+    shape = (2, 11, 9, 3, 2, 16)
+    assert plan.buffers["grad_query"].shape == shape
+    assert not {"grad_key", "grad_value"} & set(plan.buffers)
+    step = plan.steps[0]
+    pointers = {step.pointers[f"grad_{name}_ptr"] for name in ("query", "key", "value")}
+    assert pointers == {"grad_query"}
+    assert (step.numbers["grad_key_start"], step.numbers["grad_value_start"]) == (32, 64)
+    # image, three axes (the first is missing), head, channel
+    strides = (11 * 9 * 96, 0, 9 * 96, 96, 16, 1)
+    assert step.numbers["grad_query_strides"] == step.numbers["grad_value_strides"] == strides
+
+
+def test_gradients_of_separate_tokens_are_contiguous_whatever_the_operands_are():
+    plan = _backward(PLANE.but(layout="strided", value_dim=24))
+    assert plan.buffers["grad_query"].shape == plan.buffers["grad_key"].shape == (2, 11, 9, 2, 16)
+    assert plan.buffers["grad_value"].shape == (2, 11, 9, 2, 24)
+    numbers = plan.steps[0].numbers
+    assert (numbers["grad_key_start"], numbers["grad_value_start"]) == (0, 0)
+    assert numbers["grad_query_strides"] == (11 * 9 * 32, 0, 9 * 32, 32, 16, 1)
+    assert numbers["grad_value_strides"] == (11 * 9 * 48, 0, 9 * 48, 48, 24, 1)
+
+
+def test_packed_operands_are_parts_of_one_tensor():
+    step = _forward(PLANE.but(packed=True)).steps[0]
+    assert {step.pointers[f"{n}_ptr"] for n in ("query", "key", "value")} == {"query"}
+    assert (step.numbers["key_start"], step.numbers["value_start"]) == (32, 64)
+    assert step.numbers["SHARED_STRIDES"]
+    assert not _forward(PLANE.but(value_dim=24)).steps[0].numbers["SHARED_STRIDES"]
+
+
+@pytest.mark.parametrize("tokens", [16, 100], ids=["whole", "tiles"])
+def test_only_what_is_needed_is_summed(tokens):
+    case = Case(2, (150,), (tokens,), bias="table", pads=True, cosine=True)
+    everything = {"bias_sums", "pad_key_sums", "pad_value_sums", "logit_scale_sums"}
+    assert set(_backward(case).sums) == everything
+    for name in Needs._fields:
+        plan = _backward(case, needs=Needs(**{name: True}))
+        assert set(plan.sums) == {f"{name}_sums", "logit_scale_sums"}
+        assert bool(plan.after) == (name == "bias")
+        assert ("_tiled_dbias_kernel" in _kernels(plan)) == (name == "bias" and tokens > 64)
+    assert set(_backward(case.but(size=(100 * tokens,))).sums) == {"bias_sums", "logit_scale_sums"}
+    for plan in (_backward(case), _backward(case, needs=Needs())):
+        for name in plan.sums:  # every sum is of a buffer, fp32, with its axes in front
+            assert plan.buffers[name].dtype == torch.float32
+            assert max(plan.sums[name]) < len(plan.buffers[name].shape)
+
+
+@pytest.mark.parametrize("tokens", [16, 100], ids=["whole", "tiles"])
+def test_an_empty_batch_launches_nothing_but_the_sum_of_the_table(tokens):
+    case = Case(0, (150,), (tokens,), bias="table", pads=True)
+    for plan in (_forward(case), _backward(case)):
+        assert not [k for k in _kernels(plan) if "window" in k or "tiled" in k]
+    assert _forward(case).buffers["out"].shape == (0, 150, 2, 16)
+    plan = _backward(case)
+    for name, axes in plan.sums.items():
+        shape = plan.buffers[name].shape
+        assert any(shape[axis] == 0 for axis in axes)  # its sum is zeros
+
+
+def test_missing_axes_lead():
+    step = _forward(Case(1, (10,), (4,), (1,), bias="table")).steps[0]
+    assert step.numbers["WINDOW"] == (1, 1, 4)
+    assert step.numbers["sizes"] == (1, 1, 10)
+    assert step.numbers["counts"] == (1, 1, 3)
+    assert step.numbers["seams"] == (1, 1, 3)
+    assert step.numbers["REGIONS"] == (False, False, True)
+
+
+def test_the_roll_goes_round_the_map_or_round_the_padded_map():
+    case = Case(1, (3, 10), (7, 4), (5, 1))
+    numbers = _forward(case).steps[0].numbers
+    assert (numbers["periods"], numbers["rolls"]) == ((1, 7, 12), (0, 5, 1))
+    numbers = _forward(case.but(pad_order="roll-pad")).steps[0].numbers
+    assert (numbers["periods"], numbers["rolls"]) == ((1, 3, 10), (0, 2, 1))
+
+
+def test_a_periodic_axis_has_no_regions():
+    step = _forward(PLANE.but(periodic=(True, False))).steps[0]
+    assert step.numbers["REGIONS"] == (False, False, True)
+    assert step.numbers["ROLLED"]
+
+
+@pytest.mark.parametrize(
+    ("p", "threshold", "factor"), [(0.0, 0, 1.0), (0.5, 2**31, 2.0), (1.0, 2**32 - 1, 0.0)]
+)
+def test_dropout_is_a_threshold_of_32_bits(p, threshold, factor):
+    numbers = _forward(PLANE.but(dropout_p=p)).steps[0].numbers
+    assert (numbers["DROPOUT_THRESHOLD"], numbers["kept_factor"]) == (threshold, factor)
+
+
+def test_products_of_fp32_are_exact_unless_tf32_was_allowed():
+    assert _forward(PLANE).steps[0].numbers["PRECISION"] == "ieee"
+    assert _forward(PLANE, tf32=True).steps[0].numbers["PRECISION"] == "tf32"
+
+
+def test_pads_without_padding_are_not_read():
+    numbers = _forward(PLANE.but(size=(12, 12))).steps[0].numbers
+    assert not numbers["HAS_PAD_KEY"]
+    assert not numbers["HAS_PAD_VALUE"]
+    assert not numbers["PADDED"]
+
+
+@pytest.fixture
+def tuned(tmp_path, monkeypatch):
+    """Writes a table of measured configurations, which is then the one in use."""
+    monkeypatch.setattr(configs, "TUNED", tmp_path / "tuned.json")
+
+    def write(entries):
+        configs.TUNED.write_text(json.dumps({"measured": "never", "configs": entries}))
+        configs._tuned.cache_clear()
+
+    yield write
+    configs._tuned.cache_clear()
+
+
+def test_the_table_of_measured_configurations_has_the_last_word(tuned):
+    shape = Shape(49, 32, 32, torch.float16, 1000, 3)
+    key = tuned_key("forward", shape, H100)
+    assert key == "forward-sm_90-float16-n49-d32-32"
+    tuned({})
+    default = config_for("forward", shape, H100)
+    tuned({key: {"num_warps": 16, "programs_per_multiprocessor": 2}})
+    config = config_for("forward", shape, H100)
+    assert (config.num_warps, config.programs_per_multiprocessor) == (16, 2)
+    assert (config.block_n, config.loop_stages) == (default.block_n, default.loop_stages)
+    for other in (
+        config_for("backward", shape, H100),
+        config_for("forward", shape, KNOWN_GPUS["sm_80"]),
+    ):
+        assert other.num_warps != 16
+    case = Case(1000, (7, 7), (7, 7), heads=3, head_dim=32, dtype=torch.float16)
+    assert _forward(case.but(batch=1)).steps[0].config == config
+
+
+def test_a_backward_that_sums_the_bias_is_measured_apart():
+    shape = Shape(49, 32, 32, torch.float16, 1000, 3)
+    biased = Shape(49, 32, 32, torch.float16, 1000, 3, sums_bias=True)
+    assert tuned_key("backward", biased, H100) == tuned_key("backward", shape, H100) + "-bias"
+
+
+def test_shipped_table_of_measured_configurations_is_well_formed():
+    table = json.loads(configs.TUNED.read_text())
+    assert table["measured"]
+    fields = set(Config.__dataclass_fields__)
+    for key, entry in table["configs"].items():
+        assert set(entry) <= fields, key
+        kernel, arch, dtype, tokens, *_ = key.split("-")
+        assert kernel in ("forward", "backward", "tiled_forward", "dq", "dkv", "dbias")
+        assert arch in KNOWN_GPUS
+        assert isinstance(getattr(torch, dtype), torch.dtype)
+        assert tokens[0] == "n"
+
+
+def test_known_gpus_are_named_by_their_architecture():
+    assert all(name == gpu.arch for name, gpu in KNOWN_GPUS.items())
+    assert INTERPRETER.arch not in KNOWN_GPUS
+
+
+def test_wide_warps_are_half_as_many():
+    shape = Shape(49, 32, 32, torch.float16, 1000, 3)
+    narrow = Gpu("gfx_narrow", H100.shared_memory, 100, warp_size=32)
+    wide = Gpu("gfx_wide", H100.shared_memory, 100, warp_size=64)
+    for kernel in ("forward", "backward", "dq"):
+        warps = [config_for(kernel, shape, gpu).num_warps for gpu in (narrow, wide)]
+        assert warps[1] == max(1, warps[0] // 2)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32], ids=str)
+@pytest.mark.parametrize("dim", [1, 32, 64, 128, LARGEST_HEAD_DIM])
+@pytest.mark.parametrize("tokens", [1, 4, 49, 64, 144, 576])
+def test_every_layout_is_one_that_triton_takes(tokens, dim, dtype):
+    shape = Shape(tokens, dim, dim, dtype, 100, 4)
+    for kernel in ("forward", "backward", "tiled_forward", "dq", "dkv", "dbias"):
+        if kernel in ("forward", "backward") and not takes_whole_windows(kernel, shape):
+            continue
+        config = config_for(kernel, shape, H100)
+        for number in (config.block_m, config.block_n, config.num_warps):
+            assert number & (number - 1) == 0
+        assert min(config.block_m, config.block_n) >= 16
+        assert 1 <= config.num_warps <= 16
+        if kernel in ("forward", "backward"):
+            assert config.block_m == config.block_n >= tokens
+
+
+def _why_not(x, window=4, **options):
+    return TritonBackend().why_not(Problem.checked(Operands(x, x, x), window, **options))
+
+
+def test_reasons_say_what_came(monkeypatch):
+    monkeypatch.setattr(backend.importlib.util, "find_spec", lambda name: object())
+    monkeypatch.setattr(backend, "INTERPRETED", False)
+
+    def empty(*shape, dtype=torch.float16):
+        return torch.empty(shape, dtype=dtype, device="meta")
+
+    assert "no float64" in _why_not(empty(1, 8, 1, 8, dtype=torch.float64))
+    most = LARGEST_HEAD_DIM
+    assert _why_not(empty(1, 8, 1, most + 1)) == (
+        f"takes up to {most} channels a head, got {most + 1} and {most + 1}"
+    )
+    assert f"got {MOST_WINDOWS + 1}" in _why_not(empty(1, MOST_WINDOWS + 1, 1, 8), 1)
+    assert "windows" not in _why_not(empty(1, MOST_WINDOWS, 1, 8), 1)
+    assert "got meta" in _why_not(empty(1, 8, 1, most))
+    assert _why_not(torch.empty(1, 8, 1, 8)) == "runs on CUDA tensors, got cpu"
+    monkeypatch.setattr(backend.importlib.util, "find_spec", lambda name: None)
+    assert "pip install triton" in _why_not(torch.empty(1, 8, 1, 8))
+
+
+def test_wide_values_are_refused_as_wide_keys_are(monkeypatch):
+    x, wide = (torch.empty(1, 8, 1, d, device="meta") for d in (8, LARGEST_HEAD_DIM + 1))
+    problem = Problem.checked(Operands(x, x, wide), 4)
+    assert "channels a head, got 8 and 257" in TritonBackend().why_not(problem)
+
+
+def test_the_interpreter_refuses_bfloat16_alone(monkeypatch):
+    monkeypatch.setattr(backend.importlib.util, "find_spec", lambda name: object())
+    monkeypatch.setattr(backend, "INTERPRETED", True)
+    assert "bfloat16" in _why_not(torch.empty(1, 8, 1, 8, dtype=torch.bfloat16))
+    assert _why_not(torch.empty(1, 8, 1, 8, dtype=torch.float16)) is None
+    assert _why_not(torch.empty(1, 8, 1, 8)) is None
