@@ -65,7 +65,7 @@ def cut(case: Case) -> Case:
 def sized(case: Case) -> Case:
     """`case` for `check`; under the interpreter with as many numbers in fewer windows.
 
-    There a window of a head takes some 30 ms, whatever its channels, and `check` repeats a case
+    There a window of a head takes some 12 ms, whatever its channels, and `check` repeats a case
     until each gradient has 48 numbers and the output 16384. So: channels, which cost nothing; heads
     rather than images where a gradient has one number a head.
     """
@@ -73,14 +73,7 @@ def sized(case: Case) -> Case:
         return case
     case = cut(case)
     if case.head_dim == Case.head_dim:  # the default, so not what this case is about
-        case = case.but(head_dim=64)
-    if case.dv < 16 and not case.packed:
-        case = case.but(value_dim=case.dv + 8)
-    if not case.cosine:
-        return case.but(heads=max(4, case.heads))
-    size = case.size
-    if len(size) == 3:  # a window on each axis without a shift, as the other cases have two
-        size = tuple(
-            s if shift else min(s, s % w or w) for s, w, shift in zip(size, case.window, case.shift)
-        )
-    return case.but(batch=1, heads=24, head_dim=min(32, case.head_dim), size=size)
+        case = case.but(head_dim=32)
+    if case.cosine:
+        return case.but(batch=1, heads=24)
+    return case.but(heads=max(4, case.heads))

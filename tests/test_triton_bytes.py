@@ -11,6 +11,10 @@ import math
 import pytest
 import torch
 
+pytest.importorskip("triton")
+
+from triton_memory import guarded_launches
+
 from swin_kernels.kernels.triton.configs import INTERPRETER, Shape, config_for
 from swin_kernels.testing import Case, make_grad_out, make_operands, run
 
@@ -23,8 +27,6 @@ PASS = 2 * HEADS * DIM  # bytes a token
 
 def _traffic(case):
     """Traffic by kernel, of a forward and a backward."""
-    from triton_memory import guarded_launches
-
     traffic = {}
     operands, grad_out = make_operands(case), make_grad_out(case)
     with guarded_launches(traffic):
@@ -41,7 +43,7 @@ def _runs(case, kernel):
 
 
 def _swin(shift, **changes):
-    case = Case(2, (28, 28), (7, 7), shift, HEADS, DIM, dtype=torch.float16, packed=True)
+    case = Case(1, (28, 28), (7, 7), shift, HEADS, DIM, dtype=torch.float16, packed=True)
     return case.but(bias="dense", layout="contiguous", **changes)
 
 
@@ -49,25 +51,31 @@ def _swin(shift, **changes):
 def test_whole_windows_move_8_bytes_a_channel_forward_and_14_backward(shift):
     case = _swin(shift)
     tokens, pairs = case.batch * math.prod(case.size), case.grid.tokens**2
+    # what the forward leaves: bias and mask for each of the ways that the shift cuts a window
+    tiles = HEADS * (4 if any(shift) else 1) * 64 * 64 * 4
     traffic = _traffic(case)
     forward, backward = (traffic[f"_whole_window_{name}_kernel"] for name in ("fwd", "bwd"))
-    for kernel, counted, a_channel in (("forward", forward, 8), ("backward", backward, 14)):
-        moved = sum(counted.loaded.values()) + sum(counted.stored.values())
-        biases = _runs(case, kernel) * HEADS * pairs
-        shared = biases * (2 if kernel == "forward" else 2 + 4)  # partial sums are fp32
+    biases = {name: _runs(case, name) * HEADS * pairs for name in ("forward", "backward")}
+    for counted, a_channel, shared in (
+        (forward, 8, HEADS * pairs * 2 + tiles),
+        (backward, 14, tiles + biases["backward"] * 4),  # partial sums are fp32
+    ):
+        moved = sum(counted.distinct_loaded.values()) + sum(counted.stored.values())
         expected = a_channel * HEADS * DIM * tokens + shared
         assert abs(moved - expected) <= 0.05 * expected
-    # no token is read or written twice
-    assert forward.loaded["query"] == forward.distinct_loaded["query"] == 3 * PASS * tokens
-    assert forward.stored == forward.distinct_stored == {"out": PASS * tokens}
-    assert backward.loaded["query"] == backward.distinct_loaded["query"] == 3 * PASS * tokens
+        # no token is read or written twice
+        assert counted.loaded["query"] == counted.distinct_loaded["query"] == 3 * PASS * tokens
+        assert counted.stored == counted.distinct_stored
+    assert forward.stored["out"] == PASS * tokens
     assert backward.loaded["grad_out"] == backward.distinct_loaded["grad_out"] == PASS * tokens
     assert backward.stored["grad_query"] == 3 * PASS * tokens
-    assert backward.stored == backward.distinct_stored
     # a head's bias is read once a run of windows, and its partial sum written once
-    assert forward.loaded["bias"] == _runs(case, "forward") * HEADS * pairs * 2
-    assert backward.loaded["bias"] == _runs(case, "backward") * HEADS * pairs * 2
-    assert backward.stored["bias_sums"] == _runs(case, "backward") * HEADS * pairs * 4
+    assert forward.loaded["bias"] == biases["forward"] * 2
+    assert backward.stored["bias_sums"] == biases["backward"] * 4
+    # the backward reads a tile again for each window, from a cache
+    assert forward.stored["tiles"] == tiles
+    assert backward.distinct_loaded["tiles"] == tiles
+    assert backward.loaded["tiles"] == case.batch * case.grid.windows * HEADS * 64 * 64 * 4
 
 
 def test_padding_moves_nothing():
@@ -75,7 +83,7 @@ def test_padding_moves_nothing():
     tokens = case.batch * math.prod(case.size)
     traffic = _traffic(case)
     assert traffic["_whole_window_fwd_kernel"].loaded["query"] == 3 * PASS * tokens
-    assert traffic["_whole_window_fwd_kernel"].stored == {"out": PASS * tokens}
+    assert traffic["_whole_window_fwd_kernel"].stored["out"] == PASS * tokens
     assert traffic["_whole_window_bwd_kernel"].stored["grad_query"] == 3 * PASS * tokens
 
 
@@ -85,13 +93,16 @@ def test_tiles_read_the_other_side_once_a_tile(shift):
     case = case.but(bias="dense", layout="contiguous")
     n, tokens, windows = case.grid.tokens, math.prod(case.size), case.grid.windows
     shape = Shape(n, DIM, DIM, case.dtype, windows, HEADS)
-    tiles = {
-        kernel: math.ceil(n / config_for(kernel, shape, INTERPRETER).block_m)
+    blocks = {
+        kernel: config_for(kernel, shape, INTERPRETER)
         for kernel in ("tiled_forward", "dq", "dkv", "dbias")
     }
+    tiles = {kernel: math.ceil(n / config.block_m) for kernel, config in blocks.items()}
     assert set(tiles.values()) == {3}
     a_pass, rows = PASS * tokens, 4 * HEADS * tokens  # rows: an fp32 number a token and head
-    biases = windows * HEADS * n * n * 2
+    # of the bias, spread once in fp32 to whole tiles of 64, a program reads those that it needs
+    assert {c.block_n for c in blocks.values()} == {64}
+    biases = windows * HEADS * 192 * 192 * 4
     traffic = _traffic(case)
 
     # each tile of queries reads all keys and values
@@ -100,7 +111,7 @@ def test_tiles_read_the_other_side_once_a_tile(shift):
         "query": a_pass,
         "key": t * a_pass,
         "value": t * a_pass,
-        "bias": biases,
+        "spread_bias": biases,
     }
     assert forward.stored == {"out": a_pass, "log_sum_exp": rows}
 
@@ -112,7 +123,7 @@ def test_tiles_read_the_other_side_once_a_tile(shift):
         "log_sum_exp": rows,
         "key": t * a_pass,
         "value": t * a_pass,
-        "bias": biases,
+        "spread_bias": biases,
     }
     assert dq.stored == {"grad_query": a_pass, "delta": rows}
 
@@ -125,7 +136,7 @@ def test_tiles_read_the_other_side_once_a_tile(shift):
         "grad_out": t * a_pass,
         "log_sum_exp": t * rows,
         "delta": t * rows,
-        "bias": biases,
+        "spread_bias": biases,
     }
     assert dkv.stored == {"grad_key": a_pass, "grad_value": a_pass}
 

@@ -10,6 +10,10 @@ from swin_kernels.kernels.triton.configs import Config
 from swin_kernels.reference.dropout import dropout_factor
 from swin_kernels.testing import Case, call, make_grad_out, make_operands, run, with_grad
 
+pytest.importorskip("triton")
+
+from triton_interpreter import fast_interpreter
+
 pytestmark = pytest.mark.interpreted
 
 WHOLE = Case(2, (7, 5), (4, 4), (2, 2), heads=2, head_dim=16, bias="table", pads=True, cosine=True)
@@ -136,25 +140,41 @@ def test_dropped_probabilities_are_exactly_the_reference_s(tokens, p):
 
 
 @REGIMES
-def test_tiles_save_the_output_and_a_number_a_row_and_whole_windows_nothing(case):
+def test_a_few_tiles_are_saved_or_a_number_a_row_with_the_output(case):
     operands, saved = with_grad(make_operands(case)), []
     with torch.autograd.graph.saved_tensors_hooks(lambda x: saved.append(x) or x, lambda x: x):
         out = call(case, operands, "triton")
     given = {x.data_ptr() for x in operands if x is not None}
     more = [x for x in saved if x.data_ptr() not in given]
-    if case is WHOLE:
-        assert not more
-        return
-    assert [tuple(x.shape) for x in more] == [tuple(out.shape), (4, 1, 70)]
-    assert more[0].data_ptr() == out.data_ptr()
-    assert more[1].dtype == torch.float32
+    if case is WHOLE:  # bias and mask of a head, for each of four ways that the shift cuts windows
+        assert [tuple(x.shape) for x in more] == [(2, 4, 16, 16)]
+    else:
+        assert [tuple(x.shape) for x in more] == [tuple(out.shape), (4, 1, 70)]
+        assert more[0].data_ptr() == out.data_ptr()
+    assert more[-1].dtype == torch.float32
+
+
+def test_whole_windows_without_bias_mask_or_idle_lanes_save_nothing():
+    case = Case(1, (8, 8), (4, 4))
+    operands, saved = with_grad(make_operands(case)), []
+    with torch.autograd.graph.saved_tensors_hooks(lambda x: saved.append(x) or x, lambda x: x):
+        call(case, operands, "triton")
+    assert {x.data_ptr() for x in saved} == {x.data_ptr() for x in operands[:3]}
 
 
 @REGIMES
-def test_without_gradients_no_sums_are_kept(case, tensors_of_launches):
+@pytest.mark.parametrize("packed", [False, True], ids=["separate", "packed"])
+def test_no_product_or_sum_of_integers_overflows(case, packed):
+    with fast_interpreter(overflow_checked=True):
+        _run(case.but(packed=packed, mask="soft", dropout_p=0.2))
+
+
+@REGIMES
+def test_without_gradients_nothing_is_kept(case, tensors_of_launches):
     with torch.no_grad():
         call(case, make_operands(case), "triton")
-    assert [set(tensors) & {"out", "log_sum_exp"} for tensors in tensors_of_launches] == [{"out"}]
+    (tensors,) = tensors_of_launches
+    assert tensors.keys() & {"out", "log_sum_exp", "tiles"} == {"out"}
 
 
 class TestGuard:

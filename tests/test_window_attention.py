@@ -115,7 +115,7 @@ def test_biases_of_another_dtype_match_float64(case, dtype, backend):
 def test_trap_9_head_dims_match_float64(head_dim, dtype, backend):
     case = Case(1, (11, 10), (7, 7), (3, 3), head_dim=head_dim, dtype=dtype, bias="table")
     case = case.but(packed=head_dim % 16 == 0, pads=True, cosine=head_dim % 3 == 0)
-    check(sized(case).but(head_dim=head_dim, value_dim=None), backend)
+    check(sized(case).but(head_dim=head_dim), backend)
 
 
 WINDOWS = (

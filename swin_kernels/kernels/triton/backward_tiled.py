@@ -80,7 +80,8 @@ def tile_gradients(
         HAS_MASK,
         WINDOW,
     )
-    p = tl.exp2(s - sums[:, None])
+    N: tl.constexpr = WINDOW[0] * WINDOW[1] * WINDOW[2]
+    p = tl.exp2(s - sums[:, None]) * (1.0 / N)  # sums are those of means
     dp = tl.dot(do, tl.trans(v), input_precision=PRECISION)
     weights = p
     if DROPOUT_THRESHOLD > 0:

@@ -36,8 +36,11 @@ from swin_kernels.kernels.triton.window import (
 
 @triton.jit
 def store_sums(ptr, window, head, heads, i, top, total, N: tl.constexpr):
-    """The log2-sum-exp of each row; +inf where no key is left, so that exp2(s − sum) is 0."""
-    sums = tl.where(total == 0.0, float("inf"), top + tl.log2(total))
+    """The log2-sum-exp of each row less log2 N; +inf where no key is left, so exp2(s − sum) is 0.
+
+    That is the mean over keys: near 0 where the sum is near log2 N, and so rounded less.
+    """
+    sums = tl.where(total == 0.0, float("inf"), top + tl.log2(total * (1.0 / N)))
     row = (window.to(tl.int64) * heads + head) * N
     tl.store(ptr + row + i, sums, mask=i < N)
 
