@@ -5,8 +5,10 @@ A measured table, `tuned.json`, has the last word: `benchmarks/tune.py` writes i
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import json
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
@@ -157,12 +159,36 @@ def tuned_key(kernel: str, shape: Shape, gpu: Gpu) -> str:
     return "-".join([kernel, gpu.arch, dtype, size, *(name for name, on in extras.items() if on)])
 
 
+_forced: dict[str, Mapping[str, int]] = {}
+
+
+@contextlib.contextmanager
+def override(fields: Mapping[str, Mapping[str, int]]) -> Iterator[None]:
+    """Inside it these fields, by `tuned_key`, win over the table; what was planned is forgotten."""
+    from swin_kernels.kernels.triton import calls
+
+    def forget() -> None:
+        calls._forward_run.cache_clear()
+        calls._backward_run.cache_clear()
+
+    before = dict(_forced)
+    _forced.update(fields)
+    forget()
+    try:
+        yield
+    finally:
+        _forced.clear()
+        _forced.update(before)
+        forget()
+
+
 def config_for(kernel: str, shape: Shape, gpu: Gpu) -> Config:
     """The layout of one kernel: forward, backward; tiled_forward, dq, dkv or dbias."""
     whole = kernel in ("forward", "backward")
     config = _whole(kernel, shape) if whole else _tiled(kernel, shape)
     if gpu.warp_size == 64:  # half as many warps have as many lanes
         config = replace(config, num_warps=max(1, config.num_warps // 2))
-    if tuned := _tuned().get(tuned_key(kernel, shape, gpu)):
+    key = tuned_key(kernel, shape, gpu)
+    if tuned := {**_tuned().get(key, {}), **_forced.get(key, {})}:
         config = Config(**{**asdict(config), **tuned})
     return config

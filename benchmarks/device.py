@@ -1,0 +1,191 @@
+"""What a benchmark asks of a device: marks in time, graphs, memory, rates.
+
+`Cpu` is the twin of `Cuda` with the same methods, so that a benchmark runs from end to end where
+there is no GPU; there the Triton kernels run under TRITON_INTERPRET=1.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import platform
+import statistics
+import time
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+class Cuda:
+    name = "cuda"
+    dtype = torch.bfloat16
+    cache_bytes = 50e6  # of the last cache: L2 of an H100 or H200
+    copied_bytes, matrix_size = 2**31, 8192  # what the rates are measured on
+    shortest_sample = 1e-3  # seconds, so that the latency of the first launch does not matter
+
+    def __init__(self) -> None:
+        self.device = torch.device("cuda", torch.cuda.current_device())
+
+    def gpu(self) -> str:
+        return torch.cuda.get_device_name(self.device)
+
+    def mark(self) -> Any:
+        """A point on the stream's own clock."""
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        return event
+
+    def seconds(self, first: Any, last: Any) -> float:
+        return first.elapsed_time(last) * 1e-3
+
+    def wait(self) -> None:
+        torch.cuda.synchronize(self.device)
+
+    def capture(self, *functions: Callable[[], object]) -> list[Callable[[], None]]:
+        """Each function as a replay; they share memory and are to be replayed in this order."""
+        stream = torch.cuda.Stream(self.device)
+        stream.wait_stream(torch.cuda.current_stream(self.device))
+        with torch.cuda.stream(stream):
+            for function in functions * 2:
+                function()
+        torch.cuda.current_stream(self.device).wait_stream(stream)
+        self.wait()
+        replays: list[Callable[[], None]] = []
+        pool = None
+        for function in functions:
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph, pool=pool, stream=stream):
+                function()
+            pool = graph.pool()
+            replays.append(graph.replay)
+        return replays
+
+    def compiled(self, function: Callable, fullgraph: bool = True) -> Callable:
+        return torch.compile(function, dynamic=False, fullgraph=fullgraph)
+
+    def peak_bytes(self, function: Callable[[], object]) -> int:
+        """What a call adds, at its peak, to the memory that was in use before."""
+        self.release()
+        torch.cuda.reset_peak_memory_stats(self.device)
+        before = torch.cuda.memory_allocated(self.device)
+        function()
+        self.wait()
+        return torch.cuda.max_memory_allocated(self.device) - before
+
+    def used_bytes(self) -> int:
+        self.wait()
+        return torch.cuda.memory_allocated(self.device)
+
+    def release(self) -> None:
+        """Give back what is no longer used."""
+        gc.collect()
+        self.wait()
+        torch.cuda.empty_cache()
+
+    def broken(self) -> bool:
+        """Whether an error stays: after an illegal access every later call fails."""
+        try:
+            self.wait()
+        except Exception:  # of any class, by the version of torch
+            return True
+        return False
+
+    def other_stream(self) -> contextlib.AbstractContextManager:
+        """Inside it work goes to another stream than the current one; both wait for each other."""
+        return self._other_stream()
+
+    @contextlib.contextmanager
+    def _other_stream(self):
+        stream = torch.cuda.Stream(self.device)
+        stream.wait_stream(torch.cuda.current_stream(self.device))
+        with torch.cuda.stream(stream):
+            yield
+        torch.cuda.current_stream(self.device).wait_stream(stream)
+
+
+class Cpu:
+    """The twin: a clock on the wall, calls for graphs."""
+
+    name = "cpu"
+    dtype = torch.float16  # Triton's interpreter multiplies bfloat16 wrongly
+    cache_bytes = 1e3
+    copied_bytes, matrix_size = 2**16, 64
+    shortest_sample = 0.0
+
+    def __init__(self) -> None:
+        self.device = torch.device("cpu")
+
+    def gpu(self) -> str:
+        return f"none, {platform.machine()} interpreting"
+
+    def mark(self) -> Any:
+        return time.perf_counter()
+
+    def seconds(self, first: Any, last: Any) -> float:
+        return last - first
+
+    def wait(self) -> None:
+        pass
+
+    def capture(self, *functions: Callable[[], object]) -> list[Callable[[], None]]:
+        return [lambda f=function: (f(), None)[1] for function in functions]  # type: ignore[misc]
+
+    def compiled(self, function: Callable, fullgraph: bool = True) -> Callable:
+        return torch.compile(function, dynamic=False, fullgraph=fullgraph, backend="aot_eager")
+
+    def peak_bytes(self, function: Callable[[], object]) -> int:
+        self.release()
+        function()
+        return 0
+
+    def used_bytes(self) -> int:
+        return 0
+
+    def release(self) -> None:
+        gc.collect()
+
+    def broken(self) -> bool:
+        return False
+
+    def other_stream(self) -> contextlib.AbstractContextManager:
+        return contextlib.nullcontext()
+
+
+Device = Cuda | Cpu
+
+
+def median_seconds(device: Device, function: Callable[[], object], rounds: int = 10) -> float:
+    """Of one call, after two to warm up."""
+    function(), function()
+    seconds = []
+    for _ in range(rounds):
+        first = device.mark()
+        function()
+        last = device.mark()
+        device.wait()
+        seconds.append(device.seconds(first, last))
+    return statistics.median(seconds)
+
+
+def copy_rate(device: Device) -> float:
+    """Bytes a second, read and written, of a copy within the device's memory."""
+    source = torch.randn(device.copied_bytes // 4, device=device.device)
+    target = torch.empty_like(source)
+    seconds = median_seconds(device, lambda: target.copy_(source))
+    return 2 * device.copied_bytes / seconds
+
+
+def matrix_rate(device: Device) -> float:
+    """FLOP a second of a square matrix product in the device's half precision, on random data."""
+    size = device.matrix_size
+    a, b = (torch.randn(size, size, device=device.device).to(device.dtype) for _ in "ab")
+    seconds = median_seconds(device, lambda: a @ b)
+    return 2 * size**3 / seconds
+
+
+def random(shape: tuple[int, ...], device: Device, seed: int) -> Tensor:
+    """Normal numbers drawn on the device itself, in its half precision."""
+    generator = torch.Generator(device.device).manual_seed(seed)
+    return torch.randn(shape, device=device.device, generator=generator).to(device.dtype)

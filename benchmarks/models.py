@@ -1,0 +1,153 @@
+"""Whole models of timm, stock against patched, eager and compiled."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator
+from functools import partial
+
+import torch
+from torch import Tensor, nn
+
+import swin_kernels
+from benchmarks.device import Device
+from benchmarks.rows import Row, quantiles
+from benchmarks.timing import reason_of
+from swin_kernels.demo.measure import STEPS, Outcome, run_once
+
+GATE_IMAGES = 8
+FORMS = ("stock", "patched", "stock, compiled", "patched, compiled")
+
+
+def timm_model(name: str) -> nn.Module:
+    import timm
+
+    return timm.create_model(name, pretrained=False)
+
+
+def toy_model() -> nn.Module:
+    """Shifted and unshifted blocks on a map of four windows."""
+    from timm.models.swin_transformer import SwinTransformer
+
+    return SwinTransformer(
+        img_size=24, embed_dim=16, depths=(2,), num_heads=(1,), window_size=3, num_classes=10
+    )
+
+
+# name -> how to make it, images a batch, height and width
+MODELS: dict[str, tuple[Callable[[], nn.Module], int, int]] = {
+    "swin_tiny": (partial(timm_model, "swin_tiny_patch4_window7_224"), 128, 224),
+    "swin_base": (partial(timm_model, "swin_base_patch4_window7_224"), 128, 224),
+}
+TOYS: dict[str, tuple[Callable[[], nn.Module], int, int]] = {"toy": (toy_model, 2, 24)}
+
+
+def _rms(x: Tensor) -> float:
+    return float(x.double().square().mean().sqrt())
+
+
+def _flat(outcome: Outcome, sizes: dict[str, float]) -> Tensor:
+    """Every gradient, relative to its own size."""
+    return torch.cat([outcome.grads[n].double().flatten() / size for n, size in sizes.items()])
+
+
+def check_errors(patched: Outcome, stock: Outcome, exact: Outcome) -> None:
+    """The error rule for root mean squares: of the logits, and of all gradients, each to its size.
+
+    Behind a whole model the largest error is a throw of dice.
+    """
+    eps = torch.finfo(patched.logits.dtype).eps
+    sizes = {n: _rms(g) for n, g in exact.grads.items()}
+    least = 1e-9 * max(sizes.values(), default=0.0)  # others are exactly zero
+    sizes = {n: size for n, size in sizes.items() if size > least}
+    compared = {"logits": [x.logits for x in (patched, stock, exact)]}
+    if sizes:
+        compared["gradients"] = [_flat(x, sizes) for x in (patched, stock, exact)]
+    for what, (ours, theirs, best) in compared.items():
+        error, allowed = _rms(ours.double() - best), _rms(theirs.double() - best)
+        assert error <= 2 * allowed + eps * _rms(best), f"{what}: {error=:.3e} {allowed=:.3e}"
+
+
+class Models:
+    """The four forms of one model, each with why it may not be timed."""
+
+    def __init__(self, name: str, device: Device, models: dict = MODELS) -> None:
+        make, batch, size = models[name]
+        torch.manual_seed(0)
+        self.device = device
+        stock = make().to(device.device, device.dtype).eval()
+        self.exact = copy.deepcopy(stock).double()
+        patched = copy.deepcopy(stock)
+        swin_kernels.patch(patched, backend="triton")
+        compiled = (device.compiled(module, fullgraph=False) for module in (stock, patched))
+        self.forms = dict(zip(FORMS, (stock, patched, *compiled)))
+        generator = torch.Generator(device.device).manual_seed(1)
+        shape = (batch, 3, size, size)
+        images = torch.randn(shape, device=device.device, generator=generator)
+        self.images = images.to(device.dtype)
+
+    def check(self, form: str) -> None:
+        """AssertionError where outputs or gradients are wrong."""
+        module, few = self.forms[form], self.images[:GATE_IMAGES]
+        exact = run_once(self.exact, few)
+        stock = run_once(self.forms["stock"], few)
+        if not form.endswith("compiled"):
+            check_errors(run_once(module, few), stock, exact)
+            return
+        # another batch would be compiled again: the logits of the whole one
+        with torch.inference_mode():
+            logits = module(self.images)[:GATE_IMAGES]
+        bare = {"grads": {}}
+        check_errors(Outcome(logits, **bare), stock._replace(**bare), exact._replace(**bare))
+
+    def warm(self, form: str) -> None:
+        for step, function in STEPS.items():
+            self.forms[form].train(step == "training step")
+            function(self.forms[form], self.images)
+
+    def sample(self, form: str, step: str) -> float:
+        module, device = self.forms[form], self.device
+        first = device.mark()
+        STEPS[step](module, self.images)
+        last = device.mark()
+        device.wait()
+        return device.seconds(first, last)
+
+
+def rows_of(
+    name: str,
+    device: Device,
+    forms: dict[str, str | None],
+    rounds: int,
+    models: dict = MODELS,
+) -> Iterator[Row]:
+    """Rows of the model; `forms` has a reason for each that is to be left out."""
+    made = Models(name, device, models)
+    label = f"{name}, batch {made.images.shape[0]}"
+    wrong = dict(forms)
+    for form, reason in wrong.items():
+        if reason is None:
+            print(f"{label}: {form}", flush=True)
+            try:
+                made.check(form)
+                made.warm(form)
+            except Exception as error:  # one form's end is not that of the others
+                wrong[form] = reason_of(error)
+    running = [form for form, reason in wrong.items() if reason is None]
+    for step in STEPS:
+        samples: dict[str, list[float]] = {form: [] for form in running}
+        peaks: dict[str, float] = {}
+        for form in running:
+            made.forms[form].train(step == "training step")
+            peaks[form] = (
+                device.peak_bytes(partial(STEPS[step], made.forms[form], made.images)) / 1e6
+            )
+        for _ in range(rounds):
+            for form in running:
+                samples[form].append(made.sample(form, step))
+        for form, reason in wrong.items():
+            if reason is not None:
+                yield Row(label, form, step, note=reason)
+                continue
+            median, low, high = quantiles(samples[form])
+            yield Row(label, form, step, median, low, high, rounds, peak_mb=peaks[form])

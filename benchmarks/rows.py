@@ -1,0 +1,148 @@
+"""Rows of measurements: kept in a CSV file as they come, shown as a table at the end."""
+
+from __future__ import annotations
+
+import csv
+import datetime
+import importlib.util
+import os
+import subprocess
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+
+from benchmarks.device import Device
+
+
+class Row(NamedTuple):
+    case: str
+    provider: str
+    direction: str
+    median_us: float | None = None
+    p20_us: float | None = None
+    p80_us: float | None = None
+    samples: int = 0
+    floor_us: float | None = None  # the bytes that must move, at the copy rate of this run
+    of_floor: float | None = None  # floor ÷ median
+    of_matrix_rate: float | None = None  # of the bf16 rate of this run
+    peak_mb: float | None = None
+    note: str = ""  # why there is no time, or what to know of it
+
+
+def quantiles(seconds: Sequence[float]) -> tuple[float, float, float]:
+    """Median, 20th and 80th percentile, in microseconds."""
+    x = torch.tensor(seconds, dtype=torch.float64) * 1e6
+    median, low, high = torch.quantile(x, torch.tensor([0.5, 0.2, 0.8], dtype=torch.float64))
+    return float(median), float(low), float(high)
+
+
+def commit() -> str:
+    if known := os.environ.get("SWIN_KERNELS_COMMIT"):
+        return known
+    command = ["git", "describe", "--always", "--dirty"]
+    try:
+        answer = subprocess.run(command, capture_output=True, text=True, check=False).stdout
+    except OSError:  # no git
+        answer = ""
+    return answer.strip() or "unknown"
+
+
+def facts_of(device: Device) -> dict[str, str]:
+    """What every row is kept with."""
+    triton = "none"
+    if importlib.util.find_spec("triton") is not None:
+        triton = __import__("triton").__version__
+    return {
+        "gpu": device.gpu(),
+        "torch": torch.__version__,
+        "triton": triton,
+        "commit": commit(),
+        "date": datetime.date.today().isoformat(),
+    }
+
+
+def file_name(facts: dict[str, str]) -> str:
+    gpu = "".join(c if c.isalnum() else "-" for c in facts["gpu"].lower())
+    return f"gpu-{gpu.strip('-')}-{facts['date']}.csv"
+
+
+class Book:
+    """Rows in memory and, each as soon as it is known, in a file."""
+
+    def __init__(self, path: Path, facts: dict[str, str], resume: bool = False) -> None:
+        self.path, self.facts, self.rows = path, facts, []
+        if resume and path.exists():
+            with path.open(newline="") as file:
+                self.rows = [_read(line) for line in csv.DictReader(file)]
+            return
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with path.open("w", newline="") as file:
+            csv.writer(file).writerow([*Row._fields, *facts])
+
+    rows: list[Row]
+
+    def add(self, row: Row) -> None:
+        self.rows.append(row)
+        shown = ["" if x is None else f"{x:.4g}" if isinstance(x, float) else x for x in row]
+        with self.path.open("a", newline="") as file:
+            csv.writer(file).writerow([*shown, *self.facts.values()])
+
+    def has(self, case: str, provider: str) -> bool:
+        return any((r.case, r.provider) == (case, provider) for r in self.rows)
+
+
+def _read(line: dict[str, str]) -> Row:
+    numbers = {
+        name: float(line[name]) if line[name] else None
+        for name in Row._fields
+        if name.endswith("_us") or name.startswith("of_") or name == "peak_mb"
+    }
+    return Row(
+        **{name: line[name] for name in ("case", "provider", "direction", "note")},
+        samples=int(line["samples"]),
+        **numbers,
+    )
+
+
+def _number(x: float | None, digits: int = 4) -> str:
+    return "–" if x is None else f"{x:.{digits}g}"
+
+
+def table_of(rows: Sequence[Row], providers: Sequence[str]) -> tuple[list[str], list[list[str]]]:
+    """Header and lines: a line a case and direction, a column a provider, microseconds."""
+    lines = []
+    for case, direction in dict.fromkeys((r.case, r.direction) for r in rows):
+        of = {r.provider: r for r in rows if (r.case, r.direction) == (case, direction)}
+        floor = next((r.floor_us for r in of.values() if r.floor_us is not None), None)
+        cells = []
+        for provider in providers:
+            row = of.get(provider)
+            text = "" if row is None else _number(row.median_us)
+            if row is not None and row.of_floor is not None:
+                text += f" ({row.of_floor:.0%})"
+            cells.append(text)
+        lines.append([case, direction, _number(floor), *cells])
+    return ["case", "direction", "floor µs", *providers], lines
+
+
+def print_table(header: list[str], lines: list[list[str]]) -> None:
+    """With rich where it is there."""
+    if importlib.util.find_spec("rich") is not None:
+        from rich import box
+        from rich.console import Console
+        from rich.table import Table
+
+        table = Table(*header, box=box.SIMPLE)
+        for line in lines:
+            table.add_row(*line)
+        Console(width=200).print(table)
+        return
+    print_plain(header, lines)
+
+
+def print_plain(header: list[str], lines: list[list[str]]) -> None:
+    widths = [max(len(line[i]) for line in [header, *lines]) for i in range(len(header))]
+    for line in [header, *lines]:
+        print("  ".join(cell.ljust(width) for cell, width in zip(line, widths)).rstrip())

@@ -1,0 +1,235 @@
+"""Right before fast: the error rule on the very calls that are timed, then times in turn."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from benchmarks.device import Device, random
+from benchmarks.providers import Attend
+from swin_kernels.position_bias import table_length
+from swin_kernels.problem import Operands
+from swin_kernels.testing import Case, Result, assert_within_error_rule, run_exact, run_unfused
+
+GATE_IMAGES = 3
+MOST_PASSES = 20
+
+
+class Inputs(NamedTuple):
+    """Leaves that require grad, and a gradient of the output."""
+
+    qkv: Tensor
+    table: Tensor
+    logit_scale: Tensor | None
+    grad_out: Tensor
+
+    @property
+    def leaves(self) -> list[Tensor]:
+        return [x for x in self[:3] if x is not None]
+
+
+def make_inputs(case: Case, device: Device, seed: int) -> Inputs:
+    """Drawn on the device: a hundred million numbers take seconds on a CPU."""
+    heads, head_dim = case.heads, case.head_dim
+    shape = (case.batch, *case.size)
+    scale = None
+    if case.cosine:
+        scale = (10 + random((heads,), device, seed + 3)).requires_grad_()
+    return Inputs(
+        random((*shape, 3, heads, head_dim), device, seed).requires_grad_(),
+        random((table_length(case.window), heads), device, seed + 1).requires_grad_(),
+        scale,
+        random((*shape, heads, head_dim), device, seed + 2),
+    )
+
+
+def tokens_of(case: Case) -> int:
+    return case.batch * math.prod(case.size)
+
+
+def floor_bytes(case: Case) -> dict[str, int]:
+    """What must be read and written: qkv and out; qkv, gradient of out, gradient of qkv."""
+    one = tokens_of(case) * case.heads * case.head_dim * case.dtype.itemsize
+    return {"forward": 4 * one, "backward": 7 * one, "forward + backward": 11 * one}
+
+
+def flops(case: Case) -> dict[str, int]:
+    """Of the matrix products: two forward; the scores again and four more backward."""
+    one = 2 * tokens_of(case) * case.grid.tokens * case.heads * case.head_dim
+    return {"forward": 2 * one, "backward": 5 * one, "forward + backward": 7 * one}
+
+
+DIRECTIONS = ("forward", "backward", "forward + backward")
+
+
+class Gate:
+    """The error rule on a few images of a whole batch.
+
+    The gradient of the output is zero for all other images, so that the gradient of the table is
+    that of the few, and the exact result is one of a small batch; what is judged is the launch that
+    is timed.
+    """
+
+    def __init__(self, case: Case, device: Device, inputs: Inputs) -> None:
+        self.inputs = inputs
+        batch = case.batch
+        self.images = sorted({i * (batch - 1) // (GATE_IMAGES - 1) for i in range(GATE_IMAGES)})
+        chosen = torch.tensor(self.images, device=device.device)
+        self.others = torch.ones(batch, dtype=torch.bool, device=device.device)
+        self.others[chosen] = False
+        self.grad_out = inputs.grad_out.clone()
+        self.grad_out[self.others] = 0
+        few = case.but(batch=len(self.images))
+        operands = Operands(
+            inputs.qkv.detach()[chosen],
+            bias_table=inputs.table.detach(),
+            logit_scale=None if inputs.logit_scale is None else inputs.logit_scale.detach(),
+        )
+        grad_out = self.grad_out[chosen]
+        self.eager = run_unfused(few, operands, grad_out)
+        self.exact = run_exact(few, operands, grad_out)
+
+    def check(self, attend: Attend, factor: float) -> None:
+        """AssertionError says how the rule is broken; `factor` 2 is the rule."""
+        out = attend(*self.inputs[:3])
+        grads = torch.autograd.grad(out, self.inputs.leaves, self.grad_out)
+        names = [n for n in ("query", "bias_table", "logit_scale") if n in self.exact.grads]
+        found = dict(zip(names, grads))
+        spilt = int(found["query"][self.others].count_nonzero())
+        assert spilt == 0, f"{spilt} gradients of images whose output has gradient 0"
+        found["query"] = found["query"][self.images]
+        actual = Result(out.detach()[self.images], found)
+        assert_within_error_rule(actual, self.eager, self.exact, factor)
+
+
+class Loop:
+    """A call for each set of inputs: enough of them that the cache does not hold them.
+
+    Results are kept until all sets were run, as those of one set would be written over in the
+    cache, and never reach memory.
+    """
+
+    def __init__(self, attend: Attend, sets: Sequence[Inputs]) -> None:
+        self.attend, self.sets = attend, sets
+        self.outs: list[Tensor] = []
+        self.results: list[list[Tensor]] = []
+
+    def forward(self) -> None:
+        self.results = []
+        with torch.no_grad():
+            self.results = [[self.attend(*s[:3])] for s in self.sets]
+
+    def training_forward(self) -> None:
+        self.results = []
+        self.outs = [self.attend(*s[:3]) for s in self.sets]
+
+    def training_backward(self) -> None:
+        self.results = [
+            [out.detach(), *torch.autograd.grad(out, s.leaves, s.grad_out)]
+            for out, s in zip(self.outs, self.sets)
+        ]
+        self.outs = []
+
+    def warm(self) -> None:
+        self.forward()
+        self.training_forward()
+        self.training_backward()
+
+
+class Replayed:
+    """A loop under graphs: the same work without its launches."""
+
+    def __init__(self, loop: Loop, device: Device) -> None:
+        loop.warm()
+        expected = [x.clone() for x in loop.results[0]]
+        self.sets = loop.sets
+        (self.forward,) = device.capture(loop.forward)
+        self.kept = loop.results
+        both = device.capture(loop.training_forward, loop.training_backward)
+        self.training_forward, self.training_backward = both
+        self.results = loop.results  # what the replays write
+        self.warm()
+        device.wait()
+        for a, b in zip(self.results[0], expected):
+            assert torch.equal(a, b), "a replay does not give what the launches gave"
+        assert torch.equal(self.kept[0][0], expected[0]), "a replay of inference differs"
+
+    def warm(self) -> None:
+        self.forward()
+        self.training_forward()
+        self.training_backward()
+
+
+class Timed:
+    """Samples of one provider, in seconds a call, by direction."""
+
+    def __init__(self, loop: Loop | Replayed, device: Device, passes: dict[str, int]) -> None:
+        self.loop, self.device, self.passes = loop, device, passes
+        self.samples: dict[str, list[float]] = {d: [] for d in DIRECTIONS}
+
+    def sample(self) -> None:
+        device, loop = self.device, self.loop
+        first = device.mark()
+        for _ in range(self.passes["forward"]):
+            loop.forward()
+        last = device.mark()
+        device.wait()
+        calls = self.passes["forward"] * len(loop.sets)
+        self.samples["forward"].append(device.seconds(first, last) / calls)
+        marks = [device.mark()]
+        for _ in range(self.passes["forward + backward"]):
+            loop.training_forward()
+            marks.append(device.mark())
+            loop.training_backward()
+            marks.append(device.mark())
+        device.wait()
+        calls = self.passes["forward + backward"] * len(loop.sets)
+        whole = device.seconds(marks[0], marks[-1]) / calls
+        backward = sum(device.seconds(a, b) for a, b in zip(marks[1::2], marks[2::2])) / calls
+        self.samples["forward + backward"].append(whole)
+        self.samples["backward"].append(backward)
+
+
+def count_of_sets(case: Case, device: Device) -> int:
+    """Sets whose qkv is five times what the last cache holds."""
+    one = floor_bytes(case)["forward"] * 3 / 4
+    return max(2, math.ceil(5 * device.cache_bytes / one))
+
+
+def passes_of(case: Case, device: Device, sets: int, rate: float) -> dict[str, int]:
+    """Passes over the sets that make a sample long enough; `rate` in bytes a second."""
+    wanted = device.shortest_sample * rate / sets
+    return {
+        direction: max(1, min(MOST_PASSES, math.ceil(wanted / needed)))
+        for direction, needed in floor_bytes(case).items()
+    }
+
+
+def sample_in_turn(timed: Sequence[Timed], rounds: int, limit: float) -> list[str | None]:
+    """A sample of each, again and again, so that drift cancels; ends after `limit` seconds.
+
+    What went wrong, for each, or None.
+    """
+    start, fewest = time.perf_counter(), min(rounds, 5)
+    wrong: list[str | None] = [None] * len(timed)
+    for turn in range(rounds):
+        if turn >= fewest and time.perf_counter() - start > limit:
+            break
+        for place, one in enumerate(timed):
+            if wrong[place] is None:
+                try:
+                    one.sample()
+                except Exception as error:  # one provider's end is not that of the others
+                    wrong[place] = reason_of(error)
+    return wrong
+
+
+def reason_of(error: BaseException) -> str:
+    """One line that names an error."""
+    text = " ".join(str(error).split())
+    return f"{type(error).__name__}: {text}"[:300]

@@ -1,0 +1,221 @@
+"""Layouts of the Triton kernels, measured: writes swin_kernels/kernels/triton/tuned.json.
+
+    python -m benchmarks.tune [--budget 300] [--cases T1 V2] [--out FILE] [--rehearse]
+
+For each kernel of each case the fields of its layout are varied, a group at a time, from the best so
+far; one that breaks the error rule or does not compile is left out and said. What was measured
+before stays in the table, unless it was measured again.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+import statistics
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+
+from benchmarks.device import Cpu, Cuda, Device
+from benchmarks.gpu import TRY_AGAIN, other_cases, swin_cases, toy_cases
+from benchmarks.providers import ours
+from benchmarks.rows import facts_of
+from benchmarks.timing import (
+    Gate,
+    Inputs,
+    Loop,
+    Timed,
+    count_of_sets,
+    make_inputs,
+    passes_of,
+    reason_of,
+)
+from swin_kernels.kernels.triton import configs
+from swin_kernels.kernels.triton.launch import gpu_of
+from swin_kernels.testing import Case
+
+COPY_RATE = 4e12  # bytes a second, of the order of a data-centre GPU: for counts of passes
+ROUNDS = 7
+GAIN = 0.99  # of the best so far that a change must reach: less is noise
+
+WARPS_AND_STAGES = {"num_warps": (1, 2, 4, 8), "loop_stages": (1, 2, 3)}
+PROGRAMS = {"programs_per_multiprocessor": (2, 4, 8, 16, 32)}
+BLOCKS = {"block_m": (16, 32, 64, 128), "block_n": (16, 32, 64, 128)}
+# what is varied together, in this order
+GROUPS: dict[str, tuple[dict[str, tuple[int, ...]], ...]] = {
+    "forward": (WARPS_AND_STAGES, PROGRAMS),
+    "backward": (WARPS_AND_STAGES, PROGRAMS),
+    "tiled_forward": (BLOCKS, WARPS_AND_STAGES),
+    "dq": (BLOCKS, WARPS_AND_STAGES),
+    "dkv": (BLOCKS, WARPS_AND_STAGES),
+    "dbias": (BLOCKS, WARPS_AND_STAGES, PROGRAMS),
+}
+TOY_GROUPS = {
+    "forward": ({"num_warps": (1, 2)}, {"programs_per_multiprocessor": (2,)}),
+    "backward": ({"programs_per_multiprocessor": (2,)},),
+    "tiled_forward": ({"block_m": (32,), "block_n": (64,)},),
+    "dq": ({"block_m": (32,)},),
+    "dkv": ({"block_n": (32,)},),
+    "dbias": ({"programs_per_multiprocessor": (2,)},),
+}
+
+
+class Kernel(NamedTuple):
+    """One kernel as one case runs it."""
+
+    name: str
+    case: Case
+    shape: configs.Shape
+    gpu: configs.Gpu
+
+    @property
+    def key(self) -> str:
+        return configs.tuned_key(self.name, self.shape, self.gpu)
+
+    @property
+    def direction(self) -> str:
+        return "forward" if self.name.endswith("forward") else "backward"
+
+
+def kernels_of(case: Case, gpu: configs.Gpu) -> list[Kernel]:
+    """What the case's forward and its backward, with a gradient of the bias, launch."""
+    windows, heads = case.batch * case.grid.windows, case.heads
+    dims = (case.grid.tokens, case.head_dim, case.dv, case.dtype, windows, heads)
+    forward, backward = configs.Shape(*dims), configs.Shape(*dims, sums_bias=True)
+    names = {
+        "forward": forward if configs.takes_whole_windows("forward", forward) else None,
+        "backward": backward if configs.takes_whole_windows("backward", backward) else None,
+    }
+    if names["forward"] is None:
+        names["tiled_forward"] = forward
+    if names["backward"] is None:
+        names |= dict.fromkeys(("dq", "dkv", "dbias"), backward)
+    return [Kernel(name, case, shape, gpu) for name, shape in names.items() if shape is not None]
+
+
+def candidates(best: configs.Config, group: dict[str, tuple[int, ...]]) -> Iterator[dict[str, int]]:
+    """The fields of every other layout that the group's values make of `best`."""
+    for values in itertools.product(*group.values()):
+        fields = dict(zip(group, values))
+        if fields.items() <= asdict(best).items():
+            continue
+        yield fields
+
+
+class Trial:
+    """Checks and times one case under one layout after another."""
+
+    def __init__(self, case: Case, device: Device) -> None:
+        self.device = device
+        self.sets: list[Inputs] = [
+            make_inputs(case, device, 10 * i) for i in range(count_of_sets(case, device))
+        ]
+        self.gate = Gate(case, device, self.sets[0])
+        self.attend = ours(case, device)
+        self.passes = passes_of(case, device, len(self.sets), COPY_RATE)
+
+    def seconds(self, kernel: Kernel, fields: dict[str, int]) -> float:
+        """Median of a call in the kernel's direction; AssertionError where the rule is broken."""
+        with configs.override({kernel.key: fields}):
+            self.gate.check(self.attend, 2.0)
+            loop = Loop(self.attend, self.sets)
+            loop.warm()
+            timed = Timed(loop, self.device, self.passes)
+            for _ in range(ROUNDS if self.device.name == "cuda" else 1):
+                timed.sample()
+        return statistics.median(timed.samples[kernel.direction])
+
+
+class Tuner:
+    def __init__(self, device: Device, groups: dict, budget: float) -> None:
+        self.device, self.groups = device, groups
+        self.ends = time.perf_counter() + budget
+        self.found: dict[str, dict[str, int]] = {}
+        self.broken = False
+
+    def tune(self, kernel: Kernel, trial: Trial) -> None:
+        """Keeps the fastest layout of a kernel, if it is not the one it has anyway."""
+        default = configs.config_for(kernel.name, kernel.shape, kernel.gpu)
+        best, fields = default, {}
+        fastest = first = trial.seconds(kernel, {})
+        print(f"{kernel.key}: {first * 1e6:.4g} µs with {asdict(default)}", flush=True)
+        for group in self.groups[kernel.name]:
+            start = best
+            for changed in candidates(start, group):
+                if time.perf_counter() > self.ends or self.broken:
+                    break
+                candidate = {**fields, **changed}
+                try:
+                    seconds = trial.seconds(kernel, candidate)
+                except Exception as error:  # too large for the device, or wrong
+                    print(f"  {changed}: {reason_of(error)}", flush=True)
+                    self.broken = self.device.broken()
+                    continue
+                print(f"  {changed}: {seconds * 1e6:.4g} µs", flush=True)
+                if seconds < GAIN * fastest:
+                    fastest, best = seconds, configs.Config(**{**asdict(best), **changed})
+            fields = {k: v for k, v in asdict(best).items() if v != asdict(default)[k]}
+        if fields:
+            self.found[kernel.key] = asdict(best)
+            print(f"  best: {fields}, {fastest / first:.2f} of the time", flush=True)
+
+
+def write(path: Path, found: dict[str, dict[str, int]], facts: dict[str, str]) -> None:
+    """The table with what was found; each entry says where it was measured."""
+    table = json.loads(configs.TUNED.read_text())
+    measured = table["measured"] if isinstance(table["measured"], dict) else {}
+    table["measured"] = measured | dict.fromkeys(found, facts)
+    table["configs"] |= found
+    if not table["measured"]:
+        table["measured"] = "nothing yet: no entry was timed on a device"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(table, indent=2, sort_keys=True) + "\n")
+
+
+def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--budget", type=float, default=300, help="seconds for all of it")
+    parser.add_argument("--cases", nargs="+", default=[""], help="beginnings of names of cases")
+    parser.add_argument("--out", type=Path, default=configs.TUNED)
+    parser.add_argument("--rehearse", action="store_true", help="toy sizes on a CPU")
+    return parser.parse_args(arguments)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    options = parse(arguments)
+    if options.rehearse and options.out == configs.TUNED:
+        raise SystemExit("--rehearse measures nothing: give an --out of its own")
+    torch.manual_seed(0)
+    device: Device = Cpu() if options.rehearse else Cuda()
+    cases = toy_cases() if options.rehearse else swin_cases() | other_cases()
+    tuner = Tuner(device, TOY_GROUPS if options.rehearse else GROUPS, options.budget)
+    facts, seen = facts_of(device), set()
+    for name, case in cases.items():
+        if not name.startswith(tuple(options.cases)):
+            continue
+        kernels = [k for k in kernels_of(case, gpu_of(device.device)) if k.key not in seen]
+        if not kernels or time.perf_counter() > tuner.ends:
+            continue
+        print(f"{name}: {', '.join(k.name for k in kernels)}", flush=True)
+        trial = Trial(case, device)
+        for kernel in kernels:
+            seen.add(kernel.key)
+            try:
+                tuner.tune(kernel, trial)
+            except Exception as error:  # the default itself is wrong: nothing to compare with
+                print(f"{kernel.key}: {reason_of(error)}", flush=True)
+            write(options.out, tuner.found, facts)
+            if device.broken():
+                return TRY_AGAIN
+        del trial
+        device.release()
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
