@@ -21,12 +21,13 @@ from torch import Tensor
 class Cuda:
     name = "cuda"
     dtype = torch.bfloat16
-    cache_bytes = 50e6  # of the last cache: L2 of an H100 or H200
     copied_bytes, matrix_size = 2**31, 8192  # what the rates are measured on
     shortest_sample = 1e-3  # seconds, so that the latency of the first launch does not matter
 
     def __init__(self) -> None:
         self.device = torch.device("cuda", torch.cuda.current_device())
+        facts = torch.cuda.get_device_properties(self.device)
+        self.cache_bytes = float(getattr(facts, "L2_cache_size", 60e6))
 
     def gpu(self) -> str:
         return torch.cuda.get_device_name(self.device)

@@ -2,8 +2,8 @@
 
     python -m benchmarks.gpu [--budget 300] [--csv FILE] [--resume] [--rehearse]
 
-Rows go into the CSV as they are known. `--warm I/N` compiles what the I-th of N such processes is to
-compile, into the caches on disk, and times nothing. `--rehearse` is the same program on toy sizes
+Rows go into the CSV as they are known. `--warm I/N` compiles the I-th of N parts of the work into
+the caches on disk, and times nothing. `--rehearse` is the same program on toy sizes
 and a CPU, under TRITON_INTERPRET=1. Exit code: 0; 1 where our results or launches failed; 75 where
 the device is beyond use for this process, and another one can `--resume`.
 """
@@ -108,7 +108,7 @@ class Budget:
 def loops_of(
     name: str, case: Case, device: Device, providers: Sequence[Provider], book: Book
 ) -> dict[str, tuple[Loop | Replayed, float | None]]:
-    """Checked and warm loops with the peak of one call in MB; what fails has its row in the book."""
+    """Checked, warm loops, each with the peak of one call in MB; what fails goes into the book."""
     sets = [make_inputs(case, device, 10 * i) for i in range(count_of_sets(case, device))]
     gate = Gate(case, device, sets[0])
     loops: dict[str, tuple[Loop | Replayed, float | None]] = {}

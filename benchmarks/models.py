@@ -16,6 +16,7 @@ from benchmarks.timing import reason_of
 from swin_kernels.demo.measure import STEPS, Outcome, run_once
 
 GATE_IMAGES = 8
+COMPILED_FACTOR = 10  # of the error rule: a compiler rounds every layer its own way
 FORMS = ("stock", "patched", "stock, compiled", "patched, compiled")
 
 
@@ -51,7 +52,7 @@ def _flat(outcome: Outcome, sizes: dict[str, float]) -> Tensor:
     return torch.cat([outcome.grads[n].double().flatten() / size for n, size in sizes.items()])
 
 
-def check_errors(patched: Outcome, stock: Outcome, exact: Outcome) -> None:
+def check_errors(patched: Outcome, stock: Outcome, exact: Outcome, factor: float = 2.0) -> None:
     """The error rule for root mean squares: of the logits, and of all gradients, each to its size.
 
     Behind a whole model the largest error is a throw of dice.
@@ -65,7 +66,7 @@ def check_errors(patched: Outcome, stock: Outcome, exact: Outcome) -> None:
         compared["gradients"] = [_flat(x, sizes) for x in (patched, stock, exact)]
     for what, (ours, theirs, best) in compared.items():
         error, allowed = _rms(ours.double() - best), _rms(theirs.double() - best)
-        assert error <= 2 * allowed + eps * _rms(best), f"{what}: {error=:.3e} {allowed=:.3e}"
+        assert error <= factor * allowed + eps * _rms(best), f"{what}: {error=:.3e} {allowed=:.3e}"
 
 
 class Models:
@@ -97,8 +98,8 @@ class Models:
         # another batch would be compiled again: the logits of the whole one
         with torch.inference_mode():
             logits = module(self.images)[:GATE_IMAGES]
-        bare = {"grads": {}}
-        check_errors(Outcome(logits, **bare), stock._replace(**bare), exact._replace(**bare))
+        outcomes = (Outcome(x, {}) for x in (logits, stock.logits, exact.logits))
+        check_errors(*outcomes, COMPILED_FACTOR)
 
     def warm(self, form: str) -> None:
         for step, function in STEPS.items():

@@ -24,7 +24,7 @@ Attend = Callable[[Tensor, Tensor, Tensor | None], Tensor]
 
 
 class Windows:
-    """Roll and partition of one case, whose map is a whole number of windows, and what is made once."""
+    """Roll and partition of a map of whole windows, and what a model makes once."""
 
     def __init__(self, case: Case, device: torch.device) -> None:
         assert not case.grid.needs_padding, case
@@ -118,7 +118,7 @@ def sdpa(case: Case, device: Device) -> Attend:
 
 
 def flex(case: Case, device: Device) -> Attend:
-    """FlexAttention, compiled with its roll and partition: bias and regions are read in score_mod."""
+    """FlexAttention, compiled with roll and partition: bias and regions are read in score_mod."""
     from torch.nn.attention.flex_attention import flex_attention
 
     windows = Windows(case, device.device)

@@ -2,8 +2,8 @@
 
     python -m benchmarks.tune [--budget 300] [--cases T1 V2] [--out FILE] [--rehearse]
 
-For each kernel of each case the fields of its layout are varied, a group at a time, from the best so
-far; one that breaks the error rule or does not compile is left out and said. What was measured
+For each kernel of each case the fields of its layout are varied, a group at a time, from the best
+so far; one that breaks the error rule or does not compile is left out and said. What was measured
 before stays in the table, unless it was measured again.
 """
 

@@ -1,0 +1,207 @@
+#!/usr/bin/env python3
+"""One run on a GPU, with the Python that runs this: the tests, then the benchmark.
+
+    .ci/gpu.py [--seconds 570] [--rehearse]
+
+Nothing is fetched, built or installed. While the tests run, other processes compile what the
+benchmark will need. Logs and rows go to benchmarks/results, and to the folder OUT names, if it
+does. A failure of the tests does not keep the benchmark from running; the exit code tells of both.
+`--rehearse` goes through the same steps without a GPU, on toy sizes.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+RESULTS = ROOT / "benchmarks" / "results"
+TRY_AGAIN = 75  # of benchmarks.gpu: go on in another process
+TEST_SHARE = 0.5  # of the seconds, at most
+TEST_PROCESSES = 6
+WARM_PROCESSES = 8
+SHOWN_LINES = 60  # of the log of the tests
+MARGIN = 15  # seconds for the end of processes and for copies
+
+
+class Session:
+    def __init__(self, seconds: float, rehearse: bool) -> None:
+        self.ends = time.monotonic() + seconds
+        self.rehearse = rehearse
+        self.started = time.time()
+        self.out = Path(os.environ["OUT"]) if os.environ.get("OUT") else None
+        self.environment = {
+            **os.environ,
+            "PYTHONUNBUFFERED": "1",
+            "PYTHONPATH": os.pathsep.join(
+                [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
+            ),
+        }
+        if rehearse:
+            self.environment |= {"SWIN_KERNELS_REHEARSE": "1", "TRITON_INTERPRET": "1"}
+        RESULTS.mkdir(parents=True, exist_ok=True)
+
+    def left(self) -> float:
+        return self.ends - time.monotonic()
+
+    def benchmark(self, *arguments: str) -> list[str]:
+        """The command line of the benchmark."""
+        if self.rehearse:
+            start = [sys.executable, "tests/interpreted.py", "benchmarks.gpu", "--rehearse"]
+        else:
+            start = [sys.executable, "-m", "benchmarks.gpu"]
+        return [*start, *arguments]
+
+    def start(self, command: list[str], log: Path, **more: str) -> subprocess.Popen:
+        """A process with a session of its own, so that its children end with it."""
+        print(f"+ {' '.join(command)} > {log.relative_to(ROOT)}", flush=True)
+        with log.open("ab") as file:
+            return subprocess.Popen(
+                command,
+                cwd=ROOT,
+                stdin=subprocess.DEVNULL,
+                stdout=file,
+                stderr=subprocess.STDOUT,
+                env=self.environment | more,
+                start_new_session=True,
+            )
+
+    def wait(self, process: subprocess.Popen, seconds: float) -> int:
+        """Its exit code; 124 if it was ended after `seconds`. Results are copied meanwhile."""
+        ends = time.monotonic() + seconds
+        while time.monotonic() < ends:
+            try:
+                return process.wait(min(5, max(0.1, ends - time.monotonic())))
+            except subprocess.TimeoutExpired:
+                self.copy()
+        self.stop(process)
+        return 124
+
+    @staticmethod
+    def stop(process: subprocess.Popen) -> None:
+        for how in (signal.SIGTERM, signal.SIGKILL):
+            if process.poll() is not None:
+                return
+            try:
+                os.killpg(process.pid, how)
+            except ProcessLookupError:  # it has just ended
+                return
+            try:
+                process.wait(5)
+            except subprocess.TimeoutExpired:
+                continue
+
+    def copy(self) -> None:
+        """What this run wrote, to OUT."""
+        if self.out is None:
+            return
+        self.out.mkdir(parents=True, exist_ok=True)
+        for path in RESULTS.glob("gpu-*"):
+            if path.stat().st_mtime >= self.started - 1:
+                shutil.copy(path, self.out / path.name)
+
+
+def show(log: Path, lines: int | None = None) -> None:
+    text = log.read_text(errors="replace").splitlines()
+    print("\n".join(text if lines is None else text[-lines:]), flush=True)
+
+
+def fresh(name: str) -> Path:
+    path = RESULTS / name
+    path.unlink(missing_ok=True)
+    return path
+
+
+def test_command(rehearse: bool) -> list[str]:
+    command = [sys.executable, "-m", "pytest", "-q", "-ra", "--tb=short", "-p", "no:cacheprovider"]
+    if rehearse:
+        return [*command, "tests/test_gpu.py"]
+    command += ["--device", "cuda"]
+    if importlib.util.find_spec("xdist") is not None:
+        command += ["-n", str(TEST_PROCESSES)]
+    return command
+
+
+def run(session: Session) -> int:
+    warm_log, test_log = fresh("gpu-warm.log"), fresh("gpu-tests.log")
+    bench_log = fresh("gpu-benchmark.log")
+    count = 1 if session.rehearse else WARM_PROCESSES
+    warming = [
+        # each compiles in its own process alone, as there are several
+        session.start(
+            session.benchmark("--warm", f"{i}/{count}"), warm_log, TORCHINDUCTOR_COMPILE_THREADS="1"
+        )
+        for i in range(count)
+    ]
+    try:
+        tests = session.start(test_command(session.rehearse), test_log)
+        test_ends = TEST_SHARE * session.left()
+        test_code = session.wait(tests, test_ends)
+        show(test_log, SHOWN_LINES)
+        print(f"tests: exit code {test_code}", flush=True)
+        # no more: with cold caches too the benchmark has time for what matters most
+        warm_ends = time.monotonic() + 0.3 * session.left()
+        for process in warming:
+            session.wait(process, max(0.1, warm_ends - time.monotonic()))
+    finally:
+        for process in warming:
+            session.stop(process)
+    print(f"warm after {session.left():.0f} s before the end", flush=True)
+    rows = rows_file(session)
+    code, attempts = TRY_AGAIN, 0
+    while (code == TRY_AGAIN or code < 0) and attempts < 4 and session.left() > 2 * MARGIN:
+        arguments = ["--budget", f"{session.left() - MARGIN:.0f}", "--csv", str(rows)]
+        if attempts:
+            arguments.append("--resume")
+        process = session.start(session.benchmark(*arguments), bench_log)
+        code = session.wait(process, session.left() - MARGIN / 2)
+        attempts += 1
+    show(bench_log)
+    session.copy()
+    print(f"tests: exit code {test_code}; benchmark: exit code {code}", flush=True)
+    return 1 if test_code or code else 0
+
+
+def rows_file(session: Session) -> Path:
+    """Named after the device and the date by a process that has them."""
+    ask = (
+        "from benchmarks.rows import facts_of, file_name; "
+        f"from benchmarks.device import {'Cpu' if session.rehearse else 'Cuda'} as Device; "
+        "print(file_name(facts_of(Device())))"
+    )
+    answer = subprocess.run(
+        [sys.executable, "-c", ask],
+        cwd=ROOT,
+        env=session.environment,
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    lines = answer.stdout.split()
+    if answer.returncode or not lines:
+        print(answer.stderr, flush=True)
+    return RESULTS / (lines[-1] if lines else "gpu-unknown.csv")
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--seconds", type=float, default=570, help="for all of it")
+    parser.add_argument("--rehearse", action="store_true", help="toy sizes on a CPU")
+    options = parser.parse_args()
+    session = Session(options.seconds, options.rehearse)
+    try:
+        return run(session)
+    finally:
+        session.copy()
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
