@@ -1,6 +1,8 @@
 # PYTHON makes the environment; a torch that it already imports is used as it is.
 PYTHON ?= python3
 VENV ?= .venv
+# `make gpu` builds and installs nothing: it takes this Python with the torch that it has
+GPU_PYTHON ?= python3
 ARGS ?=
 
 RUN := $(VENV)/bin/python
@@ -11,13 +13,16 @@ FORMATTED := $(shell find csrc -name '*.h' -o -name '*.cpp')
 # ninja, ruff and clang-format may be installed beside its torch
 export PATH := $(abspath $(VENV)/bin):$(PATH):$(dir $(shell command -v $(PYTHON)))
 
-.PHONY: demo test check build environment clean FORCE
+.PHONY: demo test gpu check build environment clean FORCE
 
 demo: build  ## a timm Swin on a photograph, patched against stock; ARGS="--help" lists options
 	@$(RUN) -m swin_kernels demo $(ARGS)
 
 test: build  ## the tests, and those of the Triton kernels interpreted; ARGS="-k name" picks some
 	@.ci/tests $(RUN) $(ARGS)
+
+gpu:  ## on a machine with a GPU: the tests there, then the benchmark; under 10 minutes
+	$(GPU_PYTHON) .ci/gpu.py $(ARGS)
 
 check: environment  ## linters, types, formatting
 	$(RUN) -m ruff check .

@@ -27,7 +27,7 @@ TRY_AGAIN = 75  # of benchmarks.gpu: go on in another process
 TEST_SHARE = 0.5  # of the seconds, at most
 TEST_PROCESSES = 6
 WARM_PROCESSES = 8
-SHOWN_LINES = 60  # of the log of the tests
+SHOWN_LINES = 60, 130  # of the logs of the tests and of the benchmark, which ends with its tables
 MARGIN = 15  # seconds for the end of processes and for copies
 
 
@@ -108,9 +108,9 @@ class Session:
                 shutil.copy(path, self.out / path.name)
 
 
-def show(log: Path, lines: int | None = None) -> None:
-    text = log.read_text(errors="replace").splitlines()
-    print("\n".join(text if lines is None else text[-lines:]), flush=True)
+def show(log: Path, lines: int) -> None:
+    text = log.read_text(errors="replace") if log.exists() else ""
+    print("\n".join(text.splitlines()[-lines:]), flush=True)
 
 
 def fresh(name: str) -> Path:
@@ -144,7 +144,7 @@ def run(session: Session) -> int:
         tests = session.start(test_command(session.rehearse), test_log)
         test_ends = TEST_SHARE * session.left()
         test_code = session.wait(tests, test_ends)
-        show(test_log, SHOWN_LINES)
+        show(test_log, SHOWN_LINES[0])
         print(f"tests: exit code {test_code}", flush=True)
         # no more: with cold caches too the benchmark has time for what matters most
         warm_ends = time.monotonic() + 0.3 * session.left()
@@ -163,7 +163,7 @@ def run(session: Session) -> int:
         process = session.start(session.benchmark(*arguments), bench_log)
         code = session.wait(process, session.left() - MARGIN / 2)
         attempts += 1
-    show(bench_log)
+    show(bench_log, SHOWN_LINES[1])
     session.copy()
     print(f"tests: exit code {test_code}; benchmark: exit code {code}", flush=True)
     return 1 if test_code or code else 0

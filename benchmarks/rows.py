@@ -106,8 +106,8 @@ def _read(line: dict[str, str]) -> Row:
     )
 
 
-def _number(x: float | None, digits: int = 4) -> str:
-    return "–" if x is None else f"{x:.{digits}g}"
+def _number(x: float | None) -> str:
+    return "–" if x is None else f"{x:.1f}"
 
 
 def table_of(rows: Sequence[Row], providers: Sequence[str]) -> tuple[list[str], list[list[str]]]:
@@ -134,7 +134,7 @@ def print_table(header: list[str], lines: list[list[str]]) -> None:
         from rich.console import Console
         from rich.table import Table
 
-        table = Table(*header, box=box.SIMPLE)
+        table = Table(*header, box=box.SIMPLE_HEAD, pad_edge=False)
         for line in lines:
             table.add_row(*line)
         Console(width=200).print(table)

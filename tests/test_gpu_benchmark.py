@@ -1,0 +1,306 @@
+"""The benchmark of a GPU, its tuner and its driver, rehearsed where there is none."""
+
+from __future__ import annotations
+
+import csv
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+pytest.importorskip("triton", reason="what is rehearsed are Triton's kernels")
+pytest.importorskip("timm", reason="whole models are timm's")
+
+from benchmarks import gpu, models, providers
+from benchmarks.device import Cpu
+from benchmarks.rows import Book, Row, print_plain, table_of
+from benchmarks.timing import DIRECTIONS, Gate, Loop, Replayed, make_inputs, sample_in_turn
+from swin_kernels.kernels.triton import configs
+from swin_kernels.kernels.triton.configs import INTERPRETER, Shape
+
+ROOT = Path(__file__).resolve().parents[1]
+FACTS = {"gpu": "none", "torch": "0", "triton": "0", "commit": "unknown", "date": "2000-01-01"}
+
+
+def interpreted(*arguments: str) -> subprocess.CompletedProcess:
+    """A module of benchmarks in a process under Triton's interpreter."""
+    command = [sys.executable, "tests/interpreted.py", *arguments]
+    environment = {k: v for k, v in os.environ.items() if k != "SWIN_KERNELS_BACKEND"}
+    environment["OMP_NUM_THREADS"] = "1"  # threads of a busy machine wait for each other
+    return subprocess.run(
+        command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False
+    )
+
+
+def lines_of(path: Path) -> list[dict[str, str]]:
+    with path.open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+@pytest.mark.slow
+def test_rehearsal_times_every_case_from_end_to_end(tmp_path):
+    path = tmp_path / "rows.csv"
+    done = interpreted("benchmarks.gpu", "--rehearse", "--budget", "1000", "--csv", str(path))
+    assert done.returncode == 0, done.stdout + done.stderr
+    lines = lines_of(path)
+    untimed = {(line["provider"], line["direction"]) for line in lines if line["note"]}
+    assert untimed == {("flex", d) for d in DIRECTIONS}, done.stderr  # which has no CPU backward
+    expected = {
+        *((case, p.name, d) for case in gpu.toy_cases() for p in gpu.PROVIDERS for d in DIRECTIONS),
+        *(
+            ("toy, batch 2", form, step)
+            for form in models.FORMS
+            for step in ("inference", "training step")
+        ),
+    }
+    assert {(x["case"], x["provider"], x["direction"]) for x in lines} == expected
+    assert all(float(x["median_us"]) > 0 for x in lines if not x["note"])
+    assert {"gpu", "torch", "triton", "commit", "date", "copy_gb_s"} <= lines[0].keys()
+    again = interpreted("benchmarks.gpu", "--rehearse", "--resume", "--csv", str(path))
+    assert again.returncode == 0, again.stdout + again.stderr
+    assert lines_of(path) == lines
+
+
+def test_warm_part_compiles_and_times_nothing():
+    count = len(gpu.toy_cases()) * 5 + 2
+    done = interpreted("benchmarks.gpu", "--rehearse", "--warm", f"{count - 1}/{count}")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert done.stdout.startswith("toy 3-D: flex: ")
+
+
+@pytest.mark.slow
+def test_tuner_rehearsal_writes_a_table(tmp_path):
+    path = tmp_path / "tuned.json"
+    cases = ("--cases", "toy tiles", "toy 3-D")
+    done = interpreted("benchmarks.tune", "--rehearse", *cases, "--out", str(path))
+    assert done.returncode == 0, done.stdout + done.stderr
+    for kernel in ("forward", "backward", "dq", "dkv", "dbias"):
+        assert f"\n{kernel}-interpreter-float16" in done.stdout
+    table = json.loads(path.read_text())
+    for key, fields in table["configs"].items():
+        assert configs.Config(**fields)
+        assert {"gpu", "torch", "triton", "date", "commit"} <= table["measured"][key].keys()
+
+
+def test_tuner_writes_what_was_found_beside_what_was_known(tmp_path, monkeypatch):
+    from benchmarks import tune
+
+    known = {"measured": {"a": FACTS}, "configs": {"a": {"num_warps": 1}}}
+    path = tmp_path / "tuned.json"
+    path.write_text(json.dumps(known))
+    monkeypatch.setattr(configs, "TUNED", path)
+    tune.write(path, {"b": {"num_warps": 2}}, FACTS)
+    table = json.loads(path.read_text())
+    assert table["configs"] == {"a": {"num_warps": 1}, "b": {"num_warps": 2}}
+    assert table["measured"] == {"a": FACTS, "b": FACTS}
+
+
+def test_override_wins_until_it_ends():
+    shape = Shape(49, 32, 32, torch.float16, 64, 3)
+    key = configs.tuned_key("forward", shape, INTERPRETER)
+    plain = configs.config_for("forward", shape, INTERPRETER)
+    with configs.override({key: {"num_warps": 16}}):
+        inner = {key: {"loop_stages": 5}}
+        with configs.override(inner):
+            assert configs.config_for("forward", shape, INTERPRETER).loop_stages == 5
+        assert configs.config_for("forward", shape, INTERPRETER).num_warps == 16
+    assert configs.config_for("forward", shape, INTERPRETER) == plain
+
+
+def test_spent_budget_skips_and_says_so(tmp_path, capsys):
+    path = tmp_path / "rows.csv"
+    assert gpu.main(["--rehearse", "--budget", "1e-9", "--csv", str(path)]) == 0
+    lines = lines_of(path)
+    assert {line["provider"] for line in lines} >= {"ours", "flex", "patched, compiled"}
+    assert all(line["note"].startswith("skipped: ") for line in lines)
+    assert "no time for toy: ours: skipped" in capsys.readouterr().out
+
+
+class Fp32Cpu(Cpu):
+    dtype = torch.float32
+
+
+def toy():
+    return gpu.toy_cases()["toy"].but(dtype=torch.float32)
+
+
+def test_peers_agree_on_every_toy_case():
+    device = Fp32Cpu()
+    for case in (c.but(dtype=torch.float32) for c in gpu.toy_cases().values()):
+        inputs = make_inputs(case, device, 0)
+        gate = Gate(case, device, inputs)
+        for make in (providers.unfused, providers.sdpa):
+            gate.check(make(case, device), 10)
+        with torch.no_grad():  # FlexAttention has no CPU backward
+            found = providers.flex(case, device)(
+                *(x if x is None else x.detach() for x in inputs[:3])
+            )
+            expected = providers.unfused(case, device)(*inputs[:3])
+        torch.testing.assert_close(found, expected)
+
+
+@pytest.mark.parametrize(
+    "wrong, complaint",
+    [
+        (lambda out, leaf: out * 1.01, "output"),
+        (lambda out, leaf: out + 0 * leaf.sum() + leaf.sum() - leaf.sum().detach(), "images"),
+    ],
+    ids=["output", "gradient"],
+)
+def test_gate_refuses_what_breaks_the_rule(wrong, complaint):
+    case, device = toy(), Fp32Cpu()
+    case = case.but(batch=5)
+    inputs = make_inputs(case, device, 0)
+    attend = providers.unfused(case, device)
+    with pytest.raises(AssertionError, match=complaint):
+        Gate(case, device, inputs).check(lambda q, t, s: wrong(attend(q, t, s), q), 10)
+
+
+def test_failed_provider_is_a_row_and_others_go_on(tmp_path):
+    def failing(case, device):
+        raise RuntimeError("no such\nkernel")
+
+    book = Book(tmp_path / "rows.csv", FACTS)
+    wanted = [providers.Provider("bad", failing), providers.Provider("good", providers.unfused)]
+    gpu.measure_case("toy", toy(), Fp32Cpu(), wanted, book, (1e9, 1e9), 1, 1.0)
+    assert {r.note for r in book.rows if r.provider == "bad"} == {"RuntimeError: no such kernel"}
+    assert all(r.median_us for r in book.rows if r.provider == "good")
+    resumed = Book(book.path, FACTS, resume=True)
+    assert [r[:3] for r in resumed.rows] == [r[:3] for r in book.rows]
+    assert resumed.has("toy", "bad")
+
+
+def test_error_while_timing_ends_one_provider_only():
+    class Failing:
+        def sample(self):
+            raise RuntimeError("late")
+
+    class Fine:
+        def sample(self):
+            pass
+
+    assert sample_in_turn([Failing(), Fine()], 3, 0.0) == ["RuntimeError: late", None]
+
+
+def test_device_beyond_use_asks_for_another_process(tmp_path, monkeypatch):
+    monkeypatch.setattr(Cpu, "broken", lambda self: True)
+    arguments = ["--rehearse", "--csv", str(tmp_path / "rows.csv")]
+    monkeypatch.setattr(gpu, "PROVIDERS", (providers.Provider("peer", providers.unfused),))
+    with pytest.raises(SystemExit) as stopped:
+        gpu.main(arguments)
+    assert stopped.value.code == gpu.TRY_AGAIN
+
+
+def test_failure_of_ours_is_the_exit_code(tmp_path, monkeypatch):
+    def failing(case, device):
+        raise RuntimeError("wrong")
+
+    monkeypatch.setattr(gpu, "PROVIDERS", (providers.Provider("ours", failing),))
+    monkeypatch.setattr(gpu.Run, "model", lambda *_: None)
+    assert gpu.main(["--rehearse", "--csv", str(tmp_path / "rows.csv")]) == 1
+
+
+def test_error_of_a_case_or_a_model_itself_is_in_its_rows(tmp_path, monkeypatch):
+    def failing(*_):
+        raise RuntimeError("no memory")
+
+    monkeypatch.setattr(gpu, "make_inputs", failing)
+    monkeypatch.setattr(models, "Models", failing)
+    path = tmp_path / "rows.csv"
+    assert gpu.main(["--rehearse", "--csv", str(path)]) == 1
+    assert {line["note"] for line in lines_of(path)} == {"RuntimeError: no memory"}
+
+
+def test_replay_that_differs_is_refused():
+    case, device = toy(), Fp32Cpu()
+    attend, calls = providers.unfused(case, device), []
+
+    def drifting(*leaves):
+        calls.append(1)
+        return attend(*leaves) + len(calls)
+
+    with pytest.raises(AssertionError, match="replay"):
+        Replayed(Loop(drifting, [make_inputs(case, device, 0)]), device)
+
+
+def test_model_that_breaks_the_rule_is_refused():
+    exact = models.Outcome(torch.ones(2, 3, dtype=torch.float64), {})
+    stock = models.Outcome(torch.ones(2, 3), {})
+    models.check_errors(stock, stock, exact)
+    with pytest.raises(AssertionError, match="logits"):
+        models.check_errors(models.Outcome(torch.ones(2, 3) * 1.01, {}), stock, exact)
+
+
+def test_table_without_rich(capsys):
+    rows = [Row("a", "ours", "forward", 2.0, floor_us=1.0, of_floor=0.5), Row("a", "x", "forward")]
+    print_plain(*table_of(rows, ["ours", "x"]))
+    assert capsys.readouterr().out.splitlines() == [
+        "case  direction  floor µs  ours       x",
+        "a     forward    1.0       2.0 (50%)  –",
+    ]
+
+
+def test_cases_have_the_sizes_of_the_papers():
+    cases = gpu.swin_cases()
+    assert len(cases) == 16
+    assert list(cases)[:3] == ["T1 shift 3", "B1 shift 3", "L1 shift 3"]
+    assert {c.heads * c.head_dim for n, c in cases.items() if n[0] == "T"} == {96, 192, 384, 768}
+    for case in (cases | gpu.other_cases()).values():
+        assert not case.grid.needs_padding
+
+
+# the driver
+
+
+@pytest.fixture
+def driver(tmp_path, monkeypatch):
+    """`.ci/gpu.py`, with results of its own and OUT beside them."""
+    spec = importlib.util.spec_from_file_location("gpu_driver", ROOT / ".ci" / "gpu.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    monkeypatch.setattr(module, "RESULTS", tmp_path / "results")
+    monkeypatch.setattr(module, "ROOT", tmp_path)
+    monkeypatch.setattr(module, "rows_file", lambda session: tmp_path / "results" / "gpu-x.csv")
+    monkeypatch.setenv("OUT", str(tmp_path / "out"))
+    return module
+
+
+def test_driver_goes_on_after_failed_tests_and_a_lost_device(driver, tmp_path, monkeypatch, capsys):
+    asked = []
+
+    def benchmark(self, *arguments):
+        asked.append(arguments)
+        code = {2: gpu.TRY_AGAIN, 3: 0}.get(len(asked), 0)  # the first call is the one that warms
+        return [sys.executable, "-c", f"print('row'); raise SystemExit({code})"]
+
+    monkeypatch.setattr(driver.Session, "benchmark", benchmark)
+    failing = [sys.executable, "-c", "print('1 failed'); raise SystemExit(1)"]
+    monkeypatch.setattr(driver, "test_command", lambda rehearse: failing)
+    assert driver.run(driver.Session(300, rehearse=True)) == 1
+    assert [a[0] for a in asked] == ["--warm", "--budget", "--budget"]
+    assert asked[1][-1].endswith("gpu-x.csv")
+    assert asked[2][-1] == "--resume"
+    assert "tests: exit code 1; benchmark: exit code 0" in capsys.readouterr().out
+    written = {path.name for path in (tmp_path / "out").iterdir()}
+    assert written == {"gpu-warm.log", "gpu-tests.log", "gpu-benchmark.log"}
+
+
+def test_driver_ends_what_outlasts_its_time(driver):
+    session = driver.Session(100, rehearse=True)
+    forever = [sys.executable, "-c", "import time; time.sleep(600)"]
+    process = session.start(forever, driver.RESULTS / "gpu-x.log")
+    assert session.wait(process, 0.5) == 124
+    assert process.poll() is not None
+
+
+def test_driver_commands_name_what_is_there(driver):
+    session = driver.Session(100, rehearse=False)
+    assert session.benchmark("--warm", "0/1")[1:] == ["-m", "benchmarks.gpu", "--warm", "0/1"]
+    assert "cuda" in driver.test_command(rehearse=False)
+    assert (ROOT / driver.test_command(rehearse=True)[-1]).exists()
+    assert (ROOT / driver.Session(100, rehearse=True).benchmark()[1]).exists()
