@@ -45,7 +45,11 @@ GAIN = 0.99  # of the best so far that a change must reach: less is noise
 
 WARPS_AND_STAGES = {"num_warps": (1, 2, 4, 8), "loop_stages": (1, 2, 3)}
 PROGRAMS = {"programs_per_multiprocessor": (2, 4, 8, 16, 32)}
-BLOCKS = {"block_m": (16, 32, 64, 128), "block_n": (16, 32, 64, 128)}
+# a spread bias is padded to LARGEST_BLOCK: tiles must divide it
+BLOCKS = {
+    side: tuple(b for b in (16, 32, 64, 128) if b <= configs.LARGEST_BLOCK)
+    for side in ("block_m", "block_n")
+}
 # what is varied together, in this order
 GROUPS: dict[str, tuple[dict[str, tuple[int, ...]], ...]] = {
     "forward": (WARPS_AND_STAGES, PROGRAMS),
