@@ -13,7 +13,7 @@ FORMATTED := $(shell find csrc -name '*.h' -o -name '*.cpp')
 # ninja, ruff and clang-format may be installed beside its torch
 export PATH := $(abspath $(VENV)/bin):$(PATH):$(dir $(shell command -v $(PYTHON)))
 
-.PHONY: demo test gpu check build environment clean FORCE
+.PHONY: demo test gpu aot-report check build environment clean FORCE
 
 demo: build  ## a timm Swin on a photograph, patched against stock; ARGS="--help" lists options
 	@$(RUN) -m swin_kernels demo $(ARGS)
@@ -23,6 +23,9 @@ test: build  ## the tests, and those of the Triton kernels interpreted; ARGS="-k
 
 gpu:  ## on a machine with a GPU: the tests there, then the benchmark; under 10 minutes
 	$(GPU_PYTHON) .ci/gpu.py $(ARGS)
+
+aot-report: build  ## docs/machine-code.md: what every kernel compiles to, without a GPU
+	$(RUN) -m benchmarks.machine_code $(ARGS)
 
 check: environment  ## linters, types, formatting
 	$(RUN) -m ruff check .

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from swin_kernels.kernels.tracing import asked_while_tracing
 from swin_kernels.kernels.triton.configs import LARGEST_HEAD_DIM
+from swin_kernels.kernels.triton.launch import gpu_of
 from swin_kernels.kernels.triton.plan import kept_shape
 from swin_kernels.problem import Operands, Options, Problem
 
@@ -92,7 +93,7 @@ def _forward_fake(*arguments) -> tuple[Tensor, Tensor]:
     operands, options = _split(arguments[:-1])
     query, _, value = operands.unpacked()
     out = query.new_empty((*query.shape[:-1], value.shape[-1]))
-    shape = kept_shape(operands, options) if arguments[-1] else (0,)
+    shape = kept_shape(operands, options, gpu_of(query.device)) if arguments[-1] else (0,)
     dtype = query.dtype if shape == (0,) else torch.float32
     return out, query.new_empty(shape, dtype=dtype)
 

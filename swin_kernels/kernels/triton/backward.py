@@ -175,24 +175,33 @@ def _whole_window_bwd_kernel(
             kept = kept_tile(seed_ptr, window, head, n, n, WINDOW, DROPOUT_THRESHOLD)
             weights = tl.where(kept, p * kept_factor, 0.0)
             dp = tl.where(kept, dp * kept_factor, 0.0)
+        # each gradient is stored before the next is computed: few registers are left
         dv = tl.dot(tl.trans(weights.to(do.dtype)), do, input_precision=PRECISION)
+        if NEEDS_PAD_VALUE:
+            pad_value_sum += sum_over(padding, dv)
+        store_tokens(
+            grad_value_ptr,
+            grad_value_start,
+            image,
+            head,
+            x,
+            rows,
+            grad_value_strides,
+            dv,
+            VALUE_DIM,
+            BLOCK_DV,
+            ALIGNED,
+        )
         ds = p * (dp - tl.sum(p * dp, 1)[:, None])
         if NEEDS_BIAS:
             bias_sum += ds
         ds = ds.to(q.dtype)
         dq = tl.dot(ds, k, input_precision=PRECISION)  # (BLOCK_N, BLOCK_D)
-        dk = tl.dot(tl.trans(ds), q, input_precision=PRECISION)
         if COSINE:
             dq, radial = through_unit(dq, factor, q, q_norm, query_ptr.dtype.element_ty)
-            dk, _ = through_unit(dk, factor, k, k_norm, query_ptr.dtype.element_ty)
             radial_sum += radial
         else:
             dq *= factor
-            dk *= factor
-        if NEEDS_PAD_KEY:
-            pad_key_sum += sum_over(padding, dk)
-        if NEEDS_PAD_VALUE:
-            pad_value_sum += sum_over(padding, dv)
         store_tokens(
             grad_query_ptr,
             0,
@@ -206,6 +215,13 @@ def _whole_window_bwd_kernel(
             BLOCK_D,
             ALIGNED,
         )
+        dk = tl.dot(tl.trans(ds), q, input_precision=PRECISION)
+        if COSINE:
+            dk, _ = through_unit(dk, factor, k, k_norm, query_ptr.dtype.element_ty)
+        else:
+            dk *= factor
+        if NEEDS_PAD_KEY:
+            pad_key_sum += sum_over(padding, dk)
         store_tokens(
             grad_key_ptr,
             grad_key_start,
@@ -217,19 +233,6 @@ def _whole_window_bwd_kernel(
             dk,
             HEAD_DIM,
             BLOCK_D,
-            ALIGNED,
-        )
-        store_tokens(
-            grad_value_ptr,
-            grad_value_start,
-            image,
-            head,
-            x,
-            rows,
-            grad_value_strides,
-            dv,
-            VALUE_DIM,
-            BLOCK_DV,
             ALIGNED,
         )
 

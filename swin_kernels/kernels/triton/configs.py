@@ -103,7 +103,7 @@ def block_of(length: int) -> int:
     return max(SMALLEST_BLOCK, 1 << (length - 1).bit_length())
 
 
-def takes_whole_windows(kernel: str, shape: Shape) -> bool:
+def takes_whole_windows(kernel: str, shape: Shape, gpu: Gpu) -> bool:
     """Whether forward or backward holds a window in one tile: what compiles without a spill does.
 
     A backward that does so holds four tiles of tokens and three of logits.
@@ -111,7 +111,8 @@ def takes_whole_windows(kernel: str, shape: Shape) -> bool:
     if kernel == "forward":
         return shape.tokens <= 64 and shape.largest_block <= (32 if shape.exact else 128)
     one_by_one = shape.head_dim % 16 != 0 or shape.value_dim % 16 != 0  # narrow loads: more offsets
-    crowded = shape.cosine and (shape.exact or shape.explicit_mask or shape.fills_padding)
+    adds = shape.explicit_mask or shape.fills_padding
+    crowded = (shape.cosine and (shape.exact or adds)) or (gpu.arch == "sm_120" and adds)
     return (
         shape.tokens <= 64
         and shape.largest_block <= 32
@@ -119,14 +120,24 @@ def takes_whole_windows(kernel: str, shape: Shape) -> bool:
     )
 
 
-def _whole(kernel: str, shape: Shape) -> Config:
+def _whole(kernel: str, shape: Shape, gpu: Gpu) -> Config:
     block = block_of(shape.tokens)
     warps = {16: 1, 32: 2, 64: 4}[block]
     if kernel == "forward":
         crowded = shape.exact or shape.dropout
         return Config(block, block, 2 * warps if crowded else warps, 1 if shape.exact else 2)
-    crowded = shape.exact or shape.explicit_mask or shape.fills_padding
-    return Config(block, block, 2 * warps if crowded else warps, 1, programs_per_multiprocessor=4)
+    if shape.exact:
+        return Config(block, block, 2 * warps, 1, programs_per_multiprocessor=4)
+    # warp-group products read shared memory; those of a warp hold their operands in registers
+    roomy = gpu.arch in ("sm_90", "sm_100")
+    plain = not (shape.cosine or shape.explicit_mask or shape.fills_padding)
+    return Config(
+        block,
+        block,
+        2 * warps if shape.cosine and not roomy else warps,
+        1 if plain and not roomy else 2,
+        programs_per_multiprocessor=4,
+    )
 
 
 def _tiled(kernel: str, shape: Shape) -> Config:
@@ -135,6 +146,9 @@ def _tiled(kernel: str, shape: Shape) -> Config:
     crowded = shape.exact or shape.dropout or (shape.cosine and shape.explicit_mask)
     if kernel == "tiled_forward" and not shape.exact:
         return Config(64, 64, 8 if crowded or shape.largest_block > 64 else 4, stages)
+    if shape.exact and wide and kernel != "tiled_forward":
+        block = 16 if shape.largest_block > 64 else 32
+        return Config(block, block, 8, stages)
     if crowded or (wide and kernel != "dq"):
         return Config(32, 32, 8 if kernel == "dbias" and shape.largest_block > 64 else 4, stages)
     return Config(64, 64, 8 if wide or kernel == "dbias" else 4, stages)
@@ -185,7 +199,7 @@ def override(fields: Mapping[str, Mapping[str, int]]) -> Iterator[None]:
 def config_for(kernel: str, shape: Shape, gpu: Gpu) -> Config:
     """The layout of one kernel: forward, backward; tiled_forward, dq, dkv or dbias."""
     whole = kernel in ("forward", "backward")
-    config = _whole(kernel, shape) if whole else _tiled(kernel, shape)
+    config = _whole(kernel, shape, gpu) if whole else _tiled(kernel, shape)
     if gpu.warp_size == 64:  # half as many warps have as many lanes
         config = replace(config, num_warps=max(1, config.num_warps // 2))
     key = tuned_key(kernel, shape, gpu)

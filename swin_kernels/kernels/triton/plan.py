@@ -16,7 +16,6 @@ from torch import Tensor
 
 from swin_kernels.geometry import Grid
 from swin_kernels.kernels.triton.configs import (
-    INTERPRETER,
     LARGEST_BLOCK,
     Config,
     Gpu,
@@ -322,15 +321,15 @@ def _finish(call: _Call, steps, buffers, sums=None, after=()) -> Plan:
     return Plan(steps, buffers, dtypes, sums or {}, tuple(after))
 
 
-def kept_shape(operands: Operands, options: Options) -> tuple[int, ...]:
+def kept_shape(operands: Operands, options: Options, gpu: Gpu) -> tuple[int, ...]:
     """Of what a differentiable forward keeps beside its output; (0,) if nothing."""
     facts = {
         name: TensorFacts(x.shape, (0,) * x.ndim, x.dtype, True)
         for name, x in zip(Operands._fields, operands)
         if x is not None
     }
-    call = _call(facts, options, INTERPRETER, False)
-    if not takes_whole_windows("backward", call.shape()):
+    call = _call(facts, options, gpu, False)
+    if not takes_whole_windows("backward", call.shape(), gpu):
         return call.windows, call.heads, call.grid.tokens
     shape = tiles_shape(options, call.heads, call.bias != "none")
     return shape if shape[0] > 0 else (0,)
@@ -365,7 +364,7 @@ def forward_plan(
     """
     call = _call(facts, options, gpu, tf32)
     shape = call.shape()
-    whole_backward = takes_whole_windows("backward", shape)
+    whole_backward = takes_whole_windows("backward", shape, gpu)
     keep_sums = differentiable and not whole_backward
     tiles = tiles_shape(options, call.heads, call.bias != "none")
     keep_tiles = differentiable and whole_backward and tiles[0] > 0
@@ -379,7 +378,7 @@ def forward_plan(
         "log_sum_exp_ptr": "log_sum_exp" if keep_sums else None,
     }
     numbers = _numbers(call, out) | {"out_strides": out.strides, "KEEP_SUMS": keep_sums}
-    if takes_whole_windows("forward", shape):
+    if takes_whole_windows("forward", shape, gpu):
         config = config_for("forward", shape, gpu)
         run = config.windows_per_program(shape, gpu)
         bias_pointers, bias_numbers = _whole_bias(call)
@@ -474,7 +473,7 @@ def backward_plan(
         "logit_scale_sums_ptr": "logit_scale_sums" if numbers["COSINE"] else None,
         "bias_sums_ptr": "bias_sums" if needs.bias else None,
     }
-    if takes_whole_windows("backward", call.shape(needs.bias)):
+    if takes_whole_windows("backward", call.shape(needs.bias), gpu):
         return _whole_backward(call, needs, pointers, numbers, buffers)
     return _tiled_backward(call, needs, pointers, numbers, buffers)
 

@@ -1,0 +1,81 @@
+"""Every shipped layout, compiled for GPUs that are not there: no spill, room, matrix units."""
+
+from __future__ import annotations
+
+import os
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
+
+import pytest
+
+pytest.importorskip("triton", reason="the Triton kernels cannot be compiled without Triton")
+
+from benchmarks.machine_code import ARCHS, CASES, DTYPES, Row, compile_case, report
+from swin_kernels.kernels.triton import ahead
+from swin_kernels.kernels.triton.configs import KNOWN_GPUS
+
+JOBS = [(case, dtype, arch) for arch in ARCHS for dtype in DTYPES for case in CASES]
+
+
+@pytest.fixture(scope="module")
+def compiled(request):
+    """The rows of a job, compiled in processes that are started for all selected tests at once."""
+    specs = (
+        getattr(x, "callspec", None) for x in request.session.items if x.module is request.module
+    )
+    wanted = [spec.params["job"] for spec in specs if spec is not None and "job" in spec.params]
+    with ProcessPoolExecutor(os.cpu_count(), get_context("spawn")) as pool:
+        futures = {job: pool.submit(compile_case, *job) for job in wanted}
+        yield lambda job: futures[job].result()
+        pool.shutdown(cancel_futures=True)
+
+
+@pytest.mark.parametrize("job", JOBS, ids=["-".join(job).replace(", ", "-") for job in JOBS])
+def test_compiled_kernels_spill_nothing_fit_and_use_matrix_units(job, compiled):
+    rows = compiled(job)
+    kernels = {row.kernel for row in rows}
+    assert any(kernel.endswith("fwd_kernel") for kernel in kernels)
+    assert kernels & {"_whole_window_bwd_kernel", "_tiled_dkv_kernel"}
+    defects = {row.kernel: row.defects() for row in rows}
+    assert not any(defects.values()), defects
+
+
+CODE = ahead.Code(168, 0, 0, 28672, 1000, 400, 6, (("FFMA", 100),))
+
+
+def _row(arch: str = "sm_90", dtype: str = "bf16", **changes) -> Row:
+    code = ahead.Code(**{**CODE.__dict__, **changes})
+    return Row("swin", dtype, arch, "_whole_window_fwd_kernel", "64×64", 4, code)
+
+
+@pytest.mark.parametrize(
+    ("row", "defect"),
+    [
+        (_row(spills=2), "2 spills"),
+        (_row(stack=8), "8 bytes of stack"),
+        (_row("sm_120", shared=100 * 1024), "shared memory"),
+        (_row(matrix=0), "no matrix instruction"),
+    ],
+    ids=["spill", "stack", "shared", "matrix"],
+)
+def test_a_defect_is_named(row, defect):
+    assert defect in "; ".join(row.defects())
+
+
+def test_a_sound_row_has_no_defect_and_exact_fp32_needs_no_matrix_unit():
+    assert _row().defects() == []
+    assert _row(dtype="fp32", matrix=0).defects() == []
+
+
+def test_the_report_has_a_table_for_each_architecture():
+    page = report([_row("sm_80"), _row("sm_90")])
+    assert page.index("## sm_80") < page.index("## sm_90")
+    assert "| 168 | 28,672 | 1,000 | 1,600 | 6 |" in page
+    assert "Nothing here\nwas run or timed" in page
+
+
+def test_every_known_gpu_has_a_target():
+    for gpu in KNOWN_GPUS.values():
+        target = ahead.target_of(gpu)
+        assert target.backend == ("hip" if gpu.arch.startswith("gfx") else "cuda")
+        assert target.warp_size == gpu.warp_size
