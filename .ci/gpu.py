@@ -86,16 +86,18 @@ class Session:
 
     @staticmethod
     def stop(process: subprocess.Popen) -> None:
-        for how in (signal.SIGTERM, signal.SIGKILL):
+        """Interrupted first, so that it may say what it has; then ended with its children."""
+        for how, whom in (
+            (signal.SIGINT, os.kill),
+            (signal.SIGTERM, os.killpg),
+            (signal.SIGKILL, os.killpg),
+        ):
             if process.poll() is not None:
                 return
             try:
-                os.killpg(process.pid, how)
-            except ProcessLookupError:  # it has just ended
-                return
-            try:
+                whom(process.pid, how)
                 process.wait(5)
-            except subprocess.TimeoutExpired:
+            except (ProcessLookupError, subprocess.TimeoutExpired):
                 continue
 
     def copy(self) -> None:
@@ -120,7 +122,8 @@ def fresh(name: str) -> Path:
 
 
 def test_command(rehearse: bool) -> list[str]:
-    command = [sys.executable, "-m", "pytest", "-q", "-ra", "--tb=short", "-p", "no:cacheprovider"]
+    # -v: a run that is cut short has named what it ran
+    command = [sys.executable, "-m", "pytest", "-v", "-ra", "--tb=short", "-p", "no:cacheprovider"]
     if rehearse:
         return [*command, "tests/test_gpu.py"]
     command += ["--device", "cuda"]

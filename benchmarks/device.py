@@ -46,6 +46,7 @@ class Cuda:
 
     def capture(self, *functions: Callable[[], object]) -> list[Callable[[], None]]:
         """Each function as a replay; they share memory and are to be replayed in this order."""
+        gc.collect()  # what is garbage is freed now, not during the capture
         stream = torch.cuda.Stream(self.device)
         stream.wait_stream(torch.cuda.current_stream(self.device))
         with torch.cuda.stream(stream):

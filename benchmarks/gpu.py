@@ -244,6 +244,14 @@ class Run:
 
     def measure(self) -> int:
         """Exit code: 1 where one of ours failed."""
+        try:
+            self._measure()
+        except KeyboardInterrupt:  # what there is, is shown
+            print("interrupted", flush=True)
+        self.report()
+        return int(any(_is_a_failure_of_ours(r) for r in self.book.rows))
+
+    def _measure(self) -> None:
         cases = toy_cases() if self.options.rehearse else swin_cases()
         others = {} if self.options.rehearse else other_cases()
         names = list(self.models)
@@ -256,15 +264,6 @@ class Run:
             self.case(name, case, 0.85)
         for name in names[1:]:
             self.model(name, 0.8)
-        self.report()
-        failed = [
-            r
-            for r in self.book.rows
-            if r.provider.startswith(("ours", "patched"))
-            and r.note
-            and not r.note.startswith("skipped")
-        ]
-        return 1 if failed else 0
 
     def report(self) -> None:
         rows = self.book.rows
@@ -278,6 +277,11 @@ class Run:
         for row in dict.fromkeys((r.case, r.provider, r.note) for r in rows if r.note):
             print("no time for " + ": ".join(row))
         print(f"\n{self.book.path}")
+
+
+def _is_a_failure_of_ours(row: Row) -> bool:
+    untimed = bool(row.note) and not row.note.startswith("skipped")
+    return untimed and row.provider.startswith(("ours", "patched"))
 
 
 def warm(part: str, device: Device, cases: dict[str, Case], known_models: dict) -> None:

@@ -38,7 +38,7 @@ def toy_model() -> nn.Module:
 # name -> how to make it, images a batch, height and width
 MODELS: dict[str, tuple[Callable[[], nn.Module], int, int]] = {
     "swin_tiny": (partial(timm_model, "swin_tiny_patch4_window7_224"), 128, 224),
-    "swin_base": (partial(timm_model, "swin_base_patch4_window7_224"), 128, 224),
+    "swin_base": (partial(timm_model, "swin_base_patch4_window7_224"), 64, 224),
 }
 TOYS: dict[str, tuple[Callable[[], nn.Module], int, int]] = {"toy": (toy_model, 2, 24)}
 

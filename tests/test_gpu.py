@@ -45,7 +45,9 @@ pytestmark = pytest.mark.interpreted if REHEARSED else pytest.mark.gpu
 
 @pytest.fixture
 def device():
-    return Cpu() if REHEARSED else Cuda()
+    found = Cpu() if REHEARSED else Cuda()
+    yield found
+    found.release()  # several processes may share the device
 
 
 @pytest.fixture

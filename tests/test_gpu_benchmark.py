@@ -9,6 +9,8 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
+from unittest.mock import create_autospec
 
 import pytest
 import torch
@@ -17,7 +19,7 @@ pytest.importorskip("triton", reason="what is rehearsed are Triton's kernels")
 pytest.importorskip("timm", reason="whole models are timm's")
 
 from benchmarks import gpu, models, providers
-from benchmarks.device import Cpu
+from benchmarks.device import Cpu, Cuda
 from benchmarks.rows import Book, Row, print_plain, table_of
 from benchmarks.timing import DIRECTIONS, Gate, Loop, Replayed, make_inputs, sample_in_turn
 from swin_kernels.kernels.triton import configs
@@ -194,6 +196,47 @@ def test_device_beyond_use_asks_for_another_process(tmp_path, monkeypatch):
     with pytest.raises(SystemExit) as stopped:
         gpu.main(arguments)
     assert stopped.value.code == gpu.TRY_AGAIN
+
+
+def test_interrupted_run_shows_what_it_has(tmp_path, monkeypatch, capsys):
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(gpu, "measure_case", interrupted)
+    assert gpu.main(["--rehearse", "--csv", str(tmp_path / "rows.csv")]) == 0
+    assert "interrupted" in capsys.readouterr().out
+
+
+def test_cuda_twin_calls_what_torch_has(monkeypatch):
+    """Every method of `Cuda`, on functions that check their arguments and do nothing."""
+    names = (
+        *("Event", "Stream", "CUDAGraph", "graph", "stream", "current_stream", "synchronize"),
+        *("current_device", "get_device_name", "get_device_properties", "empty_cache"),
+        *("memory_allocated", "max_memory_allocated", "reset_peak_memory_stats"),
+    )
+    for name in names:
+        monkeypatch.setattr(torch.cuda, name, create_autospec(getattr(torch.cuda, name)))
+    torch.cuda.current_device.return_value = 0
+    torch.cuda.get_device_properties.return_value = SimpleNamespace(L2_cache_size=60)
+    torch.cuda.memory_allocated.return_value = 1
+    torch.cuda.max_memory_allocated.return_value = 3
+    device, calls = Cuda(), []
+    assert device.cache_bytes == 60
+    device.gpu()
+    device.seconds(device.mark(), device.mark())
+    replays = device.capture(lambda: calls.append("a"), lambda: calls.append("b"))
+    assert calls == ["a", "b"] * 3
+    assert torch.cuda.graph.call_args.kwargs["pool"] is not None
+    for replay in replays:
+        replay()
+    assert device.peak_bytes(lambda: None) == 2
+    assert device.used_bytes() == 1
+    with device.other_stream():
+        pass
+    assert not device.broken()
+    torch.cuda.synchronize.side_effect = RuntimeError("an illegal memory access")
+    assert device.broken()
+    assert device.compiled(lambda x: x + 1, fullgraph=False)
 
 
 def test_failure_of_ours_is_the_exit_code(tmp_path, monkeypatch):
