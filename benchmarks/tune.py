@@ -18,6 +18,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import NamedTuple
+from unittest import mock
 
 import torch
 
@@ -35,8 +36,7 @@ from benchmarks.timing import (
     passes_of,
     reason_of,
 )
-from swin_kernels.kernels.triton import configs
-from swin_kernels.kernels.triton.launch import gpu_of
+from swin_kernels.kernels.triton import configs, plan
 from swin_kernels.testing import Case
 
 COPY_RATE = 4e12  # bytes a second, of the order of a data-centre GPU: for counts of passes
@@ -70,10 +70,9 @@ TOY_GROUPS = {
 
 
 class Kernel(NamedTuple):
-    """One kernel as one case runs it."""
+    """One kernel, and all that its layout depends on."""
 
     name: str
-    case: Case
     shape: configs.Shape
     gpu: configs.Gpu
 
@@ -86,20 +85,15 @@ class Kernel(NamedTuple):
         return "forward" if self.name.endswith("forward") else "backward"
 
 
-def kernels_of(case: Case, gpu: configs.Gpu) -> list[Kernel]:
-    """What the case's forward and its backward, with a gradient of the bias, launch."""
-    windows, heads = case.batch * case.grid.windows, case.heads
-    dims = (case.grid.tokens, case.head_dim, case.dv, case.dtype, windows, heads)
-    forward, backward = configs.Shape(*dims), configs.Shape(*dims, sums_bias=True)
-    names = {
-        "forward": forward if configs.takes_whole_windows("forward", forward) else None,
-        "backward": backward if configs.takes_whole_windows("backward", backward) else None,
-    }
-    if names["forward"] is None:
-        names["tiled_forward"] = forward
-    if names["backward"] is None:
-        names |= dict.fromkeys(("dq", "dkv", "dbias"), backward)
-    return [Kernel(name, case, shape, gpu) for name, shape in names.items() if shape is not None]
+def kernels_of(trial: Trial) -> list[Kernel]:
+    """What the case's forward and its backward, with a gradient of the bias, ask a layout for."""
+    with (
+        mock.patch.object(plan, "config_for", wraps=configs.config_for) as asked,
+        configs.override({}),  # plans are made anew
+    ):
+        Loop(trial.attend, trial.sets[:1]).warm()
+    kernels = (Kernel(*call.args) for call in asked.call_args_list)
+    return list({kernel.key: kernel for kernel in kernels}.values())
 
 
 def candidates(best: configs.Config, group: dict[str, tuple[int, ...]]) -> Iterator[dict[str, int]]:
@@ -202,11 +196,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for name, case in cases.items():
         if not name.startswith(tuple(options.cases)):
             continue
-        kernels = [k for k in kernels_of(case, gpu_of(device.device)) if k.key not in seen]
-        if not kernels or time.perf_counter() > tuner.ends:
+        if time.perf_counter() > tuner.ends:
+            print(f"{name}: left out, the time is spent", flush=True)
             continue
-        print(f"{name}: {', '.join(k.name for k in kernels)}", flush=True)
-        trial = Trial(case, device)
+        print(name, flush=True)
+        try:
+            trial = Trial(case, device)
+            kernels = [kernel for kernel in kernels_of(trial) if kernel.key not in seen]
+        except Exception as error:  # this case cannot run at all
+            print(f"{name}: {reason_of(error)}", flush=True)
+            if device.broken():
+                return TRY_AGAIN
+            continue
         for kernel in kernels:
             seen.add(kernel.key)
             try:

@@ -1,6 +1,5 @@
 """`python tests/interpreted.py MODULE …` is `python -m MODULE …` under Triton's interpreter."""
 
-import contextlib
 import os
 import runpy
 import sys
@@ -10,10 +9,8 @@ os.environ["TRITON_INTERPRET"] = "1"  # before triton is imported
 if __name__ == "__main__":
     root = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
     sys.path.insert(0, root)
-    try:
-        from triton_interpreter import fast_interpreter
-    except ImportError:
-        fast_interpreter = contextlib.nullcontext
+    from triton_interpreter import fast_interpreter
+
     sys.argv = sys.argv[1:]
     with fast_interpreter():
         runpy.run_module(sys.argv[0], run_name="__main__", alter_sys=True)
