@@ -120,8 +120,11 @@ def _read_cuda(compiled: Any) -> Code:
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(compiled.asm["cubin"])
         file.flush()
+        # what nvdisasm warns of the format of its input is of no use here
         usage, sass = (
-            subprocess.check_output([_CUOBJDUMP, flag, file.name], text=True)
+            subprocess.run(
+                [_CUOBJDUMP, flag, file.name], capture_output=True, check=True, text=True
+            ).stdout
             for flag in ("--dump-resource-usage", "--dump-sass")
         )
     found = re.search(r"REG:(\d+) STACK:(\d+)", usage)
