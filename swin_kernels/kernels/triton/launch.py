@@ -118,6 +118,8 @@ class Run:
                 launch(tensors, None)
             return
         with torch.cuda.device(device):
-            stream = torch.cuda.current_stream(device).cuda_stream
+            # AMD's Triton also looks at the size of a tensor's storage, which no plan knows
+            plain = torch.version.hip is not None
+            stream = None if plain else torch.cuda.current_stream(device).cuda_stream
             for launch in launches:
                 launch(tensors, stream)
