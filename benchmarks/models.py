@@ -40,7 +40,7 @@ MODELS: dict[str, tuple[Callable[[], nn.Module], int, int]] = {
     "swin_tiny": (partial(timm_model, "swin_tiny_patch4_window7_224"), 128, 224),
     "swin_base": (partial(timm_model, "swin_base_patch4_window7_224"), 64, 224),
 }
-TOYS: dict[str, tuple[Callable[[], nn.Module], int, int]] = {"toy": (toy_model, 2, 24)}
+TOYS: dict[str, tuple[Callable[[], nn.Module], int, int]] = {"toy model": (toy_model, 2, 24)}
 
 
 def _rms(x: Tensor) -> float:

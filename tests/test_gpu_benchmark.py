@@ -55,7 +55,7 @@ def test_rehearsal_times_every_case_from_end_to_end(tmp_path):
     expected = {
         *((case, p.name, d) for case in gpu.toy_cases() for p in gpu.PROVIDERS for d in DIRECTIONS),
         *(
-            ("toy, batch 2", form, step)
+            ("toy model, batch 2", form, step)
             for form in models.FORMS
             for step in ("inference", "training step")
         ),
