@@ -416,6 +416,8 @@ def forward_plan(
 
 
 def _blocks(config: Config) -> dict[str, int]:
+    # the spread bias has whole tiles of LARGEST_BLOCK
+    assert LARGEST_BLOCK % config.block_m == LARGEST_BLOCK % config.block_n == 0, config
     return {
         "BLOCK_M": config.block_m,
         "BLOCK_N": config.block_n,
