@@ -92,7 +92,11 @@ def test_no_backend_raises_with_every_reason(monkeypatch):
 
 def test_reasons_name_every_backend(monkeypatch):
     _refuse(monkeypatch, "cpu")
-    assert reasons_against(_problem()) == dict.fromkeys(BACKENDS) | {"cpu": "it is Sunday"}
+    reasons = reasons_against(_problem())
+    assert list(reasons) == list(BACKENDS) == ["cpu", "triton", "reference"]
+    assert reasons["cpu"] == "it is Sunday"
+    assert "triton is not installed" in reasons["triton"] or "got cpu" in reasons["triton"]
+    assert reasons["reference"] is None
 
 
 def test_choice_of_the_reference_is_logged_once_with_the_reasons(monkeypatch, caplog):

@@ -92,7 +92,7 @@ def _measured(module, function, x, mask, grad_out):
 
 
 def _check(module, with_mask, images=3, windows=4):
-    generator = torch.Generator().manual_seed(1)
+    generator = torch.Generator(torch.get_default_device()).manual_seed(1)
     results = []
     for _ in range(-(-FEW // module.num_heads)):
         x = torch.randn(images * windows, 35, 64, generator=generator)
