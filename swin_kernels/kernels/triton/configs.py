@@ -145,13 +145,15 @@ def _tiled(kernel: str, shape: Shape) -> Config:
     wide = shape.largest_block > 32
     crowded = shape.exact or shape.dropout or (shape.cosine and shape.explicit_mask)
     if kernel == "tiled_forward" and not shape.exact:
-        return Config(64, 64, 8 if crowded or shape.largest_block > 64 else 4, stages)
-    if shape.exact and wide and kernel != "tiled_forward":
-        block = 16 if shape.largest_block > 64 else 32
-        return Config(block, block, 8, stages)
-    if crowded or (wide and kernel != "dq"):
-        return Config(32, 32, 8 if kernel == "dbias" and shape.largest_block > 64 else 4, stages)
-    return Config(64, 64, 8 if wide or kernel == "dbias" else 4, stages)
+        block, warps = 64, 8 if crowded or shape.largest_block > 64 else 4
+    elif shape.exact and wide and kernel != "tiled_forward":
+        block, warps = 16 if shape.largest_block > 64 else 32, 8
+    elif crowded or (wide and kernel != "dq"):
+        block, warps = 32, 8 if kernel == "dbias" and shape.largest_block > 64 else 4
+    else:
+        block, warps = 64, 8 if wide or kernel == "dbias" else 4
+    block = min(block, block_of(shape.tokens))
+    return Config(block, block, warps if block > 16 else min(warps, 4), stages)
 
 
 @functools.cache
