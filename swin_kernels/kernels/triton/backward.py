@@ -12,10 +12,10 @@ import triton.language as tl
 
 from swin_kernels.kernels.triton.tile import (
     LOG2_E,
+    add_masks,
     fill_padding,
     kept_tile,
     load_tokens,
-    mask_tile,
     store_partial,
     store_tokens,
     sum_over,
@@ -24,6 +24,7 @@ from swin_kernels.kernels.triton.tile import (
     to_unit,
 )
 from swin_kernels.kernels.triton.window import (
+    seam_sides,
     seams_crossed,
     token_places,
     token_positions,
@@ -64,11 +65,13 @@ def _whole_window_bwd_kernel(
     counts,
     periods,
     rolls,
+    seams,
     windows,
     windows_per_program,
     heads,
     tile_heads,
     scale,
+    mask_value,
     kept_factor,
     WINDOW: tl.constexpr,
     REGIONS: tl.constexpr,
@@ -111,6 +114,7 @@ def _whole_window_bwd_kernel(
     n = tl.arange(0, BLOCK_N)
     inside = n < N
     places = token_places(n, WINDOW)
+    sides = seam_sides(places, seams)
     factor = scale
     if COSINE:
         factor = tl.load(logit_scale_ptr + head).to(tl.float32)
@@ -130,10 +134,10 @@ def _whole_window_bwd_kernel(
         # bias and shift mask are read again for each window: that hits L1, and leaves registers
         s = tl.zeros((BLOCK_N, BLOCK_N), tl.float32)
         if HAS_TILES:
-            tile = head % tile_heads * TILES_PER_HEAD + seams_crossed(place, counts, REGIONS)
+            tile = head % tile_heads * TILES_PER_HEAD
+            if TILES_PER_HEAD > 1:
+                tile += seams_crossed(place, counts, REGIONS)
             s = tl.load(tile_pointers(tiles_ptr, tile, BLOCK_N))
-        if HAS_MASK:
-            s += mask_tile(mask_ptr, number, n, n, WINDOW)
         q = load_tokens(
             query_ptr, 0, image, head, x, rows, query_strides, HEAD_DIM, BLOCK_D, ALIGNED
         )
@@ -164,6 +168,21 @@ def _whole_window_bwd_kernel(
             k, k_norm = to_unit(k)
 
         s = s + tl.dot(q, tl.trans(k), input_precision=PRECISION) * (factor * LOG2_E)
+        if HAS_MASK:
+            s = add_masks(
+                s,
+                n,
+                n,
+                sides,
+                sides,
+                seams_crossed(place, counts, REGIONS),
+                mask_value,
+                mask_ptr,
+                number,
+                REGIONS,
+                HAS_MASK,
+                WINDOW,
+            )
         top = tl.max(s, 1)
         top = tl.where(top == float("-inf"), 0.0, top)
         e = tl.exp2(s - top[:, None])

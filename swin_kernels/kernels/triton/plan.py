@@ -331,18 +331,21 @@ def kept_shape(operands: Operands, options: Options, gpu: Gpu) -> tuple[int, ...
     call = _call(facts, options, gpu, False)
     if not takes_whole_windows("backward", call.shape(), gpu):
         return call.windows, call.heads, call.grid.tokens
-    shape = tiles_shape(options, call.heads, call.bias != "none")
+    shape = tiles_shape(options, call.heads, call.bias != "none", "mask" in call.facts)
     return shape if shape[0] > 0 else (0,)
 
 
-def tiles_shape(options: Options, heads: int, biased: bool) -> tuple[int, int, int, int]:
+def tiles_shape(
+    options: Options, heads: int, biased: bool, masked: bool
+) -> tuple[int, int, int, int]:
     """(heads, sets, BLOCK_N, BLOCK_N) of what a backward of whole windows adds to the logits.
 
     That is bias and shift mask: a tile for every set of seams that can cut a window, numbered by
     the bits that the kernels give them. One head without a bias, none if there is nothing to add.
+    An explicit mask is first added to the shift mask, which then is not in the tiles.
     """
     cut = three([s > 0 and not p for s, p in zip(options.shift_size, options.periodic)], False)
-    sets = 8 >> cut.index(True) if any(cut) else 1
+    sets = 8 >> cut.index(True) if any(cut) and not masked else 1
     tokens = math.prod(options.window_size)
     block = block_of(tokens)
     if not biased:
@@ -366,7 +369,7 @@ def forward_plan(
     shape = call.shape()
     whole_backward = takes_whole_windows("backward", shape, gpu)
     keep_sums = differentiable and not whole_backward
-    tiles = tiles_shape(options, call.heads, call.bias != "none")
+    tiles = tiles_shape(options, call.heads, call.bias != "none", "mask" in call.facts)
     keep_tiles = differentiable and whole_backward and tiles[0] > 0
     buffers = {"out": Buffer(call.map_shape(call.value_dim), call.dtype)}
     if keep_sums:

@@ -214,12 +214,19 @@ def add_masks(
     HAS_MASK: tl.constexpr,
     WINDOW: tl.constexpr,
 ):
-    """Logits plus the shift mask, computed only where a window holds two regions, and `mask`."""
-    if REGIONS[0] or REGIONS[1] or REGIONS[2]:
+    """Logits plus the shift mask, computed only where a window holds two regions, and `mask`.
+
+    What is masked by −100 twice is summed first: a row that is masked whole is rounded there.
+    """
+    if HAS_MASK:
+        mask = mask_tile(mask_ptr, number, i, j, WINDOW)
+        if REGIONS[0] or REGIONS[1] or REGIONS[2]:
+            if crossed != 0:
+                mask += shift_mask_tile(sides_i, sides_j, crossed, mask_value)
+        s += mask
+    elif REGIONS[0] or REGIONS[1] or REGIONS[2]:
         if crossed != 0:
             s += shift_mask_tile(sides_i, sides_j, crossed, mask_value)
-    if HAS_MASK:
-        s += mask_tile(mask_ptr, number, i, j, WINDOW)
     return s
 
 
