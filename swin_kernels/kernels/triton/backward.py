@@ -167,7 +167,7 @@ def _whole_window_bwd_kernel(
             q, q_norm = to_unit(q)
             k, k_norm = to_unit(k)
 
-        s = s + tl.dot(q, tl.trans(k), input_precision=PRECISION) * (factor * LOG2_E)
+        s = s + tl.dot(q, tl.trans(k), input_precision=PRECISION) * factor
         if HAS_MASK:
             s = add_masks(
                 s,
@@ -185,7 +185,7 @@ def _whole_window_bwd_kernel(
             )
         top = tl.max(s, 1)
         top = tl.where(top == float("-inf"), 0.0, top)
-        e = tl.exp2(s - top[:, None])
+        e = tl.exp2((s - top[:, None]) * LOG2_E)
         total = tl.sum(e, 1)
         p = e * (1.0 / tl.where(total == 0.0, 1.0, total))[:, None]  # (BLOCK_N, BLOCK_N)
         dp = tl.dot(do, tl.trans(v), input_precision=PRECISION)

@@ -64,7 +64,7 @@ def tile_gradients(
     PRECISION: tl.constexpr,
 ):
     """Probabilities after dropout, and dS = P∘(dP − Δ): (BLOCK_M, BLOCK_N) both."""
-    s = tl.dot(q, tl.trans(k), input_precision=PRECISION) * (factor * LOG2_E)
+    s = tl.dot(q, tl.trans(k), input_precision=PRECISION) * factor
     s = add_bias(s, bias_ptr, head, i, j, HAS_BIAS, WINDOW, SPREAD)
     s = add_masks(
         s,
@@ -81,7 +81,7 @@ def tile_gradients(
         WINDOW,
     )
     N: tl.constexpr = WINDOW[0] * WINDOW[1] * WINDOW[2]
-    p = tl.exp2(s - sums[:, None]) * (1.0 / N)  # sums are those of means
+    p = tl.exp2((s - sums[:, None]) * LOG2_E) * (1.0 / N)  # sums are those of means
     dp = tl.dot(do, tl.trans(v), input_precision=PRECISION)
     weights = p
     if DROPOUT_THRESHOLD > 0:

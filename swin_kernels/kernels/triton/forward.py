@@ -36,11 +36,11 @@ from swin_kernels.kernels.triton.window import (
 
 @triton.jit
 def store_sums(ptr, window, head, heads, i, top, total, N: tl.constexpr):
-    """The log2-sum-exp of each row less log2 N; +inf where no key is left, so exp2(s − sum) is 0.
+    """The log-sum-exp of each row less log N; +inf where no key is left, so that exp(s − sum) is 0.
 
-    That is the mean over keys: near 0 where the sum is near log2 N, and so rounded less.
+    That is of the mean over keys: near 0 where the sum is near log N, and so rounded less.
     """
-    sums = tl.where(total == 0.0, float("inf"), top + tl.log2(total * (1.0 / N)))
+    sums = tl.where(total == 0.0, float("inf"), top + tl.log(total * (1.0 / N)))
     row = (window.to(tl.int64) * heads + head) * N
     tl.store(ptr + row + i, sums, mask=i < N)
 
@@ -162,7 +162,7 @@ def _whole_window_fwd_kernel(
             q, _ = to_unit(q)
             k, _ = to_unit(k)
 
-        s = tl.dot(q, tl.trans(k), input_precision=PRECISION) * (factor * LOG2_E) + bias
+        s = tl.dot(q, tl.trans(k), input_precision=PRECISION) * factor + bias
         crossed = seams_crossed(place, counts, REGIONS)
         s = add_masks(
             s,
@@ -180,7 +180,7 @@ def _whole_window_fwd_kernel(
         )
         top = tl.max(s, 1)
         top = tl.where(top == float("-inf"), 0.0, top)  # a row whose keys are all at −inf
-        e = tl.exp2(s - top[:, None])  # (BLOCK_N, BLOCK_N)
+        e = tl.exp2((s - top[:, None]) * LOG2_E)  # (BLOCK_N, BLOCK_N)
         total = tl.sum(e, 1)
         if DROPOUT_THRESHOLD > 0:
             kept = kept_tile(seed_ptr, window, head, n, n, WINDOW, DROPOUT_THRESHOLD)
@@ -301,7 +301,7 @@ def _tiled_fwd_kernel(
         if COSINE:
             k, _ = to_unit(k)
 
-        s = tl.dot(q, tl.trans(k), input_precision=PRECISION) * (factor * LOG2_E)
+        s = tl.dot(q, tl.trans(k), input_precision=PRECISION) * factor
         s = add_bias(s, bias_ptr, head, i, j, HAS_BIAS, WINDOW, SPREAD)
         s = add_masks(
             s,
@@ -319,8 +319,8 @@ def _tiled_fwd_kernel(
         )
         higher = tl.maximum(top, tl.max(s, 1))
         base = tl.where(higher == float("-inf"), 0.0, higher)
-        shrink = tl.exp2(top - base)
-        e = tl.exp2(s - base[:, None])  # (BLOCK_M, BLOCK_N)
+        shrink = tl.exp2((top - base) * LOG2_E)
+        e = tl.exp2((s - base[:, None]) * LOG2_E)  # (BLOCK_M, BLOCK_N)
         total = total * shrink + tl.sum(e, 1)
         if DROPOUT_THRESHOLD > 0:
             kept = kept_tile(seed_ptr, window, head, i, j, WINDOW, DROPOUT_THRESHOLD)

@@ -3,7 +3,7 @@
 import triton
 import triton.language as tl
 
-from swin_kernels.kernels.triton.tile import DENSE_BIAS, INDEXED_BIAS, LOG2_E, TABLE_BIAS
+from swin_kernels.kernels.triton.tile import DENSE_BIAS, INDEXED_BIAS, TABLE_BIAS
 from swin_kernels.kernels.triton.window import geometric_row, token_places
 
 
@@ -21,7 +21,7 @@ def _spread_bias_kernel(
 ):
     """Bias of any kind as tiles want it: (H, SPREAD, SPREAD) fp32, SPREAD a multiple of all blocks.
 
-    Times log2 e, and −inf for keys beyond the window. A program has BLOCK pairs of one head.
+    In fp32, −inf for keys beyond the window. A program has BLOCK pairs of one head.
     """
     N: tl.constexpr = WINDOW[0] * WINDOW[1] * WINDOW[2]
     head = tl.program_id(0) % heads
@@ -40,7 +40,7 @@ def _spread_bias_kernel(
         value = tl.load(bias_ptr + row * heads + head, mask=inside & known, other=0.0)
         # only the device sees an index that the table lacks: let the user see it too
         value = tl.where(inside & ~known, float("nan"), value.to(tl.float32))
-    value = tl.where(j < N, value * LOG2_E, float("-inf"))
+    value = tl.where(j < N, value, float("-inf"))
     start = spread_ptr + head.to(tl.int64) * (SPREAD * SPREAD)
     tl.store(start + pair, value, mask=pair < SPREAD * SPREAD)
 

@@ -1,6 +1,7 @@
 """Tiles of tokens and of logits, as device code: what the forward and backward kernels share.
 
-Logits are in units of log2, so that exp2 serves. Strides are tuples of (image, axis 0, axis 1,
+Differences of logits are brought to units of log2 for exp2, and not logits themselves: at −100 they
+would be rounded more. Strides are tuples of (image, axis 0, axis 1,
 axis 2, head, channel), in elements.
 """
 
@@ -157,7 +158,7 @@ def bias_tile(
         value = tl.load(bias_ptr + row * heads + head, mask=inside & known, other=0.0)
         # only the device sees an index that the table lacks: let the user see it too
         bias = tl.where(inside & ~known, float("nan"), value.to(tl.float32))
-    return tl.where((j < N)[None, :], bias * LOG2_E, float("-inf"))
+    return tl.where((j < N)[None, :], bias, float("-inf"))
 
 
 @triton.jit
@@ -184,19 +185,19 @@ def tile_pointers(ptr, tile, BLOCK_N: tl.constexpr):
 
 @triton.jit
 def mask_tile(mask_ptr, number, i, j, WINDOW: tl.constexpr):
-    """(BLOCK_M, BLOCK_N) of an explicit mask (nW, N, N), times log2 e; zeros outside the window."""
+    """(BLOCK_M, BLOCK_N) of an explicit mask (nW, N, N); zeros outside the window."""
     N: tl.constexpr = WINDOW[0] * WINDOW[1] * WINDOW[2]
     inside = (i < N)[:, None] & (j < N)[None, :]
     start = mask_ptr + number.to(tl.int64) * (N * N)
     mask = tl.load(start + i[:, None] * N + j[None, :], mask=inside, other=0.0)
-    return mask.to(tl.float32) * LOG2_E
+    return mask.to(tl.float32)
 
 
 @triton.jit
 def shift_mask_tile(sides_i, sides_j, crossed, mask_value):
-    """(BLOCK_M, BLOCK_N) of the shift mask, times log2 e, where the seams of `crossed` cut."""
+    """(BLOCK_M, BLOCK_N) of the shift mask, where the seams of `crossed` cut."""
     apart = (sides_i[:, None] ^ sides_j[None, :]) & crossed
-    return tl.where(apart != 0, mask_value * LOG2_E, 0.0)
+    return tl.where(apart != 0, mask_value, 0.0)
 
 
 @triton.jit
