@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 from swin_kernels.kernels.tracing import asked_while_tracing
-from swin_kernels.kernels.triton.configs import LARGEST_HEAD_DIM
+from swin_kernels.kernels.triton.configs import LARGEST_HEAD_DIM, SMALLEST_BLOCK
 from swin_kernels.kernels.triton.launch import gpu_of
-from swin_kernels.kernels.triton.plan import kept_shape
+from swin_kernels.kernels.triton.plan import LARGEST_INT32, kept_shape
 from swin_kernels.problem import Operands, Options, Problem
 
 # triton reads it when it is imported: kernels then run on the CPU, a NumPy call an operation
@@ -144,8 +144,17 @@ class TritonBackend:
                 f"takes up to {LARGEST_HEAD_DIM} channels a head, got {problem.head_dim} and "
                 f"{problem.value_dim}"
             )
-        if problem.batch * problem.grid.windows > MOST_WINDOWS:
-            return f"takes up to {MOST_WINDOWS} windows, got {problem.batch * problem.grid.windows}"
+        grid = problem.grid
+        windows = problem.batch * grid.windows
+        if windows > MOST_WINDOWS:
+            return f"takes up to {MOST_WINDOWS} windows, got {windows}"
+        programs = windows * problem.heads * -(-grid.tokens // SMALLEST_BLOCK)
+        if programs > LARGEST_INT32:
+            return (
+                f"takes up to {LARGEST_INT32} programs, {programs} may be needed: split the batch"
+            )
+        if max(s + w for s, w in zip(grid.padded, grid.window)) > LARGEST_INT32:
+            return f"takes maps of less than 2^31 tokens an axis, got {grid.size}"
         return _why_not_here(problem.device)
 
     def forward(

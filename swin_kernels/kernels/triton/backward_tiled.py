@@ -88,7 +88,10 @@ def tile_gradients(
         kept = kept_tile(seed_ptr, window, head, i, j, WINDOW, DROPOUT_THRESHOLD)
         weights = tl.where(kept, p * kept_factor, 0.0)
         dp = tl.where(kept, dp * kept_factor, 0.0)
-    return weights, p * (dp - delta[:, None])
+    ds = p * (dp - delta[:, None])
+    if N == 1:  # the one probability is 1; dP and Δ are equal but for the order of their sums
+        ds = tl.zeros_like(p)
+    return weights, ds
 
 
 @triton.jit

@@ -120,6 +120,6 @@ def backward(
 
 def _held(grad: Tensor, pad_key: Tensor) -> Tensor:
     """As `through_unit`: the gradient of a zero vector held within what fp16 can store."""
-    limit = torch.finfo(pad_key.dtype).max
+    limit = min(torch.finfo(pad_key.dtype).max, torch.finfo(grad.dtype).max)
     clamped = torch.linalg.vector_norm(pad_key.float(), dim=-1, keepdim=True) <= NORM_CLAMP
     return torch.where(clamped, grad.clamp(-limit, limit), grad)

@@ -606,7 +606,7 @@ def _table_grad(call: _Call, needs: Needs) -> list[Step]:
     if not needs.bias or call.bias == "dense":
         return []
     table, pairs = call.facts["bias_table"], call.grid.tokens**2
-    rows, block = 16, 256 if call.bias == "indexed" else 64
+    rows, block = 16, 128 if call.bias == "indexed" else 64
     block = min(block, block_of(pairs))
     return [
         Step(

@@ -35,8 +35,9 @@ def _spread_bias_kernel(
         if BIAS == TABLE_BIAS:
             row = geometric_row(token_places(i, WINDOW), token_places(j, WINDOW), WINDOW)
         else:
-            row = tl.load(index_ptr + i * N + j, mask=inside, other=0).to(tl.int32)
+            row = tl.load(index_ptr + i * N + j, mask=inside, other=0)
         known = (row >= 0) & (row < table_rows)
+        row = tl.where(known, row, 0).to(tl.int32)
         value = tl.load(bias_ptr + row * heads + head, mask=inside & known, other=0.0)
         # only the device sees an index that the table lacks: let the user see it too
         value = tl.where(inside & ~known, float("nan"), value.to(tl.float32))
@@ -70,7 +71,7 @@ def _table_grad_kernel(
     if BIAS == INDEXED_BIAS:
         for start in tl.range(0, N * N, BLOCK):
             pair = start + tl.arange(0, BLOCK)
-            row = tl.load(index_ptr + pair, mask=pair < N * N, other=-1).to(tl.int32)
+            row = tl.load(index_ptr + pair, mask=pair < N * N, other=-1)
             grad = tl.load(dense + pair, mask=pair < N * N, other=0.0)
             total += tl.where(row[None, :] == t[:, None], grad[None, :], 0.0)
     else:

@@ -27,7 +27,8 @@ def _pointers(ptr, first, image, head, positions, d, strides, ALIGNED: tl.conste
     rows = positions[0] * strides[1] + positions[1] * strides[2] + positions[2] * strides[3]
     # Triton sees by itself that 16 divides a stride, but not that 2, 4 or 8 do
     start, rows = tl.multiple_of(start, ALIGNED), tl.multiple_of(rows, ALIGNED)
-    return ptr + start + rows[:, None] + d[None, :] * strides[5]
+    columns = d.to(positions[0].dtype) * strides[5]  # 64 bits where positions have them
+    return ptr + start + rows[:, None] + columns[None, :]
 
 
 @triton.jit
@@ -153,8 +154,9 @@ def bias_tile(
         row = geometric_row(queries, keys, WINDOW)
         bias = tl.load(bias_ptr + row * heads + head, mask=inside, other=0.0).to(tl.float32)
     if BIAS == INDEXED_BIAS:
-        row = tl.load(index_ptr + dense, mask=inside, other=0).to(tl.int32)
+        row = tl.load(index_ptr + dense, mask=inside, other=0)
         known = (row >= 0) & (row < table_rows)
+        row = tl.where(known, row, 0).to(tl.int32)
         value = tl.load(bias_ptr + row * heads + head, mask=inside & known, other=0.0)
         # only the device sees an index that the table lacks: let the user see it too
         bias = tl.where(inside & ~known, float("nan"), value.to(tl.float32))
