@@ -7,6 +7,8 @@ import torch
 
 from swin_kernels import shifted_window_attention
 from swin_kernels.kernels.triton.configs import Config
+from swin_kernels.ops.dispatch import BACKENDS
+from swin_kernels.problem import Operands, Problem
 from swin_kernels.reference.dropout import dropout_factor
 from swin_kernels.testing import Case, call, make_grad_out, make_operands, run, with_grad
 
@@ -67,6 +69,27 @@ def test_windows_do_not_depend_on_the_run_they_are_in(case, dtype, windows_a_pro
         _assert_same_bits(results[0], other, ("query", "key", "value"))
         # sums over windows are cut elsewhere, and so rounded otherwise
         torch.testing.assert_close(other.grads, results[0].grads, rtol=2e-3, atol=2e-3)
+
+
+def test_channels_more_than_32_bits_apart_are_found():
+    apart = 2**24 + 2**20
+    memory = torch.empty(127 * apart + 16, dtype=torch.float16)  # its pages come only when touched
+    x = memory.as_strided((1, 16, 1, 128), (16, 1, 16, apart))
+    x.copy_(torch.randn(1, 16, 1, 128, generator=torch.Generator().manual_seed(0)))
+    out = shifted_window_attention(x, x, x, 16, backend="triton")
+    near = x.contiguous()
+    assert torch.equal(out, shifted_window_attention(near, near, near, 16, backend="triton"))
+
+
+def test_an_index_beyond_32_bits_is_not_taken_for_a_row():
+    x, table = torch.randn(1, 4, 1, 16), torch.randn(3, 1)
+    index = torch.zeros(4, 4, dtype=torch.int64)
+    index[2, 1] = 2**32 + 1
+    operands = Operands(x, x, x, bias_table=table, bias_index=index)
+    options = Problem.checked(operands._replace(bias_index=index * 0), 4).options
+    out, _ = BACKENDS["triton"].forward(operands, options, False)
+    assert out[0, 2].isnan().all()
+    assert not out[0, [0, 1, 3]].isnan().any()
 
 
 @REGIMES

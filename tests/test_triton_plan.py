@@ -461,6 +461,8 @@ def test_reasons_say_what_came(monkeypatch):
     )
     assert f"got {MOST_WINDOWS + 1}" in _why_not(empty(1, MOST_WINDOWS + 1, 1, 8), 1)
     assert "windows" not in _why_not(empty(1, MOST_WINDOWS, 1, 8), 1)
+    assert "split the batch" in _why_not(empty(2**29, 1, 4, 1), 1)
+    assert "tokens an axis" in _why_not(empty(1, 2**31 - 8, 1, 1), 64)
     assert "got meta" in _why_not(empty(1, 8, 1, most))
     assert _why_not(torch.empty(1, 8, 1, 8)) == "runs on CUDA tensors, got cpu"
     monkeypatch.setattr(backend.importlib.util, "find_spec", lambda name: None)

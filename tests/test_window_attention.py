@@ -325,6 +325,30 @@ def test_row_of_masked_keys_gives_zeros_and_zero_gradients(case, dtype, backend)
     assert not d_query[dead].any()
 
 
+@pytest.mark.parametrize("size", [(8,), (140,)], ids=["short", "long"])
+def test_a_mask_of_the_lowest_finite_number_is_finite(size, backend):
+    case = Case(1, size, (size[0] // 2,), heads=1, mask="soft")
+    operands = make_operands(case)
+    mask = torch.zeros_like(operands.mask)
+    mask[:, 1] = torch.finfo(torch.float32).min
+    out = call(case, operands._replace(mask=mask), backend)
+    mean = operands.value[:, : size[0] // 2].mean(1)
+    torch.testing.assert_close(out[:, 1], mean, rtol=1e-4, atol=1e-5)
+
+
+def test_pads_of_float64_match_float64(backend):
+    case = PLANE.but(dtype=torch.float16, extras_dtype=torch.float64, cosine=True, shift=(2, 2))
+    check(sized(case), backend)
+
+
+@over(
+    Case(1, (3, 3), (1, 1), heads=4, head_dim=48),
+    Case(1, (3, 3), (1, 1), heads=4, head_dim=48, dtype=torch.float16),
+)
+def test_logits_of_one_token_have_gradient_zero(case, backend):
+    check(case, backend)
+
+
 @over_dtypes
 def test_everything_masked_gives_zeros_and_zero_gradients(dtype, backend):
     case = cut(PLANE.but(dtype=dtype, bias="dense", mask="soft", shift=(2, 2), cosine=True))
