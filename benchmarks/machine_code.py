@@ -203,7 +203,18 @@ def report(rows: list[Row]) -> str:
     ]
     for arch in dict.fromkeys(row.arch for row in rows):
         lines += ["", f"## {arch}", "", *_table([row for row in rows if row.arch == arch])]
+    if found := defects_of(rows):
+        lines += ["", "## What is still wrong", "", *(f"- {line}" for line in found)]
     return "\n".join(lines) + "\n"
+
+
+def defects_of(rows: list[Row]) -> list[str]:
+    """Every defect of every row, a line each."""
+    return [
+        f"{row.case}, {row.dtype}, {row.arch}, `{row.kernel}`: {'; '.join(found)}"
+        for row in rows
+        if (found := row.defects())
+    ]
 
 
 def main() -> None:
@@ -228,12 +239,7 @@ def main() -> None:
         print(f"wrote {REPORT.relative_to(REPORT.parent.parent)}")
     else:
         print(report(rows))
-    defects = [
-        f"{row.case}, {row.dtype}, {row.arch}, {row.kernel}: {'; '.join(found)}"
-        for row in rows
-        if (found := row.defects())
-    ]
-    sys.exit("\n".join(defects) or 0)
+    sys.exit("\n".join(defects_of(rows)) or 0)
 
 
 if __name__ == "__main__":
