@@ -29,6 +29,12 @@ class Gpu:
     multiprocessors: int
     warp_size: int = 32
 
+    @property
+    def multiplies_from_shared(self) -> bool:
+        """Products of a warp group read shared memory; those of a warp take their registers."""
+        # the interpreter runs what these have, and so most layouts
+        return self.arch.startswith(("sm_9", "sm_10", "interpreter"))
+
 
 # shared memory a program: CUDA programming guide, table of compute capabilities; AMD CDNA 3 guide
 KB = 1024
@@ -112,7 +118,11 @@ def takes_whole_windows(kernel: str, shape: Shape, gpu: Gpu) -> bool:
         return shape.tokens <= 64 and shape.largest_block <= (32 if shape.exact else 128)
     one_by_one = shape.head_dim % 16 != 0 or shape.value_dim % 16 != 0  # narrow loads: more offsets
     adds = shape.explicit_mask or shape.fills_padding
-    crowded = (shape.cosine and (shape.exact or adds)) or (gpu.arch == "sm_120" and adds)
+    crowded = (
+        (shape.cosine and (shape.exact or adds))
+        or (shape.explicit_mask and (shape.exact or not gpu.multiplies_from_shared))
+        or (shape.fills_padding and gpu.arch.startswith("sm_12"))
+    )
     return (
         shape.tokens <= 64
         and shape.largest_block <= 32
@@ -128,8 +138,7 @@ def _whole(kernel: str, shape: Shape, gpu: Gpu) -> Config:
         return Config(block, block, 2 * warps if crowded else warps, 1 if shape.exact else 2)
     if shape.exact:
         return Config(block, block, 2 * warps, 1, programs_per_multiprocessor=4)
-    # warp-group products read shared memory; those of a warp hold their operands in registers
-    roomy = gpu.arch in ("sm_90", "sm_100")
+    roomy = gpu.multiplies_from_shared
     plain = not (shape.cosine or shape.explicit_mask or shape.fills_padding)
     return Config(
         block,
@@ -153,7 +162,7 @@ def _tiled(kernel: str, shape: Shape) -> Config:
     else:
         block, warps = 64, 8 if wide or kernel == "dbias" else 4
     block = min(block, block_of(shape.tokens))
-    return Config(block, block, warps if block > 16 else min(warps, 4), stages)
+    return Config(block, block, warps, stages)
 
 
 @functools.cache
