@@ -136,6 +136,7 @@ def through(request, monkeypatch):
     assert calls
 
 
+@pytest.mark.costly
 @both
 @pytest.mark.parametrize("with_mask", [False, True], ids=["no mask", "mask"])
 @pytest.mark.parametrize("qkv_bias", [True, False], ids=["bias", "no bias"])
