@@ -134,7 +134,8 @@ def _whole(kernel: str, shape: Shape, gpu: Gpu) -> Config:
     block = block_of(shape.tokens)
     warps = {16: 1, 32: 2, 64: 4}[block]
     if kernel == "forward":
-        crowded = shape.exact or shape.dropout
+        masked = shape.explicit_mask and not gpu.multiplies_from_shared
+        crowded = shape.exact or shape.dropout or masked
         return Config(block, block, 2 * warps if crowded else warps, 1 if shape.exact else 2)
     if shape.exact:
         return Config(block, block, 2 * warps, 1, programs_per_multiprocessor=4)
