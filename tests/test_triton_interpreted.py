@@ -18,7 +18,7 @@ from triton_interpreter import fast_interpreter
 
 pytestmark = pytest.mark.interpreted
 
-WHOLE = Case(2, (7, 5), (4, 4), (2, 2), heads=2, head_dim=16, bias="table", pads=True, cosine=True)
+WHOLE = Case(2, (7, 5), (4, 4), (2, 2), heads=2, head_dim=16, bias="table", pads=True)
 TILES = Case(2, (90,), (70,), (20,), heads=1, head_dim=16, bias="table", pads=True, cosine=True)
 REGIMES = pytest.mark.parametrize("case", [WHOLE, TILES], ids=["whole", "tiles"])
 DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=["fp32", "fp16"])
