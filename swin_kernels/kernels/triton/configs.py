@@ -120,7 +120,7 @@ def takes_whole_windows(kernel: str, shape: Shape, gpu: Gpu) -> bool:
     adds = shape.explicit_mask or shape.fills_padding
     crowded = (
         (shape.cosine and (shape.exact or adds))
-        or (shape.explicit_mask and (shape.exact or not gpu.multiplies_from_shared))
+        or (shape.explicit_mask and not shape.exact and not gpu.multiplies_from_shared)
         or (shape.fills_padding and gpu.arch.startswith("sm_12"))
     )
     return (
