@@ -149,9 +149,9 @@ def plans_of(case: Case, gpu: Gpu) -> tuple[Plan, Plan]:
         kept = [
             (name, torch.empty(buffer.shape, dtype=buffer.dtype))
             for name, buffer in forward.buffers.items()
-            if name in ("log_sum_exp", "tiles")
+            if name in ("stats", "tiles")
         ]
-        if "log_sum_exp" in forward.buffers:
+        if "stats" in forward.buffers:
             kept.append(("out", torch.empty(forward.buffers["out"].shape, dtype=case.dtype)))
         grad_out = make_grad_out(case)
     facts |= _facts([("grad_out", grad_out), *kept])

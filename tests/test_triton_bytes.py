@@ -113,14 +113,14 @@ def test_tiles_read_the_other_side_once_a_tile(shift):
         "value": t * a_pass,
         "spread_bias": biases,
     }
-    assert forward.stored == {"out": a_pass, "log_sum_exp": rows}
+    assert forward.stored == {"out": a_pass, "stats": 2 * rows}
 
     dq, t = traffic["_tiled_dq_kernel"], tiles["dq"]
     assert dq.loaded == {
         "query": a_pass,
         "grad_out": a_pass,
         "out": a_pass,
-        "log_sum_exp": rows,
+        "stats": 2 * rows,
         "key": t * a_pass,
         "value": t * a_pass,
         "spread_bias": biases,
@@ -134,7 +134,7 @@ def test_tiles_read_the_other_side_once_a_tile(shift):
         "value": a_pass,
         "query": t * a_pass,
         "grad_out": t * a_pass,
-        "log_sum_exp": t * rows,
+        "stats": 2 * t * rows,
         "delta": t * rows,
         "spread_bias": biases,
     }
@@ -144,8 +144,8 @@ def test_tiles_read_the_other_side_once_a_tile(shift):
     dbias, t = traffic["_tiled_dbias_kernel"], tiles["dbias"]
     for name in ("query", "key", "value", "grad_out"):
         assert dbias.loaded[name] == t * a_pass
-    for name in ("log_sum_exp", "delta"):
-        assert dbias.loaded[name] == t * rows
+    assert dbias.loaded["stats"] == 2 * t * rows
+    assert dbias.loaded["delta"] == t * rows
     assert dbias.stored["bias_sums"] == dbias.distinct_stored["bias_sums"]
     assert dbias.stored["bias_sums"] % (HEADS * n * n * 4) == 0
 

@@ -139,7 +139,7 @@ def test_tokens_channels_and_dtype_decide_between_whole_windows_and_tiles(
     assert _kernels(_backward(case)) == expected
     # the forward keeps what the backward will read, and nothing when nobody differentiates
     kept = _forward(case, differentiable=True)
-    assert ("log_sum_exp" in kept.buffers) == kept.steps[-1].numbers["KEEP_SUMS"] == (not backward)
+    assert ("stats" in kept.buffers) == kept.steps[-1].numbers["KEEP_STATS"] == (not backward)
     assert ("tiles" in kept.buffers) == backward
     assert set(_forward(case).buffers) == {"out"} | ({"spread_bias"} if spread else set())
 

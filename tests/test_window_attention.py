@@ -325,6 +325,25 @@ def test_row_of_masked_keys_gives_zeros_and_zero_gradients(case, dtype, backend)
     assert not d_query[dead].any()
 
 
+@over_dtypes
+@judged(
+    PLANE.but(mask="soft", cosine=True, packed=True),
+    LINE.but(mask="soft", bias="dense"),
+    Case(1, (140,), (70,), heads=4, mask="soft"),
+)
+def test_row_masked_whole_by_minus_100_matches_float64(case, dtype, backend):
+    case = case.but(dtype=dtype)
+    operands, grad_out = make_operands(case), make_grad_out(case)
+    mask = torch.zeros_like(operands.mask)
+    mask[:, ::3] = -100.0
+    masked = operands._replace(mask=mask)
+    assert_within_error_rule(
+        run(case, masked, grad_out, backend),
+        run_unfused(case, masked, grad_out),
+        run_exact(case, masked, grad_out),
+    )
+
+
 @pytest.mark.parametrize("size", [(8,), (140,)], ids=["short", "long"])
 def test_a_mask_of_the_lowest_finite_number_is_finite(size, backend):
     case = Case(1, size, (size[0] // 2,), heads=1, mask="soft")

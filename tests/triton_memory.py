@@ -187,7 +187,7 @@ def guarded_launches(traffic: dict[str, Traffic] | None = None) -> Iterator[None
     def checked(self, tensors, stream):
         read_only = READ_ONLY
         if "grad_out" in tensors:  # what the forward saved
-            read_only = read_only | {"out", "log_sum_exp", "tiles"}
+            read_only = read_only | {"out", "stats", "tiles"}
         named = {name: tensors[name] for name in self.tensors if name is not None}
         count = None
         if traffic is not None:

@@ -47,7 +47,7 @@ class ShiftedWindowAttentionFunction(torch.autograd.Function):
 
     The arguments are the fields of `swin_kernels.problem.Operands` and `.Options` in order, then
     the name of a backend. Saved are the operands, and what little the backend adds (Triton's
-    kernels for large windows: the output and a log-sum-exp per row): no probabilities, no windows.
+    kernels for large windows: the output and two numbers per row): no probabilities, no windows.
     """
 
     @staticmethod

@@ -34,7 +34,7 @@ _POINTER_TYPES = {
 }
 # HMMA of a warp; sm_90: HGMMA of a warp group; sm_100: UTCHMMA on the tensor cores' own memory
 _MATRIX = re.compile(r"^(U?T?C?[HQ]G?MMA|v_mfma|OMMA)")
-_SPILLS = ("STL", "LDL", "scratch_store", "scratch_load")
+_SPILLS = ("STL", "LDL")
 
 
 @dataclass(frozen=True)
@@ -43,7 +43,7 @@ class Code:
 
     registers: int  # a thread
     stack: int  # bytes a thread
-    spills: int  # instructions that store or load what did not fit the registers
+    spills: int  # instructions that bring what did not fit the registers to memory, or back
     shared: int  # bytes a program
     instructions: int
     loop: int  # instructions of the largest loop body, a warp
@@ -95,12 +95,8 @@ def source_of(step: Step, dtypes: dict[str, torch.dtype]) -> ASTSource:
 
 def compile_step(step: Step, dtypes: dict[str, torch.dtype], gpu: Gpu) -> Any:
     """The compiled kernel, as `triton.compile` returns it."""
-    options = {
-        "num_warps": step.config.num_warps,
-        "num_stages": step.config.loop_stages,
-        "enable_fp_fusion": True,
-    }
-    return triton.compile(source_of(step, dtypes), target=target_of(gpu), options=options)
+    target, options = target_of(gpu), step.config.options
+    return triton.compile(source_of(step, dtypes), target=target, options=options)
 
 
 def _largest_loop(code: list[tuple[int, str]], target: re.Pattern) -> list[str]:
@@ -157,7 +153,8 @@ def _read_amd(compiled: Any) -> Code:
     return Code(
         number("vgpr_count"),
         number("private_segment_fixed_size"),
-        number("vgpr_spill_count") + number("sgpr_spill_count"),
+        # scalars that overflow go to lanes of vector registers, and never to memory
+        sum(name.startswith("scratch_") for name in body),
         number("group_segment_fixed_size") or compiled.metadata.shared,
         len(body),
         0,  # not read from this assembly

@@ -163,7 +163,7 @@ class TritonBackend:
         out, kept = FORWARD(*operands, *options, differentiable)
         if kept.ndim == 1:  # nothing
             return out, ()
-        # a log-sum-exp (W, H, N) goes with its output; tiles (heads, sets, …) stand alone
+        # statistics (W, H, 2·N) go with its output; tiles (heads, sets, …) stand alone
         return out, (out, kept) if kept.ndim == 3 else (kept,)
 
     def backward(

@@ -1,4 +1,4 @@
-"""Backward kernels for windows of several tiles: three passes from the saved log-sum-exp.
+"""Backward kernels for windows of several tiles: three passes from what the forward saved.
 
 `_tiled_dq_kernel` takes BLOCK_M queries of a window through its keys, and leaves Δ = rowsum(dO∘O)
 for the other two; `_tiled_dkv_kernel` takes BLOCK_N keys through the queries; `_tiled_dbias_kernel`
@@ -32,12 +32,20 @@ from swin_kernels.kernels.triton.window import (
 
 
 @triton.jit
+def load_stats(ptr, row, i, N: tl.constexpr):
+    """What the forward's `store_stats` left of rows i; zeros, and so no probability, beyond."""
+    top = tl.load(ptr + 2 * row + i, mask=i < N, other=0.0)
+    return top, tl.load(ptr + 2 * row + N + i, mask=i < N, other=0.0)
+
+
+@triton.jit
 def tile_gradients(
     q,
     k,
     v,
     do,
-    sums,
+    top,
+    share,
     delta,
     window,
     number,
@@ -81,7 +89,7 @@ def tile_gradients(
         WINDOW,
     )
     N: tl.constexpr = WINDOW[0] * WINDOW[1] * WINDOW[2]
-    p = tl.exp2((s - sums[:, None]) * LOG2_E) * (1.0 / N)  # sums are those of means
+    p = tl.exp2((s - top[:, None]) * LOG2_E) * share[:, None]
     dp = tl.dot(do, tl.trans(v), input_precision=PRECISION)
     weights = p
     if DROPOUT_THRESHOLD > 0:
@@ -98,7 +106,7 @@ def tile_gradients(
 def _tiled_dq_kernel(
     grad_out_ptr,
     out_ptr,
-    log_sum_exp_ptr,
+    stats_ptr,
     query_ptr,
     key_ptr,
     value_ptr,
@@ -172,7 +180,7 @@ def _tiled_dq_kernel(
     delta = tl.sum(do.to(tl.float32) * out.to(tl.float32), 1)
     row = (window.to(tl.int64) * heads + head) * N
     tl.store(delta_ptr + row + i, delta, mask=i < N)
-    sums = tl.load(log_sum_exp_ptr + row + i, mask=i < N, other=float("inf"))
+    top, share = load_stats(stats_ptr, row, i, N)
     factor = scale
     if COSINE:
         q, q_norm = to_unit(q)
@@ -213,7 +221,8 @@ def _tiled_dq_kernel(
             k,
             v,
             do,
-            sums,
+            top,
+            share,
             delta,
             window,
             number,
@@ -264,7 +273,7 @@ def _tiled_dq_kernel(
 @triton.jit
 def _tiled_dkv_kernel(
     grad_out_ptr,
-    log_sum_exp_ptr,
+    stats_ptr,
     delta_ptr,
     query_ptr,
     key_ptr,
@@ -368,7 +377,7 @@ def _tiled_dkv_kernel(
         do = load_tokens(
             grad_out_ptr, 0, image, head, x_i, rows, grad_out_strides, VALUE_DIM, BLOCK_DV, ALIGNED
         )
-        sums = tl.load(log_sum_exp_ptr + row + i, mask=i < N, other=float("inf"))
+        top, share = load_stats(stats_ptr, row, i, N)
         delta = tl.load(delta_ptr + row + i, mask=i < N, other=0.0)
         if COSINE:
             q, _ = to_unit(q)
@@ -377,7 +386,8 @@ def _tiled_dkv_kernel(
             k,
             v,
             do,
-            sums,
+            top,
+            share,
             delta,
             window,
             number,
@@ -447,7 +457,7 @@ def _tiled_dkv_kernel(
 @triton.jit
 def _tiled_dbias_kernel(
     grad_out_ptr,
-    log_sum_exp_ptr,
+    stats_ptr,
     delta_ptr,
     query_ptr,
     key_ptr,
@@ -552,7 +562,7 @@ def _tiled_dbias_kernel(
             grad_out_ptr, 0, image, head, x_i, rows, grad_out_strides, VALUE_DIM, BLOCK_DV, ALIGNED
         )
         row = (window.to(tl.int64) * heads + head) * N
-        sums = tl.load(log_sum_exp_ptr + row + i, mask=i < N, other=float("inf"))
+        top, share = load_stats(stats_ptr, row, i, N)
         delta = tl.load(delta_ptr + row + i, mask=i < N, other=0.0)
         if HAS_PAD_KEY:
             k = fill_padding(k, padding, pad_key_ptr, head, HEAD_DIM, BLOCK_D)
@@ -566,7 +576,8 @@ def _tiled_dbias_kernel(
             k,
             v,
             do,
-            sums,
+            top,
+            share,
             delta,
             window,
             number,

@@ -61,7 +61,7 @@ def forward(
     device = operands.query.device
     run = _forward_run(_named(tensors), options, gpu_of(device), device, _tf32(), differentiable)
     run(tensors, device)
-    return tensors["out"], tensors.get("log_sum_exp", tensors.get("tiles"))
+    return tensors["out"], tensors.get("stats", tensors.get("tiles"))
 
 
 @functools.lru_cache(maxsize=1024)
@@ -82,7 +82,7 @@ def backward(
     """The gradients by the names of their operands, each in its dtype; those of tokens always."""
     tensors = _tensors(operands) | {"grad_out": grad_out}
     if out is not None and kept is not None:
-        tensors |= {"out": out, "log_sum_exp": kept}
+        tensors |= {"out": out, "stats": kept}
     elif kept is not None:
         tensors["tiles"] = kept
     device = operands.query.device

@@ -11,6 +11,7 @@ import json
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -96,6 +97,17 @@ class Config:
     num_warps: int
     loop_stages: int  # of the software pipeline over windows or tiles
     programs_per_multiprocessor: int = 8  # how many runs of windows to cut, where there are runs
+    registers: int = 0  # a thread's limit; 0 leaves it to the assembler, which at times spills
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """How Triton is to compile the kernel."""
+        options: dict[str, Any] = {
+            "num_warps": self.num_warps,
+            "num_stages": self.loop_stages,
+            "enable_fp_fusion": True,  # its default is not the same in every Triton
+        }
+        return options | ({"maxnreg": self.registers} if self.registers else {})
 
     def windows_per_program(self, shape: Shape, gpu: Gpu, tiles: int = 1) -> int:
         """Windows a run, so that the runs of all heads and tiles fill the device."""
@@ -119,8 +131,8 @@ def takes_whole_windows(kernel: str, shape: Shape, gpu: Gpu) -> bool:
     one_by_one = shape.head_dim % 16 != 0 or shape.value_dim % 16 != 0  # narrow loads: more offsets
     adds = shape.explicit_mask or shape.fills_padding
     crowded = (
-        (shape.cosine and (shape.exact or adds))
-        or (shape.explicit_mask and not shape.exact and not gpu.multiplies_from_shared)
+        (shape.cosine and adds)
+        or (shape.explicit_mask and (shape.exact or not gpu.multiplies_from_shared))
         or (shape.fills_padding and gpu.arch.startswith("sm_12"))
     )
     return (
@@ -133,12 +145,28 @@ def takes_whole_windows(kernel: str, shape: Shape, gpu: Gpu) -> bool:
 def _whole(kernel: str, shape: Shape, gpu: Gpu) -> Config:
     block = block_of(shape.tokens)
     warps = {16: 1, 32: 2, 64: 4}[block]
+    blackwell = gpu.arch.startswith("sm_10")
     if kernel == "forward":
         masked = shape.explicit_mask and not gpu.multiplies_from_shared
         crowded = shape.exact or shape.dropout or masked
-        return Config(block, block, 2 * warps if crowded else warps, 1 if shape.exact else 2)
+        roomy = crowded or shape.explicit_mask or shape.largest_block > 32
+        return Config(
+            block,
+            block,
+            2 * warps if crowded else warps,
+            1 if shape.exact else 2,
+            registers=168 if blackwell and not roomy else 0,
+        )
     if shape.exact:
-        return Config(block, block, 2 * warps, 1, programs_per_multiprocessor=4)
+        crowded = shape.cosine or shape.fills_padding
+        return Config(
+            block,
+            block,
+            (4 if crowded else 2) * warps,
+            1,
+            programs_per_multiprocessor=4,
+            registers=128 if crowded else 255,
+        )
     roomy = gpu.multiplies_from_shared
     plain = not (shape.cosine or shape.explicit_mask or shape.fills_padding)
     return Config(
@@ -147,6 +175,7 @@ def _whole(kernel: str, shape: Shape, gpu: Gpu) -> Config:
         2 * warps if shape.cosine and not roomy else warps,
         1 if plain and not roomy else 2,
         programs_per_multiprocessor=4,
+        registers=255 if blackwell else 0,
     )
 
 
@@ -213,7 +242,7 @@ def config_for(kernel: str, shape: Shape, gpu: Gpu) -> Config:
     whole = kernel in ("forward", "backward")
     config = _whole(kernel, shape, gpu) if whole else _tiled(kernel, shape)
     if gpu.warp_size == 64:  # half as many warps have as many lanes
-        config = replace(config, num_warps=max(1, config.num_warps // 2))
+        config = replace(config, num_warps=max(1, config.num_warps // 2), registers=0)
     key = tuned_key(kernel, shape, gpu)
     if tuned := {**_tuned().get(key, {}), **_forced.get(key, {})}:
         config = Config(**{**asdict(config), **tuned})

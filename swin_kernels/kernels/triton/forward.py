@@ -6,7 +6,7 @@ one window and runs over its keys with a running softmax (Milakov & Gimelshein, 
 calculation for softmax", 2018).
 
 For the backward one leaves, if that holds whole windows as well, the sum of bias and shift mask: a
-tile per head and per set of seams that can cut a window; else the log-sum-exp of each row.
+tile per head and per set of seams that can cut a window; else two numbers of each row's softmax.
 """
 
 import triton
@@ -35,14 +35,15 @@ from swin_kernels.kernels.triton.window import (
 
 
 @triton.jit
-def store_sums(ptr, window, head, heads, i, top, total, N: tl.constexpr):
-    """The log-sum-exp of each row less log N; +inf where no key is left, so that exp(s − sum) is 0.
+def store_stats(ptr, window, head, heads, i, top, total, N: tl.constexpr):
+    """Each row's largest logit and 1/Σexp(s − largest), 0 where no key is left.
 
-    That is of the mean over keys: near 0 where the sum is near log N, and so rounded less.
+    Apart, as their sum, the log-sum-exp, is rounded: a row that is masked whole has it near −100.
     """
-    sums = tl.where(total == 0.0, float("inf"), top + tl.log(total * (1.0 / N)))
-    row = (window.to(tl.int64) * heads + head) * N
-    tl.store(ptr + row + i, sums, mask=i < N)
+    start = ptr + (window.to(tl.int64) * heads + head) * (2 * N)
+    tl.store(start + i, tl.where(total == 0.0, 0.0, top), mask=i < N)
+    share = 1.0 / tl.where(total == 0.0, 1.0, total)
+    tl.store(start + N + i, tl.where(total == 0.0, 0.0, share), mask=i < N)
 
 
 @triton.jit
@@ -58,7 +59,7 @@ def _whole_window_fwd_kernel(
     logit_scale_ptr,
     seed_ptr,
     out_ptr,
-    log_sum_exp_ptr,
+    stats_ptr,
     tiles_ptr,
     query_strides,
     key_strides,
@@ -95,7 +96,7 @@ def _whole_window_fwd_kernel(
     PRECISION: tl.constexpr,
     HEAD_DIM: tl.constexpr,
     VALUE_DIM: tl.constexpr,
-    KEEP_SUMS: tl.constexpr,
+    KEEP_STATS: tl.constexpr,
     KEEP_TILES: tl.constexpr,
     TILES_PER_HEAD: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -190,8 +191,8 @@ def _whole_window_fwd_kernel(
         store_tokens(
             out_ptr, 0, image, head, x, rows, out_strides, out, VALUE_DIM, BLOCK_DV, ALIGNED
         )
-        if KEEP_SUMS:
-            store_sums(log_sum_exp_ptr, window, head, heads, n, top, total, N)
+        if KEEP_STATS:
+            store_stats(stats_ptr, window, head, heads, n, top, total, N)
 
 
 @triton.jit
@@ -206,7 +207,7 @@ def _tiled_fwd_kernel(
     logit_scale_ptr,
     seed_ptr,
     out_ptr,
-    log_sum_exp_ptr,
+    stats_ptr,
     query_strides,
     key_strides,
     value_strides,
@@ -238,7 +239,7 @@ def _tiled_fwd_kernel(
     PRECISION: tl.constexpr,
     HEAD_DIM: tl.constexpr,
     VALUE_DIM: tl.constexpr,
-    KEEP_SUMS: tl.constexpr,
+    KEEP_STATS: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
@@ -330,5 +331,5 @@ def _tiled_fwd_kernel(
 
     out *= (kept_factor / tl.where(total == 0.0, 1.0, total))[:, None]
     store_tokens(out_ptr, 0, image, head, x_i, rows, out_strides, out, VALUE_DIM, BLOCK_DV, ALIGNED)
-    if KEEP_SUMS:
-        store_sums(log_sum_exp_ptr, window, head, heads, i, top, total, N)
+    if KEEP_STATS:
+        store_stats(stats_ptr, window, head, heads, i, top, total, N)

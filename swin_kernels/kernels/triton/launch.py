@@ -55,11 +55,7 @@ class Launch:
     def __init__(self, step: Step) -> None:
         self.kernel = kernel_of(step)
         self.grid = step.grid
-        self.options = {
-            "num_warps": step.config.num_warps,
-            "num_stages": step.config.loop_stages,
-            "enable_fp_fusion": True,  # its default is not the same in every Triton
-        }
+        self.options = step.config.options
         arguments = arguments_of(step)
         self.tensors = [name for key, name in arguments.items() if key.endswith("_ptr")]
         self.numbers = tuple(arguments.values())[len(self.tensors) :]

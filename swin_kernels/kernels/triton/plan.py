@@ -363,24 +363,24 @@ def forward_plan(
 ) -> Plan:
     """Writes `out` (B, *S, H, Dv), and in fp32 what `backward_plan` reads if `differentiable`.
 
-    That is `log_sum_exp` (W, H, N) where it works in tiles, else `tiles`: see `tiles_shape`.
+    That is `stats` (W, H, 2·N) where it works in tiles, else `tiles`: see `tiles_shape`.
     """
     call = _call(facts, options, gpu, tf32)
     shape = call.shape()
     whole_backward = takes_whole_windows("backward", shape, gpu)
-    keep_sums = differentiable and not whole_backward
+    keep_stats = differentiable and not whole_backward
     tiles = tiles_shape(options, call.heads, call.bias != "none", "mask" in call.facts)
     keep_tiles = differentiable and whole_backward and tiles[0] > 0
     buffers = {"out": Buffer(call.map_shape(call.value_dim), call.dtype)}
-    if keep_sums:
-        rows = (call.windows, call.heads, call.grid.tokens)
-        buffers["log_sum_exp"] = Buffer(rows, torch.float32)
+    if keep_stats:
+        stats = (call.windows, call.heads, 2 * call.grid.tokens)
+        buffers["stats"] = Buffer(stats, torch.float32)
     out = _Tokens.of("out", buffers["out"].shape, contiguous_stride(buffers["out"].shape))
     pointers = _operand_pointers(call) | {
         "out_ptr": "out",
-        "log_sum_exp_ptr": "log_sum_exp" if keep_sums else None,
+        "stats_ptr": "stats" if keep_stats else None,
     }
-    numbers = _numbers(call, out) | {"out_strides": out.strides, "KEEP_SUMS": keep_sums}
+    numbers = _numbers(call, out) | {"out_strides": out.strides, "KEEP_STATS": keep_stats}
     if takes_whole_windows("forward", shape, gpu):
         config = config_for("forward", shape, gpu)
         run = config.windows_per_program(shape, gpu)
@@ -448,7 +448,7 @@ def backward_plan(
 
     And, in fp32, the sums of what is shared by windows: `bias_sums`, `pad_key_sums`,
     `pad_value_sums`, `logit_scale_sums`, each with axes in front to be summed, as `Plan.sums` says.
-    `facts` are those of the operands, of grad_out, and of what the forward kept: `log_sum_exp` with
+    `facts` are those of the operands, of grad_out, and of what the forward kept: `stats` with
     its `out`, or `tiles`.
     """
     call = _call(facts, options, gpu, tf32)
@@ -556,7 +556,7 @@ def _tiled_backward(call: _Call, needs: Needs, pointers, numbers, buffers) -> Pl
     out = _Tokens.of("out", out_shape, contiguous_stride(out_shape))
     pointers |= bias_pointers | {
         "out_ptr": "out",
-        "log_sum_exp_ptr": "log_sum_exp",
+        "stats_ptr": "stats",
         "delta_ptr": "delta",
     }
     numbers |= bias_numbers | {"out_strides": out.strides}
