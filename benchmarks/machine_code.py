@@ -38,6 +38,19 @@ from swin_kernels.testing import Case, make_grad_out, make_operands
 REPORT = Path(__file__).resolve().parent.parent / "docs" / "machine-code.md"
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 ARCHS = ("sm_80", "sm_90", "sm_100", "sm_120", "gfx942")
+HEADER = """\
+# The machine code of the Triton kernels
+
+`make aot-report`, triton {triton}, torch {torch}: compiled ahead of time, read with cuobjdump
+(NVIDIA) and from the assembly (AMD). Nothing here was run or timed.
+
+Registers are a thread's, shared memory a program's in bytes; instructions, and matrix
+instructions among them, are those of the whole kernel. `a tile` is the largest loop body times
+warps: what a window of one head, or a tile of a larger window, costs the issue slots, both sides
+of a branch counted. (On sm_100 a pipelined loop holds a copy of its last trip, which is counted
+too: up to twice the truth.) Nothing spills to memory unless the end of this page says so; on
+gfx942 scalars that overflow their registers are kept in lanes of vector registers.\
+"""
 
 _MODEL = {"batch": 64, "heads": 3, "head_dim": 32, "packed": True, "layout": "contiguous"}
 CASES = {
@@ -180,27 +193,22 @@ def compile_case(name: str, dtype: str, arch: str) -> list[Row]:
 def _table(rows: list[Row]) -> Iterator[str]:
     yield "| case | dtype | kernel | layout | registers | shared | instructions | a tile | matrix |"
     yield "|---|---|---|---|--:|--:|--:|--:|--:|"
+    dtypes: dict[tuple, list[str]] = {}  # those whose code costs the same share a line
     for row in rows:
         code = row.code
         tile = f"{row.per_tile:,}" if code.loop else "–"
-        yield (
-            f"| {row.case} | {row.dtype} | `{row.kernel}` | {row.layout} | {code.registers} | "
-            f"{code.shared:,} | {code.instructions:,} | {tile} | {code.matrix} |"
+        figures = (
+            f"| `{row.kernel}` | {row.layout} | {code.registers} | {code.shared:,} | "
+            f"{code.instructions:,} | {tile} | {code.matrix} |"
         )
+        dtypes.setdefault((row.case, figures), []).append(row.dtype)
+    for (case, figures), names in dtypes.items():
+        yield f"| {case} | {', '.join(names)} {figures}"
 
 
 def report(rows: list[Row]) -> str:
     """The page: one table per architecture."""
-    lines = [
-        "# The machine code of the Triton kernels",
-        "",
-        f"`make aot-report`, triton {triton.__version__}, torch {torch.__version__}: compiled",
-        "ahead of time, read with cuobjdump (NVIDIA) and from the assembly (AMD). Nothing here",
-        "was run or timed. Registers are a thread's, shared memory a program's in bytes;",
-        "instructions, and matrix instructions among them, are those of the whole kernel. `a tile`",
-        "is the largest loop body times warps: what a window of one head, or a tile of a larger",
-        "window, costs the issue slots, both sides of a branch counted.",
-    ]
+    lines = [HEADER.format(triton=triton.__version__, torch=torch.__version__)]
     for arch in dict.fromkeys(row.arch for row in rows):
         lines += ["", f"## {arch}", "", *_table([row for row in rows if row.arch == arch])]
     if found := defects_of(rows):

@@ -72,7 +72,7 @@ def test_the_report_has_a_table_for_each_architecture():
     page = report([_row("sm_80"), _row("sm_90")])
     assert page.index("## sm_80") < page.index("## sm_90")
     assert "| 168 | 28,672 | 1,000 | 1,600 | 6 |" in page
-    assert "Nothing here\nwas run or timed" in page
+    assert "Nothing here was run or timed" in page
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

@@ -481,3 +481,12 @@ def test_the_interpreter_refuses_bfloat16_alone(monkeypatch):
     assert "bfloat16" in _why_not(torch.empty(1, 8, 1, 8, dtype=torch.bfloat16))
     assert _why_not(torch.empty(1, 8, 1, 8, dtype=torch.float16)) is None
     assert _why_not(torch.empty(1, 8, 1, 8)) is None
+
+
+def test_a_limit_of_registers_is_an_option_of_the_compiler_on_nvidia_alone():
+    shape = Shape(49, 32, 32, torch.float32, 1000, 3)
+    limited, free = (
+        config_for("backward", shape, KNOWN_GPUS[arch]) for arch in ("sm_80", "gfx942")
+    )
+    assert limited.options["maxnreg"] == limited.registers == 255
+    assert "maxnreg" not in free.options

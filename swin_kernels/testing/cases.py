@@ -143,7 +143,9 @@ def _heads_first(x: Tensor) -> Tensor:
     return x.movedim(-2, 1).contiguous().movedim(1, -2)
 
 
-def _explicit_mask(case: Case, randn: Callable[..., Tensor], generator: torch.Generator) -> Tensor:
+def _explicit_mask(
+    case: Case, randn: Callable[..., Tensor], generator: torch.Generator | None
+) -> Tensor:
     windows, tokens = case.grid.windows, case.grid.tokens
     shape = (windows, tokens, tokens)
     if case.mask == "soft":
@@ -163,13 +165,20 @@ def make_operands(case: Case, device: torch.device | str | None = None, seed: in
     They are drawn on the CPU, the same for every device; None is torch's default device. In fp64
     the values are those of fp32, so that fp32 arithmetic on them errs by rounding alone.
     """
-    device = torch.get_default_device() if device is None else device
-    with torch.device("cpu"):
-        return _make_operands(case, device, seed)
+    device = torch.device(torch.get_default_device() if device is None else device)
+    source, generator = _source(device, seed)
+    with source:
+        return _make_operands(case, device, generator)
 
 
-def _make_operands(case: Case, device: torch.device | str, seed: int) -> Operands:
-    generator = torch.Generator().manual_seed(seed)
+def _source(device: torch.device, seed: int) -> tuple[torch.device, torch.Generator | None]:
+    """Where numbers are drawn, and from what: nowhere for tensors without data."""
+    if device.type == "meta":
+        return device, None
+    return torch.device("cpu"), torch.Generator().manual_seed(seed)
+
+
+def _make_operands(case: Case, device: torch.device, generator: torch.Generator | None) -> Operands:
     extras_dtype = case.extras_dtype or case.dtype
 
     def randn(*shape: int) -> Tensor:
@@ -208,8 +217,8 @@ def _make_operands(case: Case, device: torch.device | str, seed: int) -> Operand
 
 def make_grad_out(case: Case, device: torch.device | str | None = None, seed: int = 1) -> Tensor:
     """A random gradient of the output, in the layout of the case."""
-    device = torch.get_default_device() if device is None else device
-    generator = torch.Generator().manual_seed(seed)
+    device = torch.device(torch.get_default_device() if device is None else device)
+    source, generator = _source(device, seed)
     shape = (case.batch, *case.size, case.heads, case.dv)
-    grad = torch.randn(shape, generator=generator, device="cpu")
+    grad = torch.randn(shape, generator=generator, device=source)
     return _laid_out(grad.to(device=device, dtype=case.dtype), case.layout)

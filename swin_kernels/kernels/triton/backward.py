@@ -1,10 +1,10 @@
 """Backward kernel for a window in one tile: every gradient of docs/math.md in one pass.
 
-The probabilities are computed again, with the tiles of bias and
-shift mask that the forward left. With a whole row on chip Δ = rowsum(P∘dP), so that neither the
-output nor statistics of rows are read. What is summed over windows (the gradients of the bias, of what
-padding holds, of logit_scale) is summed on chip over a program's run of windows and written once, a
-row per program, to be summed in a second pass: no atomics, and two runs give the same bits.
+The probabilities are computed again, with the tiles of bias and shift mask that the forward left.
+With a whole row on chip Δ = rowsum(P∘dP), so that neither the output nor statistics of rows are
+read. What is summed over windows (the gradients of the bias, of what padding holds, of logit_scale)
+is summed on chip over a program's run of windows and written once, a row per program, to be summed
+in a second pass: no atomics, and two runs give the same bits.
 """
 
 import triton

@@ -145,28 +145,14 @@ def takes_whole_windows(kernel: str, shape: Shape, gpu: Gpu) -> bool:
 def _whole(kernel: str, shape: Shape, gpu: Gpu) -> Config:
     block = block_of(shape.tokens)
     warps = {16: 1, 32: 2, 64: 4}[block]
-    blackwell = gpu.arch.startswith("sm_10")
     if kernel == "forward":
         masked = shape.explicit_mask and not gpu.multiplies_from_shared
         crowded = shape.exact or shape.dropout or masked
-        roomy = crowded or shape.explicit_mask or shape.largest_block > 32
-        return Config(
-            block,
-            block,
-            2 * warps if crowded else warps,
-            1 if shape.exact else 2,
-            registers=168 if blackwell and not roomy else 0,
-        )
+        return Config(block, block, 2 * warps if crowded else warps, 1 if shape.exact else 2)
     if shape.exact:
         crowded = shape.cosine or shape.fills_padding
-        return Config(
-            block,
-            block,
-            (4 if crowded else 2) * warps,
-            1,
-            programs_per_multiprocessor=4,
-            registers=128 if crowded else 255,
-        )
+        warps *= 4 if crowded and gpu.warp_size == 32 else 2
+        return Config(block, block, warps, 1, programs_per_multiprocessor=4)
     roomy = gpu.multiplies_from_shared
     plain = not (shape.cosine or shape.explicit_mask or shape.fills_padding)
     return Config(
@@ -175,11 +161,10 @@ def _whole(kernel: str, shape: Shape, gpu: Gpu) -> Config:
         2 * warps if shape.cosine and not roomy else warps,
         1 if plain and not roomy else 2,
         programs_per_multiprocessor=4,
-        registers=255 if blackwell else 0,
     )
 
 
-def _tiled(kernel: str, shape: Shape) -> Config:
+def _tiled(kernel: str, shape: Shape, gpu: Gpu) -> Config:
     stages = 1 if shape.exact or kernel == "dbias" else 2
     wide = shape.largest_block > 32
     crowded = shape.exact or shape.dropout or (shape.cosine and shape.explicit_mask)
@@ -191,8 +176,29 @@ def _tiled(kernel: str, shape: Shape) -> Config:
         block, warps = 32, 8 if kernel == "dbias" and shape.largest_block > 64 else 4
     else:
         block, warps = 64, 8 if wide or kernel == "dbias" else 4
-    block = min(block, block_of(shape.tokens))
-    return Config(block, block, warps, stages)
+    keys = block
+    if kernel == "dbias" and block == 64 and not gpu.multiplies_from_shared:
+        keys, warps = 32, 4  # a quarter fewer instructions than a square tile
+    largest = block_of(shape.tokens)
+    return Config(min(block, largest), min(keys, largest), warps, stages)
+
+
+def _registers(kernel: str, shape: Shape, gpu: Gpu) -> int:
+    """A limit where the assembler, left alone, spills a few registers to fit one program more."""
+    data_center = gpu.arch.startswith("sm_10")
+    if kernel == "forward":
+        adds = shape.explicit_mask or shape.dropout
+        return 168 if data_center and not (shape.exact or adds or shape.largest_block > 32) else 0
+    if kernel == "backward":
+        if shape.exact:
+            return 128 if shape.cosine or shape.fills_padding else 255
+        return 255 if data_center else 0
+    if shape.exact:
+        widest = {"tiled_forward": 64, "dq": 32}.get(kernel, 0)
+        return 128 if gpu.arch.startswith("sm_8") and shape.largest_block <= widest else 0
+    if kernel == "dkv":
+        return 255 if gpu.arch.startswith(("sm_10", "sm_12")) or shape.dropout else 0
+    return 255 if data_center and kernel == "dbias" else 0
 
 
 @functools.cache
@@ -240,9 +246,11 @@ def override(fields: Mapping[str, Mapping[str, int]]) -> Iterator[None]:
 def config_for(kernel: str, shape: Shape, gpu: Gpu) -> Config:
     """The layout of one kernel: forward, backward; tiled_forward, dq, dkv or dbias."""
     whole = kernel in ("forward", "backward")
-    config = _whole(kernel, shape, gpu) if whole else _tiled(kernel, shape)
+    config = _whole(kernel, shape, gpu) if whole else _tiled(kernel, shape, gpu)
     if gpu.warp_size == 64:  # half as many warps have as many lanes
-        config = replace(config, num_warps=max(1, config.num_warps // 2), registers=0)
+        config = replace(config, num_warps=max(1, config.num_warps // 2))
+    if gpu.arch.startswith("sm_"):
+        config = replace(config, registers=_registers(kernel, shape, gpu))
     key = tuned_key(kernel, shape, gpu)
     if tuned := {**_tuned().get(key, {}), **_forced.get(key, {})}:
         config = Config(**{**asdict(config), **tuned})
