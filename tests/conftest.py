@@ -5,6 +5,8 @@ from __future__ import annotations
 import contextlib
 import os
 import tempfile
+import zlib
+from pathlib import Path
 
 import pytest
 import torch
@@ -17,17 +19,21 @@ from modes import (
     Mode,
 )
 
+import swin_kernels
 from swin_kernels.kernels.triton.backend import INTERPRETED
 from swin_kernels.ops.dispatch import BACKENDS
 from swin_kernels.problem import Operands, Problem
 from swin_kernels.testing import Case
 
 MODE = pytest.StashKey[Mode]()
+_PLANS = Path(swin_kernels.__file__).parent / "kernels" / "triton"
 
-# inductor's own key leaves the vector code out: it would run here what it made for another
+# inductor's own key leaves out the vector code and the shapes that an op's fake gives: it would run
+# here what it made for others
 _CAPABILITY = torch.backends.cpu.get_cpu_capability()
+_FAKES = zlib.crc32(b"".join(x.read_bytes() for x in sorted(_PLANS.glob("*.py"))))
 os.environ["TORCHINDUCTOR_CACHE_DIR"] = os.path.join(
-    tempfile.gettempdir(), f"swin_kernels_inductor_{_CAPABILITY}_{torch.__version__}"
+    tempfile.gettempdir(), f"swin_kernels_inductor_{_CAPABILITY}_{torch.__version__}_{_FAKES:x}"
 )
 
 

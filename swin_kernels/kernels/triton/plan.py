@@ -143,6 +143,11 @@ class _Call(NamedTuple):
     def packed(self) -> bool:
         return "key" not in self.facts
 
+    @property
+    def stats_shape(self) -> tuple[int, int, int]:
+        """Of what a tiled forward keeps: each row's largest logit, then the shares of its sum."""
+        return self.windows, self.heads, 2 * self.grid.tokens
+
     def shape(self, sums_bias: bool = False) -> Shape:
         return Shape(
             self.grid.tokens,
@@ -330,7 +335,7 @@ def kept_shape(operands: Operands, options: Options, gpu: Gpu) -> tuple[int, ...
     }
     call = _call(facts, options, gpu, False)
     if not takes_whole_windows("backward", call.shape(), gpu):
-        return call.windows, call.heads, call.grid.tokens
+        return call.stats_shape
     shape = tiles_shape(options, call.heads, call.bias != "none", "mask" in call.facts)
     return shape if shape[0] > 0 else (0,)
 
@@ -373,8 +378,7 @@ def forward_plan(
     keep_tiles = differentiable and whole_backward and tiles[0] > 0
     buffers = {"out": Buffer(call.map_shape(call.value_dim), call.dtype)}
     if keep_stats:
-        stats = (call.windows, call.heads, 2 * call.grid.tokens)
-        buffers["stats"] = Buffer(stats, torch.float32)
+        buffers["stats"] = Buffer(call.stats_shape, torch.float32)
     out = _Tokens.of("out", buffers["out"].shape, contiguous_stride(buffers["out"].shape))
     pointers = _operand_pointers(call) | {
         "out_ptr": "out",
