@@ -81,18 +81,19 @@ inline void grad_logits_row(const Operands& in, const Window& w, int64_t head, i
 // The rows [r0, r0 + rows) of the real tokens: dQ is finished and stored, dK and dV are added to.
 template <class Token, class T>
 void backward_rows(const Backward& call, const Window& w, Softmax<T>& softmax, BackwardTiles<T>& t,
-                   int64_t head, int64_t r0, int64_t rows, T* bias, double* logit_scale) {
+                   int64_t head, int64_t r0, int64_t rows, T* bias, double* logit_scale,
+                   Ahead& ahead, int64_t share) {
   const Operands& in = call.in;
   const Problem& p = in.problem;
   const T factor = factor_of<T>(in, head);
   T* query = t.query + r0 * t.depth;
-  for (int64_t r = 0; r < rows; ++r)
-    load_row(w.row<const Token>(call.grad_out, w.token[r0 + r], head), call.grad_out.channel,
-             p.value_dim, t.grad_out + r * t.value_depth, t.value_depth);
+  pack_real<Token>(w, kOut, head, r0, r0 + rows, t.grad_out, t.value_depth);
   product<T, false>(query, t.depth, 1, t.key_t, t.keys, p.head_dim, t.probabilities, t.keys, rows,
                     t.keys);
+  ahead.ask<Token>(share);
   product<T, false>(t.grad_out, t.value_depth, 1, t.value_t, t.keys, p.value_dim, t.grad_logits,
                     t.keys, rows, t.keys);
+  ahead.ask<Token>(share);
   for (int64_t r = 0; r < rows; ++r) {
     const int64_t i = w.token[r0 + r];
     T* row = t.probabilities + r * t.keys;
@@ -102,12 +103,16 @@ void backward_rows(const Backward& call, const Window& w, Softmax<T>& softmax, B
     grad_logits_row(in, w, head, i, t.keys, row, t.grad_logits + r * t.keys,
                     bias == nullptr ? nullptr : bias + i * t.keys);
   }
+  ahead.ask<Token>(share);
   product<T, false>(t.grad_logits, t.keys, 1, t.key, t.depth, t.tokens, t.grad_query, t.depth, rows,
                     t.depth);
+  ahead.ask<Token>(share);
   product<T, true>(t.grad_logits, 1, t.keys, query, t.depth, rows, t.grad_key, t.depth, t.tokens,
                    t.depth);
+  ahead.ask<Token>(share);
   product<T, true>(t.probabilities, 1, t.keys, t.grad_out, t.value_depth, rows, t.grad_value,
                    t.value_depth, t.tokens, t.value_depth);
+  ahead.ask<Token>(share);
   for (int64_t r = 0; r < rows; ++r) {
     T* grad = t.grad_query + r * t.depth;
     if (in.logit_scale != nullptr) {
@@ -117,7 +122,8 @@ void backward_rows(const Backward& call, const Window& w, Softmax<T>& softmax, B
     } else {
       for (int64_t c = 0; c < t.depth; ++c) grad[c] *= factor;
     }
-    store_row(grad, p.head_dim, w.row<Token>(call.grad_query, w.token[r0 + r], head));
+    store_row(grad, p.head_dim,
+              w.rows<Token>(kGradQuery, head) + w.offsets(kGradQuery)[w.token[r0 + r]]);
   }
 }
 
@@ -133,9 +139,9 @@ void finish_keys(const Backward& call, const Window& w, BackwardTiles<T>& t, int
     if (call.in.logit_scale != nullptr)
       through_norm<Token>(t.key + j * t.depth, t.key_inverse[j], t.depth, grad);
     if (!w.padding(j)) {
-      store_row(grad, p.head_dim, w.row<Token>(call.grad_key, j, head));
+      store_row(grad, p.head_dim, w.rows<Token>(kGradKey, head) + w.offsets(kGradKey)[j]);
       store_row(t.grad_value + j * t.value_depth, p.value_dim,
-                w.row<Token>(call.grad_value, j, head));
+                w.rows<Token>(kGradValue, head) + w.offsets(kGradValue)[j]);
     } else {
       if (pad_key != nullptr) add_row(grad, p.head_dim, pad_key);
       if (pad_value != nullptr) add_row(t.grad_value + j * t.value_depth, p.value_dim, pad_value);
@@ -160,8 +166,12 @@ void backward(const Backward& call, int64_t begin, int64_t end) {
   const Problem& p = in.problem;
   const bool to_table = call.partial_table != nullptr;
   Scratch scratch;
-  Window places[2] = {Window(p, scratch),
-                      Window(p, scratch)};  // this window and the one prefetched
+  const Map maps[] = {{&in.query, p.head_dim, false},       {&in.key, p.head_dim, false},
+                      {&in.value, p.value_dim, false},      {&call.grad_out, p.value_dim, false},
+                      {&call.grad_query, p.head_dim, true}, {&call.grad_key, p.head_dim, true},
+                      {&call.grad_value, p.value_dim, true}};
+  Window places[2] = {Window(p, maps, 7, scratch),
+                      Window(p, maps, 7, scratch)};  // this window and the one prefetched
   Softmax<T> softmax(in, scratch);
   BackwardTiles<T> t(p, to_table, scratch);
 
@@ -181,18 +191,14 @@ void backward(const Backward& call, int64_t begin, int64_t end) {
       Window& w = places[window % 2];
       w.place(p, window / p.windows(), window % p.windows());
       softmax.place(w, head);
-      pack_real<Token>(w, in.query, head, p.head_dim, t.query, t.depth);
-      pack_all<Token>(w, in.key, head, t.tokens, p.head_dim, static_cast<const T*>(in.pad_key),
-                      t.key, t.keys, t.depth);
-      pack_all<Token>(w, in.value, head, t.tokens, p.value_dim, static_cast<const T*>(in.pad_value),
-                      t.value, t.keys, t.value_depth);
+      pack_real<Token>(w, kQuery, head, 0, w.real, t.query, t.depth);
+      pack_all<Token>(w, kKey, head, t.tokens, in.pad_key, t.key, t.keys, t.depth);
+      pack_all<Token>(w, kValue, head, t.tokens, in.pad_value, t.value, t.keys, t.value_depth);
+      Ahead ahead;
       if (window + 1 < last) {
         Window& next = places[(window + 1) % 2];
         next.place(p, (window + 1) / p.windows(), (window + 1) % p.windows());
-        prefetch<Token>(next, in.query, head, p.head_dim);
-        prefetch<Token>(next, in.key, head, p.head_dim);
-        prefetch<Token>(next, in.value, head, p.value_dim);
-        prefetch<Token>(next, call.grad_out, head, p.value_dim);
+        ahead = Ahead(next, head);
       }
       if (in.logit_scale != nullptr) {
         normalise_rows<T>(t.query, w.real, t.depth, t.query_inverse);
@@ -202,9 +208,11 @@ void backward(const Backward& call, int64_t begin, int64_t end) {
       transpose<T>(t.value, t.value_depth, t.keys, t.value_depth, T(1), t.value_t, t.keys);
       std::memset(t.grad_key, 0, size_t(t.keys * t.depth) * sizeof(T));
       std::memset(t.grad_value, 0, size_t(t.keys * t.value_depth) * sizeof(T));
-      for (int64_t r0 = 0; r0 < w.real; r0 += t.group) {
-        const int64_t rows = r0 + t.group < w.real ? t.group : w.real - r0;
-        backward_rows<Token>(call, w, softmax, t, head, r0, rows, bias, logit_scale);
+      const int64_t groups = (w.real + t.group - 1) / t.group;
+      const int64_t share = (t.tokens + 6 * groups - 1) / (6 * groups);
+      for (int64_t g = 0; g < groups; ++g) {
+        const int64_t r0 = w.real * g / groups, rows = w.real * (g + 1) / groups - r0;
+        backward_rows<Token>(call, w, softmax, t, head, r0, rows, bias, logit_scale, ahead, share);
       }
       finish_keys<Token>(call, w, t, head, pad_key, pad_value);
     }

@@ -103,7 +103,7 @@ inline int64_t rows_at_once(int64_t rows, int64_t width, int64_t bytes) {
   const int64_t fit = bytes / (width * int64_t(sizeof(T))) / kMaxRows * kMaxRows;
   return fit < kMaxRows ? kMaxRows : fit < rows ? fit : rows;
 }
-constexpr int64_t kForwardLogitBytes = 8 << 10;
+constexpr int64_t kForwardLogitBytes = 18 * 64 * 4;
 
 template <class Token>
 void forward(const Forward& call, int64_t begin, int64_t end) {
@@ -114,8 +114,12 @@ void forward(const Forward& call, int64_t begin, int64_t end) {
   const int64_t depth = round_up<T>(p.head_dim), value_depth = round_up<T>(p.value_dim);
   const int64_t group = rows_at_once<T>(tokens, keys, kForwardLogitBytes);
   Scratch scratch;
-  Window places[2] = {Window(p, scratch),
-                      Window(p, scratch)};  // this window and the one prefetched
+  const Map maps[] = {{&in.query, p.head_dim, false},
+                      {&in.key, p.head_dim, false},
+                      {&in.value, p.value_dim, false},
+                      {&call.out, p.value_dim, true}};
+  Window places[2] = {Window(p, maps, 4, scratch),
+                      Window(p, maps, 4, scratch)};  // this window and the one prefetched
   Softmax<T> softmax(in, scratch);
   T* query = scratch.take<T>(tokens * depth);
   T* key = scratch.take<T>(keys * depth);
@@ -130,38 +134,41 @@ void forward(const Forward& call, int64_t begin, int64_t end) {
     Window& w = places[window % 2];
     w.place(p, window / p.windows(), window % p.windows());
     softmax.place(w, head);
-    pack_real<Token>(w, in.query, head, p.head_dim, query, depth);
-    pack_all<Token>(w, in.key, head, tokens, p.head_dim, static_cast<const T*>(in.pad_key), key,
-                    keys, depth);
-    pack_all<Token>(w, in.value, head, tokens, p.value_dim, static_cast<const T*>(in.pad_value),
-                    value, keys, value_depth);
+    pack_real<Token>(w, kQuery, head, 0, w.real, query, depth);
+    pack_all<Token>(w, kKey, head, tokens, in.pad_key, key, keys, depth);
+    pack_all<Token>(w, kValue, head, tokens, in.pad_value, value, keys, value_depth);
+    Ahead ahead;
     if (task + 1 < end) {
-      const int64_t next_head = (task + 1) % p.heads, next = (task + 1) / p.heads;
+      const int64_t next = (task + 1) / p.heads;
       places[next % 2].place(p, next / p.windows(), next % p.windows());
-      prefetch<Token>(places[next % 2], in.query, next_head, p.head_dim);
-      prefetch<Token>(places[next % 2], in.key, next_head, p.head_dim);
-      prefetch<Token>(places[next % 2], in.value, next_head, p.value_dim);
+      ahead = Ahead(places[next % 2], (task + 1) % p.heads);
     }
     if (in.logit_scale != nullptr) {
       normalise_rows<T>(query, w.real, depth, nullptr);
       normalise_rows<T>(key, tokens, depth, nullptr);
     }
     transpose<T>(key, depth, keys, depth, factor_of<T>(in, head), key_t, keys);
-    for (int64_t r0 = 0; r0 < w.real; r0 += group) {
-      const int64_t rows = r0 + group < w.real ? group : w.real - r0;
+    Token* home = w.rows<Token>(kOut, head);
+    const int64_t groups = (w.real + group - 1) / group;
+    const int64_t share = (tokens + 3 * groups - 1) / (3 * groups);
+    for (int64_t g = 0; g < groups; ++g) {
+      const int64_t r0 = w.real * g / groups, rows = w.real * (g + 1) / groups - r0;
       product<T, false>(query + r0 * depth, depth, 1, key_t, keys, p.head_dim, logits, keys, rows,
                         keys);
+      ahead.ask<Token>(share);
       for (int64_t r = 0; r < rows; ++r) {
         inverse[r] = softmax.weigh(w.token[r0 + r], logits + r * keys);
         if (in.dropout_p > 0) drop(in, w, head, w.token[r0 + r], logits + r * keys);
       }
+      ahead.ask<Token>(share);
       product<T, false>(logits, keys, 1, value, value_depth, tokens, out, value_depth, rows,
                         value_depth);
+      ahead.ask<Token>(share);
       for (int64_t r = 0; r < rows; ++r) {
         T* row = out + r * value_depth;
         for (int64_t c = 0; c < value_depth; c += Lanes<T>::kCount)
           store(row + c, Vec<T>(load(row + c) * inverse[r]));
-        store_row(row, p.value_dim, w.row<Token>(call.out, w.token[r0 + r], head));
+        store_row(row, p.value_dim, home + w.offsets(kOut)[w.token[r0 + r]]);
       }
     }
   }

@@ -145,27 +145,36 @@ class Scratch {
   int used_ = 0;
 };
 
-// The tokens of one window of one image.
+// What a call reads and writes token by token; kOut is the output or its gradient.
+enum MapName { kQuery, kKey, kValue, kOut, kGradQuery, kGradKey, kGradValue };
+struct Map {
+  const TokenView* view;
+  int64_t channels;
+  bool written;
+};
+
+// The tokens of one window of one image, and where they lie in each of the maps, by MapName.
 struct Window {
   int64_t image = -1, index = -1;  // window within the image
   int64_t real = 0;                // tokens that are not padding
   int regions = 1;
-  int64_t* token;       // (N): the real ones, in order
-  int64_t* coordinate;  // (N, 3): where a token comes from; the first is −1 for padding
-  int32_t* region;      // (N): 0 … regions − 1
+  int64_t* token;   // (N): the real ones, in order
+  int32_t* region;  // (N): 0 … regions − 1
 
-  Window(const Problem& p, Scratch& scratch)
+  Window(const Problem& p, const Map* maps, int map_count, Scratch& scratch)
       : token(scratch.take<int64_t>(p.tokens())),
-        coordinate(scratch.take<int64_t>(3 * p.tokens())),
-        region(scratch.take<int32_t>(p.tokens())) {}
+        region(scratch.take<int32_t>(p.tokens())),
+        maps_(maps),
+        map_count_(map_count),
+        tokens_(p.tokens()),
+        offset_(scratch.take<int64_t>(map_count * p.tokens())) {}
 
   void place(const Problem& p, int64_t image_index, int64_t window_index) {
-    if (image == image_index && index == window_index) return;
-    const int64_t counts[kAxes] = {p.axis[0].count(), p.axis[1].count(), p.axis[2].count()};
     const bool same_place = index == window_index;
     image = image_index;
     index = window_index;
     if (same_place) return;
+    const int64_t counts[kAxes] = {p.axis[0].count(), p.axis[1].count(), p.axis[2].count()};
     const int64_t first[kAxes] = {window_index / (counts[1] * counts[2]) * p.axis[0].window,
                                   window_index / counts[2] % counts[1] * p.axis[1].window,
                                   window_index % counts[2] * p.axis[2].window};
@@ -186,65 +195,107 @@ struct Window {
           while (known < regions && codes[known] != code) ++known;
           if (known == regions) codes[regions++] = code;
           region[t] = known;
-          const bool padding = s0 < 0 || s1 < 0 || s2 < 0;
-          coordinate[3 * t] = padding ? -1 : s0;
-          coordinate[3 * t + 1] = s1;
-          coordinate[3 * t + 2] = s2;
-          if (!padding) token[real++] = t;
+          const bool is_real = s0 >= 0 && s1 >= 0 && s2 >= 0;
+          for (int m = 0; m < map_count_; ++m) {
+            const int64_t* axis = maps_[m].view->axis;
+            offset_[m * tokens_ + t] = is_real ? s0 * axis[0] + s1 * axis[1] + s2 * axis[2] : -1;
+          }
+          if (is_real) token[real++] = t;
         }
       }
     }
   }
 
-  bool padding(int64_t t) const { return coordinate[3 * t] < 0; }
+  bool padding(int64_t t) const { return offset_[t] < 0; }
+  const Map& map(MapName name) const { return maps_[name]; }
+  int map_count() const { return map_count_; }
 
+  // Where the rows of one head begin; that of token t lies offsets(name)[t] elements on.
   template <class Token>
-  Token* row(const TokenView& view, int64_t t, int64_t head) const {
-    const int64_t* at = coordinate + 3 * t;
-    return static_cast<Token*>(view.data) + image * view.batch + at[0] * view.axis[0] +
-           at[1] * view.axis[1] + at[2] * view.axis[2] + head * view.head;
+  Token* rows(MapName name, int64_t head) const {
+    const TokenView& view = *maps_[name].view;
+    return static_cast<Token*>(view.data) + image * view.batch + head * view.head;
   }
+  const int64_t* offsets(MapName name) const { return offset_ + name * tokens_; }
+
+ private:
+  const Map* maps_;
+  int map_count_;
+  int64_t tokens_;
+  int64_t* offset_;  // (maps, N): −1 for padding
 };
 
-// The real tokens of a window, packed to (real, width).
+// The real tokens [begin, end) of a map, packed to (real, width).
 template <class Token, class T>
-void pack_real(const Window& w, const TokenView& view, int64_t head, int64_t channels, T* to,
+void pack_real(const Window& w, MapName name, int64_t head, int64_t begin, int64_t end, T* to,
                int64_t width) {
-  for (int64_t i = 0; i < w.real; ++i)
-    load_row(w.row<const Token>(view, w.token[i], head), view.channel, channels, to + i * width,
+  const Token* rows = w.rows<const Token>(name, head);
+  const int64_t *offsets = w.offsets(name), stride = w.map(name).view->channel;
+  for (int64_t i = begin; i < end; ++i)
+    load_row(rows + offsets[w.token[i]], stride, w.map(name).channels, to + (i - begin) * width,
              width);
 }
 
 // All tokens of a window, padding included, packed to (rows, width); rows past the N tokens are
 // zero.
 template <class Token, class T>
-void pack_all(const Window& w, const TokenView& view, int64_t head, int64_t tokens,
-              int64_t channels, const T* pad, T* to, int64_t rows, int64_t width) {
+void pack_all(const Window& w, MapName name, int64_t head, int64_t tokens, const void* pad, T* to,
+              int64_t row_count, int64_t width) {
+  const Token* rows = w.rows<const Token>(name, head);
+  const int64_t *offsets = w.offsets(name), stride = w.map(name).view->channel;
+  const int64_t channels = w.map(name).channels;
   for (int64_t t = 0; t < tokens; ++t) {
     if (!w.padding(t)) {
-      load_row(w.row<const Token>(view, t, head), view.channel, channels, to + t * width, width);
+      load_row(rows + offsets[t], stride, channels, to + t * width, width);
     } else if (pad != nullptr) {
-      load_row(pad + head * channels, 1, channels, to + t * width, width);
+      load_row(static_cast<const T*>(pad) + head * channels, 1, channels, to + t * width, width);
     } else {
       std::memset(to + t * width, 0, size_t(width) * sizeof(T));
     }
   }
-  std::memset(to + tokens * width, 0, size_t((rows - tokens) * width) * sizeof(T));
+  std::memset(to + tokens * width, 0, size_t((row_count - tokens) * width) * sizeof(T));
 }
 
-// Asks for the rows of a (window, head) that comes up next: they are too far apart for the
-// processor to foresee. Inline by force: GCC takes a function of prefetches for one without effect
-// and drops the call.
-template <class Token>
-SWIN_INLINE void prefetch(const Window& w, const TokenView& view, int64_t head, int64_t channels) {
-  constexpr int64_t kLine = 64 / sizeof(Token);
-  if (view.channel != 1) return;
-  for (int64_t i = 0; i < w.real; ++i) {
-    const Token* row = w.row<const Token>(view, w.token[i], head);
-    for (int64_t c = 0; c < channels; c += kLine) __builtin_prefetch(row + c);
-    __builtin_prefetch(row + channels - 1);
+// Asks for the rows of a (window, head) that comes up next, a few tokens at a time between pieces
+// of work: all at once they would hold up the loads of the work itself. The rows are too far apart
+// for the processor to foresee.
+class Ahead {
+ public:
+  Ahead() = default;  // nothing comes
+  Ahead(const Window& window, int64_t head) : window_(&window), head_(head) {}
+
+  // The next `tokens` tokens. Inline by force: GCC takes a function of prefetches for one without
+  // effect and drops the call.
+  template <class Token>
+  SWIN_INLINE void ask(int64_t tokens) {
+    if (window_ == nullptr) return;
+    const int64_t end = asked_ + tokens < window_->real ? asked_ + tokens : window_->real;
+    for (int m = 0; m < window_->map_count(); ++m) {
+      const Map& map = window_->map(MapName(m));
+      if (map.view->channel != 1) continue;
+      const Token* rows = window_->rows<const Token>(MapName(m), head_);
+      const int64_t* offsets = window_->offsets(MapName(m));
+      for (int64_t i = asked_; i < end; ++i) {
+        const Token* row = rows + offsets[window_->token[i]];
+        const uintptr_t last = reinterpret_cast<uintptr_t>(row + map.channels) - 1;
+        uintptr_t line = reinterpret_cast<uintptr_t>(row) / kLine * kLine;
+        if (map.written) {
+          for (; line <= last; line += kLine)
+            __builtin_prefetch(reinterpret_cast<const void*>(line), 1);
+        } else {
+          for (; line <= last; line += kLine)
+            __builtin_prefetch(reinterpret_cast<const void*>(line), 0);
+        }
+      }
+    }
+    asked_ = end;
   }
-}
+
+ private:
+  static constexpr uintptr_t kLine = 64;
+  const Window* window_ = nullptr;
+  int64_t head_ = 0, asked_ = 0;
+};
 
 // Each row divided by max(‖row‖, 1e-12), as F.normalize does; 1/that norm goes to `inverse`, if not
 // null. A negative inverse marks a row that the clamp holds.
