@@ -107,6 +107,17 @@ def test_what_does_not_fit_the_registers_is_seen(arch):
     assert code.stack > 0
 
 
+@pytest.mark.parametrize("arch", ["sm_89", "sm_120"])
+def test_wide_heads_fit_where_shared_memory_is_small(arch):
+    gpu = KNOWN_GPUS[arch]
+    assert gpu.shared_memory < 100 * 1024
+    case = CASES["swin, window 12"].but(
+        head_dim=128, mask="soft", pads=True, size=(100, 100), dtype=DTYPES["bf16"]
+    )
+    for step, dtypes in steps_of(case, gpu):
+        assert ahead.compile_step(step, dtypes, gpu).metadata.shared <= gpu.shared_memory
+
+
 def test_every_known_gpu_has_a_target():
     for gpu in KNOWN_GPUS.values():
         target = ahead.target_of(gpu)

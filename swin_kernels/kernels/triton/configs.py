@@ -165,7 +165,9 @@ def _whole(kernel: str, shape: Shape, gpu: Gpu) -> Config:
 
 
 def _tiled(kernel: str, shape: Shape, gpu: Gpu) -> Config:
-    stages = 1 if shape.exact or kernel == "dbias" else 2
+    # two stages of 128 channels and a mask or a pad need more than 100 KB
+    small = gpu.shared_memory < 128 * KB and shape.largest_block > 64
+    stages = 1 if shape.exact or kernel == "dbias" or small else 2
     wide = shape.largest_block > 32
     crowded = shape.exact or shape.dropout or (shape.cosine and shape.explicit_mask)
     if kernel == "tiled_forward" and not shape.exact:
