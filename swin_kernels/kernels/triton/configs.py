@@ -181,6 +181,8 @@ def _tiled(kernel: str, shape: Shape, gpu: Gpu) -> Config:
     keys = block
     if kernel == "dbias" and block == 64 and not gpu.multiplies_from_shared:
         keys, warps = 32, 4  # a quarter fewer instructions than a square tile
+    if kernel == "dq" and shape.cosine and gpu.arch.startswith("sm_10"):
+        block = min(block, 32)  # Triton 3.6 fails to compile more queries
     largest = block_of(shape.tokens)
     return Config(min(block, largest), min(keys, largest), warps, stages)
 
