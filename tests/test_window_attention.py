@@ -344,6 +344,19 @@ def test_row_masked_whole_by_minus_100_matches_float64(case, dtype, backend):
     )
 
 
+@over_dtypes
+@pytest.mark.parametrize("window", [(16,), (70,)], ids=["short", "long"])
+def test_gradient_of_a_logit_scale_at_its_clamp_matches_float64(window, dtype, backend):
+    case = Case(1, window, window, heads=48, head_dim=16, bias="table", cosine=True, dtype=dtype)
+    operands, grad_out = make_operands(case), make_grad_out(case)
+    clamped = operands._replace(logit_scale=torch.full_like(operands.logit_scale, 100.0))
+    assert_within_error_rule(
+        run(case, clamped, grad_out, backend),
+        run_unfused(case, clamped, grad_out),
+        run_exact(case, clamped, grad_out),
+    )
+
+
 @pytest.mark.parametrize("size", [(8,), (140,)], ids=["short", "long"])
 def test_a_mask_of_the_lowest_finite_number_is_finite(size, backend):
     case = Case(1, size, (size[0] // 2,), heads=1, mask="soft")

@@ -71,8 +71,9 @@ def tile_gradients(
     DROPOUT_THRESHOLD: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """Probabilities after dropout, and dS = P∘(dP − Δ): (BLOCK_M, BLOCK_N) both."""
-    s = tl.dot(q, tl.trans(k), input_precision=PRECISION) * factor
+    """(BLOCK_M, BLOCK_N) each: P after dropout, dS = P∘(dP − Δ), P, and the products q·k."""
+    products = tl.dot(q, tl.trans(k), input_precision=PRECISION)
+    s = products * factor
     s = add_bias(s, bias_ptr, head, i, j, HAS_BIAS, WINDOW, SPREAD)
     s = add_masks(
         s,
@@ -99,7 +100,7 @@ def tile_gradients(
     ds = p * (dp - delta[:, None])
     if N == 1:  # the one probability is 1; dP and Δ are equal but for the order of their sums
         ds = tl.zeros_like(p)
-    return weights, ds
+    return weights, ds, p, products
 
 
 @triton.jit
@@ -187,6 +188,8 @@ def _tiled_dq_kernel(
         factor = tl.load(logit_scale_ptr + head).to(tl.float32)
 
     dq = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
+    left = tl.zeros((BLOCK_M,), tl.float32)
+    cosines = tl.zeros((BLOCK_M,), tl.float32)
     for start in tl.range(0, N, BLOCK_N, num_stages=LOOP_STAGES):
         j = start + tl.arange(0, BLOCK_N)
         places_j = token_places(j, WINDOW)
@@ -216,7 +219,7 @@ def _tiled_dq_kernel(
             v = fill_padding(v, padding, pad_value_ptr, head, VALUE_DIM, BLOCK_DV)
         if COSINE:
             k, _ = to_unit(k)
-        _, ds = tile_gradients(
+        _, ds, p, products = tile_gradients(
             q,
             k,
             v,
@@ -249,9 +252,14 @@ def _tiled_dq_kernel(
             PRECISION,
         )
         dq += tl.dot(ds.to(k.dtype), k, input_precision=PRECISION)
+        if COSINE:
+            left += tl.sum(ds, 1)
+            cosines += tl.sum(p * products, 1)
 
     if COSINE:
         dq, radial = through_unit(dq, factor, q, q_norm, query_ptr.dtype.element_ty)
+        # rows of dS sum to zero but for the rounding of `out` in Δ, which a large scale would show
+        radial -= left * cosines
         tl.store(logit_scale_sums_ptr + tl.program_id(0), tl.sum(radial, 0))
     else:
         dq *= factor
@@ -381,7 +389,7 @@ def _tiled_dkv_kernel(
         delta = tl.load(delta_ptr + row + i, mask=i < N, other=0.0)
         if COSINE:
             q, _ = to_unit(q)
-        weights, ds = tile_gradients(
+        weights, ds, _, _ = tile_gradients(
             q,
             k,
             v,
@@ -571,7 +579,7 @@ def _tiled_dbias_kernel(
         if COSINE:
             q, _ = to_unit(q)
             k, _ = to_unit(k)
-        _, ds = tile_gradients(
+        _, ds, _, _ = tile_gradients(
             q,
             k,
             v,

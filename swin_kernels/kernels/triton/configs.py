@@ -198,7 +198,7 @@ def _registers(kernel: str, shape: Shape, gpu: Gpu) -> int:
             return 128 if shape.cosine or shape.fills_padding else 255
         return 255 if data_center else 0
     if shape.exact:
-        widest = {"tiled_forward": 64, "dq": 32}.get(kernel, 0)
+        widest = {"tiled_forward": 64, "dq": 0 if shape.cosine else 32}.get(kernel, 0)
         return 128 if gpu.arch.startswith("sm_8") and shape.largest_block <= widest else 0
     if kernel == "dkv":
         return 255 if gpu.arch.startswith(("sm_10", "sm_12")) or shape.dropout else 0
