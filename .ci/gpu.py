@@ -12,7 +12,6 @@ does. A failure of the tests does not keep the benchmark from running; the exit 
 from __future__ import annotations
 
 import argparse
-import importlib.util
 import os
 import shutil
 import signal
@@ -27,7 +26,7 @@ TRY_AGAIN = 75  # of benchmarks.gpu: go on in another process
 TEST_SHARE = 0.5  # of the seconds, at most
 TEST_PROCESSES = 6
 WARM_PROCESSES = 8
-SHOWN_LINES = 60, 130  # of the logs of the tests and of the benchmark, which ends with its tables
+SHOWN_LINES = 10, 130  # of the logs of the tests and of the benchmark, which ends with its tables
 MARGIN = 15  # seconds for the end of processes and for copies
 
 
@@ -121,21 +120,17 @@ def fresh(name: str) -> Path:
     return path
 
 
-def test_command(rehearse: bool) -> list[str]:
+def test_command(rehearse: bool, part: str) -> list[str]:
     # -v: a run that is cut short has named what it ran
     command = [sys.executable, "-m", "pytest", "-v", "-ra", "--tb=short", "-p", "no:cacheprovider"]
-    if rehearse:
-        return [*command, "tests/test_gpu.py"]
-    command += ["--device", "cuda"]
-    if importlib.util.find_spec("xdist") is not None:
-        command += ["-n", str(TEST_PROCESSES)]
-    return command
+    command += ["--part", part]
+    return [*command, "tests/test_gpu.py"] if rehearse else [*command, "--device", "cuda"]
 
 
 def run(session: Session) -> int:
-    warm_log, test_log = fresh("gpu-warm.log"), fresh("gpu-tests.log")
-    bench_log = fresh("gpu-benchmark.log")
+    warm_log, bench_log = fresh("gpu-warm.log"), fresh("gpu-benchmark.log")
     count = 1 if session.rehearse else WARM_PROCESSES
+    parts = 2 if session.rehearse else TEST_PROCESSES
     warming = [
         # each compiles in its own process alone, as there are several
         session.start(
@@ -143,18 +138,23 @@ def run(session: Session) -> int:
         )
         for i in range(count)
     ]
+    tests: dict[Path, subprocess.Popen] = {}
     try:
-        tests = session.start(test_command(session.rehearse), test_log)
-        test_ends = TEST_SHARE * session.left()
-        test_code = session.wait(tests, test_ends)
-        show(test_log, SHOWN_LINES[0])
-        print(f"tests: exit code {test_code}", flush=True)
+        test_ends = time.monotonic() + TEST_SHARE * session.left()
+        for i in range(parts):
+            log = fresh(f"gpu-tests-{i}.log")
+            tests[log] = session.start(test_command(session.rehearse, f"{i}/{parts}"), log)
+        codes = [session.wait(x, max(0.1, test_ends - time.monotonic())) for x in tests.values()]
+        test_code = next(filter(None, codes), 0)
+        for log in tests:
+            show(log, SHOWN_LINES[0])
+        print(f"tests: exit codes {codes}", flush=True)
         # no more: with cold caches too the benchmark has time for what matters most
         warm_ends = time.monotonic() + 0.3 * session.left()
         for process in warming:
             session.wait(process, max(0.1, warm_ends - time.monotonic()))
     finally:
-        for process in warming:
+        for process in (*warming, *tests.values()):
             session.stop(process)
     print(f"warm after {session.left():.0f} s before the end", flush=True)
     rows = rows_file(session)

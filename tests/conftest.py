@@ -26,6 +26,7 @@ from swin_kernels.problem import Operands, Problem
 from swin_kernels.testing import Case
 
 MODE = pytest.StashKey[Mode]()
+PART = pytest.StashKey[slice]()
 _PLANS = Path(swin_kernels.__file__).parent / "kernels" / "triton"
 
 # inductor's own key leaves out the vector code and the shapes that an op's fake gives: it would run
@@ -44,9 +45,27 @@ def pytest_addoption(parser):
         default="cpu",
         help="cuda: the Triton kernels on a GPU, the tests of a backend and those marked gpu",
     )
+    parser.addoption(
+        "--part",
+        metavar="I/N",
+        help="every N-th of the tests, from the I-th, counted from 0: N processes share them",
+    )
+
+
+def _part(text: str | None) -> slice:
+    if text is None:
+        return slice(None)
+    try:
+        first, step = map(int, text.split("/"))
+        if not 0 <= first < step:
+            raise ValueError
+    except ValueError:
+        raise pytest.UsageError(f"--part {text}: expected I/N with 0 <= I < N, as 0/4") from None
+    return slice(first, None, step)
 
 
 def pytest_configure(config):
+    config.stash[PART] = _part(config.getoption("--part"))
     mode = INTERPRETER if INTERPRETED else CPU
     if config.getoption("--device") == "cuda":
         if INTERPRETED:
@@ -103,12 +122,12 @@ def pytest_collection_modifyitems(config, items):
         for mark, reason in elsewhere.items():
             if mark != mode.mark and item.get_closest_marker(mark):
                 item.add_marker(pytest.mark.skip(reason=reason))
-    if mode is CPU:
-        return
-    left_out = [item for item in items if _deselected(item, mode)]
-    if left_out:
-        config.hook.pytest_deselected(items=left_out)
-        items[:] = [item for item in items if not _deselected(item, mode)]
+    kept = [item for item in items if mode is CPU or not _deselected(item, mode)]
+    kept = kept[config.stash[PART]]
+    if len(kept) < len(items):
+        chosen = set(kept)
+        config.hook.pytest_deselected(items=[item for item in items if item not in chosen])
+        items[:] = kept
 
 
 @pytest.fixture(autouse=True, scope="session")

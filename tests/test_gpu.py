@@ -17,6 +17,7 @@ import torch
 pytest.importorskip("timm", reason="whole models are timm's")
 
 from patch_models import KINDS, Outcome, assert_outcomes_no_worse, double, small_model
+from test_window_attention import GEOMETRIES, OPTIONS
 
 import swin_kernels
 from benchmarks.device import Cpu, Cuda
@@ -32,6 +33,7 @@ from swin_kernels.testing import (
     assert_no_worse_than_eager,
     assert_within_error_rule,
     call,
+    check,
     make_grad_out,
     make_operands,
     run,
@@ -356,3 +358,17 @@ def test_tf32_is_used_where_it_is_allowed_and_only_there(case, how, device):
         assert large > 8 * small, f"{large=:.3e} {small=:.3e}"
     again = call(case, operands, "triton")
     assert torch.equal(again, fine.out), "what TF32 was allowed for is kept after it"
+
+
+# heads of each width, whole windows and tiles, beside the contract's small cases
+WIDER = [
+    CASES[name].but(head_dim=head_dim, batch=1)
+    for name in ("whole", "tiles", "cosine")
+    for head_dim in (16, 64, 128)
+]
+
+
+@pytest.mark.parametrize("case", sized([*GEOMETRIES, *OPTIONS, *WIDER], WIDER[:4:3]), ids=str)
+def test_contract_holds_with_tf32(case, device):
+    with tf32("fp32_precision"):
+        check(case.but(dtype=torch.float32), "triton")

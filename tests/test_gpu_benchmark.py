@@ -323,14 +323,19 @@ def test_driver_goes_on_after_failed_tests_and_a_lost_device(driver, tmp_path, m
 
     monkeypatch.setattr(driver.Session, "benchmark", benchmark)
     failing = [sys.executable, "-c", "print('1 failed'); raise SystemExit(1)"]
-    monkeypatch.setattr(driver, "test_command", lambda rehearse: failing)
+    monkeypatch.setattr(driver, "test_command", lambda rehearse, part: failing)
     assert driver.run(driver.Session(300, rehearse=True)) == 1
     assert [a[0] for a in asked] == ["--warm", "--budget", "--budget"]
     assert asked[1][-1].endswith("gpu-x.csv")
     assert asked[2][-1] == "--resume"
     assert "tests: exit code 1; benchmark: exit code 0" in capsys.readouterr().out
     written = {path.name for path in (tmp_path / "out").iterdir()}
-    assert written == {"gpu-warm.log", "gpu-tests.log", "gpu-benchmark.log"}
+    assert written == {
+        "gpu-warm.log",
+        "gpu-tests-0.log",
+        "gpu-tests-1.log",
+        "gpu-benchmark.log",
+    }
 
 
 def test_driver_ends_what_outlasts_its_time(driver):
@@ -344,6 +349,7 @@ def test_driver_ends_what_outlasts_its_time(driver):
 def test_driver_commands_name_what_is_there(driver):
     session = driver.Session(100, rehearse=False)
     assert session.benchmark("--warm", "0/1")[1:] == ["-m", "benchmarks.gpu", "--warm", "0/1"]
-    assert "cuda" in driver.test_command(rehearse=False)
-    assert (ROOT / driver.test_command(rehearse=True)[-1]).exists()
+    command = driver.test_command(rehearse=False, part="1/4")
+    assert command[-4:] == ["--part", "1/4", "--device", "cuda"]
+    assert (ROOT / driver.test_command(rehearse=True, part="0/2")[-1]).exists()
     assert (ROOT / driver.Session(100, rehearse=True).benchmark()[1]).exists()

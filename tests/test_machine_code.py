@@ -11,11 +11,18 @@ import pytest
 
 pytest.importorskip("triton", reason="the Triton kernels cannot be compiled without Triton")
 
-from benchmarks.machine_code import ARCHS, CASES, DTYPES, Row, compile_case, report, steps_of
+from benchmarks import machine_code
+from benchmarks.layouts import CASES, RARE
+from benchmarks.machine_code import ARCHS, DTYPES, Row, compile_case, report, steps_of
 from swin_kernels.kernels.triton import ahead
 from swin_kernels.kernels.triton.configs import KNOWN_GPUS
 
 JOBS = [(case, dtype, arch) for arch in ARCHS for dtype in DTYPES for case in CASES]
+JOBS += [
+    (case, dtype, arch)
+    for dtype, arch in (("bf16", "sm_80"), ("bf16", "sm_90"), ("fp32", "sm_90"), ("bf16", "sm_100"))
+    for case in RARE
+]
 
 
 @pytest.fixture(scope="module")
@@ -44,9 +51,9 @@ def test_compiled_kernels_spill_nothing_fit_and_use_matrix_units(job, compiled):
 CODE = ahead.Code(168, 0, 0, 28672, 1000, 400, 6, (("FFMA", 100),))
 
 
-def _row(arch: str = "sm_90", dtype: str = "bf16", **changes) -> Row:
+def _row(arch: str = "sm_90", dtype: str = "bf16", warps: int = 4, **changes) -> Row:
     code = ahead.Code(**{**CODE.__dict__, **changes})
-    return Row("swin", dtype, arch, "_whole_window_fwd_kernel", "64×64", 4, code)
+    return Row("swin", dtype, arch, "_whole_window_fwd_kernel", "64×64", warps, code)
 
 
 @pytest.mark.parametrize(
@@ -54,10 +61,11 @@ def _row(arch: str = "sm_90", dtype: str = "bf16", **changes) -> Row:
     [
         (_row(spills=2), "2 spills"),
         (_row(stack=8), "8 bytes of stack"),
+        (_row(registers=255, warps=16), "131072 registers a program"),
         (_row("sm_120", shared=100 * 1024), "shared memory"),
         (_row(matrix=0), "no matrix instruction"),
     ],
-    ids=["spill", "stack", "shared", "matrix"],
+    ids=["spill", "stack", "registers", "shared", "matrix"],
 )
 def test_a_defect_is_named(row, defect):
     assert defect in "; ".join(row.defects())
@@ -66,6 +74,13 @@ def test_a_defect_is_named(row, defect):
 def test_a_sound_row_has_no_defect_and_exact_fp32_needs_no_matrix_unit():
     assert _row().defects() == []
     assert _row(dtype="fp32", matrix=0).defects() == []
+
+
+def test_known_spills_are_no_defect_until_they_grow_and_are_told_all_the_same(monkeypatch):
+    monkeypatch.setitem(machine_code.KNOWN_SPILLS, ("swin", "bf16", "sm_90"), 2)
+    assert _row(spills=2, stack=8).defects() == []
+    assert _row(spills=3, stack=8).defects()
+    assert "swin, bf16, sm_90, `_whole_window_fwd_kernel`: 2 inst" in report([_row(spills=2)])
 
 
 def test_the_report_has_a_table_for_each_architecture():

@@ -25,6 +25,10 @@ HEADS, DIM = 2, 32
 PASS = 2 * HEADS * DIM  # bytes a token
 
 
+def _moved(counted):
+    return sum(counted.distinct_loaded.values()) + sum(counted.stored.values())
+
+
 def _traffic(case):
     """Traffic by kernel, of a forward and a backward."""
     traffic = {}
@@ -60,9 +64,8 @@ def test_whole_windows_move_8_bytes_a_channel_forward_and_14_backward(shift):
         (forward, 8, HEADS * pairs * 2 + tiles),
         (backward, 14, tiles + biases["backward"] * 4),  # partial sums are fp32
     ):
-        moved = sum(counted.distinct_loaded.values()) + sum(counted.stored.values())
         expected = a_channel * HEADS * DIM * tokens + shared
-        assert abs(moved - expected) <= 0.05 * expected
+        assert abs(_moved(counted) - expected) <= 0.05 * expected
         # no token is read or written twice
         assert counted.loaded["query"] == counted.distinct_loaded["query"] == 3 * PASS * tokens
         assert counted.stored == counted.distinct_stored
@@ -76,6 +79,27 @@ def test_whole_windows_move_8_bytes_a_channel_forward_and_14_backward(shift):
     assert forward.stored["tiles"] == tiles
     assert backward.distinct_loaded["tiles"] == tiles
     assert backward.loaded["tiles"] == case.batch * case.grid.windows * HEADS * 64 * 64 * 4
+
+
+def test_128_tokens_move_8_bytes_a_channel_forward():
+    case = Case(1, (4, 14, 14), (2, 7, 7), (1, 3, 3), HEADS, DIM, dtype=torch.float16, packed=True)
+    case = case.but(bias="dense", layout="contiguous")
+    tokens, pairs = math.prod(case.size), case.grid.tokens**2
+    traffic = _traffic(case)
+    forward = traffic["_whole_window_fwd_kernel"]
+    expected = 8 * HEADS * DIM * tokens + 2 * HEADS * pairs + 8 * HEADS * tokens  # and `stats`
+    assert abs(_moved(forward) - expected) <= 0.05 * expected
+    assert forward.loaded["query"] == forward.distinct_loaded["query"] == 3 * PASS * tokens
+    assert "_tiled_dkv_kernel" in traffic
+
+
+def test_heads_of_64_channels_move_14_bytes_a_channel_backward():
+    case = _swin((0, 0)).but(head_dim=64)
+    tokens, pairs = math.prod(case.size), case.grid.tokens**2
+    counted = _traffic(case)["_whole_window_bwd_kernel"]
+    shared = HEADS * 64 * 64 * 4 + _runs(case, "backward") * HEADS * pairs * 4
+    expected = 14 * HEADS * 64 * tokens + shared
+    assert abs(_moved(counted) - expected) <= 0.05 * expected
 
 
 def test_padding_moves_nothing():

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 
 from swin_kernels.kernels.triton import backend, configs
+from swin_kernels.kernels.triton import plan as plans
 from swin_kernels.kernels.triton.backend import MOST_WINDOWS, TritonBackend
 from swin_kernels.kernels.triton.configs import (
     INTERPRETER,
@@ -39,6 +42,7 @@ from swin_kernels.testing import Case, make_grad_out, make_operands
 ROOT = Path(__file__).resolve().parent.parent
 H100 = KNOWN_GPUS["sm_90"]
 PLANE = Case(2, (11, 9), (4, 4), (2, 2), bias="table", pads=True, layout="contiguous")
+KERNELS = ("forward", "backward", "tiled_forward", "dq", "dkv", "dbias")
 EVERYTHING = Needs(bias=True, pad_key=True, pad_value=True)
 
 
@@ -107,10 +111,14 @@ print(len(t._forward(t.PLANE).steps), len(t._backward(t.PLANE).steps))
 REGIMES = (
     (16, 32, torch.float16, True, True),
     (49, 32, torch.float16, True, True),
-    (64, 64, torch.bfloat16, True, False),
+    (64, 64, torch.bfloat16, True, True),
     (64, 65, torch.float16, True, False),
     (64, 128, torch.float16, True, False),
-    (65, 32, torch.float16, False, False),
+    (65, 32, torch.float16, True, False),
+    (128, 32, torch.bfloat16, True, False),
+    (128, 64, torch.bfloat16, False, False),
+    (100, 30, torch.float16, False, False),
+    (129, 32, torch.float16, False, False),
     (576, 32, torch.float16, False, False),
     (64, 32, torch.float32, True, True),
     (64, 33, torch.float32, False, False),
@@ -118,6 +126,7 @@ REGIMES = (
     (64, 65, torch.float32, False, False),
     (65, 32, torch.float32, False, False),
 )
+GPUS = [*KNOWN_GPUS.values(), INTERPRETER]
 
 
 @pytest.mark.parametrize(("tokens", "dim", "dtype", "forward", "backward"), REGIMES)
@@ -390,6 +399,7 @@ def test_the_table_of_measured_configurations_has_the_last_word(tuned):
     ):
         assert other.num_warps != 16
     case = Case(1000, (7, 7), (7, 7), heads=3, head_dim=32, dtype=torch.float16)
+    case = case.but(layout="contiguous")
     assert _forward(case.but(batch=1)).steps[0].config == config
 
 
@@ -399,6 +409,59 @@ def test_a_backward_that_sums_the_bias_is_measured_apart():
     assert tuned_key("backward", biased, H100) == tuned_key("backward", shape, H100) + "-bias"
 
 
+def test_tf32_changes_layouts_and_products_but_not_what_is_kept():
+    """It may be allowed between a forward and its backward, or after a model was compiled."""
+    case = PLANE.but(cosine=True, pads=False)
+    exact, rounded = (_forward(case, tf32=tf32, differentiable=True) for tf32 in (False, True))
+    assert exact.steps[0].numbers["PRECISION"] == "ieee"
+    assert rounded.steps[0].numbers["PRECISION"] == "tf32"
+    assert exact.buffers == rounded.buffers
+    for gpu, tokens, dim in itertools.product(GPUS, (16, 49, 98, 144), (16, 32, 64, 128)):
+        shape = Shape(tokens, dim, dim, torch.float32, 100, 4)
+        for kernel in ("forward", "backward"):
+            whole = takes_whole_windows(kernel, shape, gpu)
+            assert takes_whole_windows(kernel, replace(shape, tf32=True), gpu) == whole
+    fine, rough = (Shape(49, 32, 32, torch.float32, 100, 4, tf32=tf32) for tf32 in (False, True))
+    assert tuned_key("forward", fine, H100) == "forward-sm_90-float32-n49-d32-32"
+    assert tuned_key("forward", rough, H100) == "forward-sm_90-tf32-n49-d32-32"
+    assert config_for("backward", fine, H100) != config_for("backward", rough, H100)
+
+
+@pytest.mark.parametrize(
+    ("case", "scattered"),
+    [
+        (PLANE, False),
+        (PLANE.but(packed=True), False),
+        (PLANE.but(layout="strided"), True),
+        (PLANE.but(layout="channels-inside"), True),
+        (PLANE.but(head_dim=6), True),
+        (PLANE.but(head_dim=20), False),  # 80 bytes a head
+        (PLANE.but(head_dim=20, dtype=torch.float16), True),  # 40 bytes
+    ],
+    ids=str,
+)
+def test_channels_that_16_bytes_do_not_load_have_layouts_of_their_own(case, scattered, monkeypatch):
+    seen = []
+    monkeypatch.setattr(
+        plans, "config_for", lambda k, shape, gpu: seen.append(shape) or config_for(k, shape, gpu)
+    )
+    _forward(case)
+    _backward(case)
+    assert {shape.scattered for shape in seen} == {scattered}
+
+
+def test_an_address_that_16_does_not_divide_scatters_channels():
+    memory, numbers = torch.empty(2**13, dtype=torch.float16), 2 * 11 * 9 * 2 * 16
+    aligned, shifted = (memory[i : i + numbers].view(2, 11, 9, 2, 16) for i in (0, 1))
+    assert [facts_of(x).aligned for x in (aligned, shifted)] == [True, False]
+    options = Problem.checked(Operands(aligned, aligned, aligned), 4).options
+    layouts = [
+        forward_plan(_facts(Operands(q, aligned, aligned)), options, KNOWN_GPUS["sm_120"])
+        for q in (aligned, shifted)
+    ]
+    assert layouts[0].steps[0].config != layouts[1].steps[0].config
+
+
 def test_shipped_table_of_measured_configurations_is_well_formed():
     table = json.loads(configs.TUNED.read_text())
     assert table["measured"]
@@ -406,9 +469,9 @@ def test_shipped_table_of_measured_configurations_is_well_formed():
     for key, entry in table["configs"].items():
         assert set(entry) <= fields, key
         kernel, arch, dtype, tokens, *_ = key.split("-")
-        assert kernel in ("forward", "backward", "tiled_forward", "dq", "dkv", "dbias")
+        assert kernel in KERNELS
         assert arch in KNOWN_GPUS
-        assert isinstance(getattr(torch, dtype), torch.dtype)
+        assert dtype == "tf32" or isinstance(getattr(torch, dtype), torch.dtype)
         assert tokens[0] == "n"
 
 
@@ -427,18 +490,27 @@ def test_wide_warps_are_half_as_many():
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float32], ids=str)
-@pytest.mark.parametrize("dim", [1, 32, 64, 128, LARGEST_HEAD_DIM])
-@pytest.mark.parametrize("tokens", [1, 4, 49, 64, 144, 576])
-def test_every_layout_is_one_that_triton_takes(tokens, dim, dtype):
-    shape = Shape(tokens, dim, dim, dtype, 100, 4)
-    for kernel in ("forward", "backward", "tiled_forward", "dq", "dkv", "dbias"):
-        if kernel in ("forward", "backward") and not takes_whole_windows(kernel, shape, H100):
+@pytest.mark.parametrize("dim", [1, 32, 64, LARGEST_HEAD_DIM])
+@pytest.mark.parametrize("tokens", [1, 4, 49, 64, 98, 144, 576])
+@pytest.mark.parametrize("gpu", GPUS, ids=lambda gpu: gpu.arch)
+def test_every_layout_is_one_that_triton_takes(gpu, tokens, dim, dtype):
+    plain = Shape(tokens, dim, dim, dtype, 100, 4)
+    # every mixture of what a layout may depend on
+    names = ("cosine", "dropout", "explicit_mask", "fills_padding", "scattered", "tf32")
+    mixtures = [
+        replace(plain, **dict(zip(names, flags)))
+        for flags in itertools.product((False, True), repeat=len(names))
+        if dtype == torch.float32 or not flags[-1]
+    ]
+    for shape, kernel in itertools.product(mixtures, KERNELS):
+        if kernel in ("forward", "backward") and not takes_whole_windows(kernel, shape, gpu):
             continue
-        config = config_for(kernel, shape, H100)
+        config = config_for(kernel, shape, gpu)
         for number in (config.block_m, config.block_n, config.num_warps):
             assert number & (number - 1) == 0
         assert min(config.block_m, config.block_n) >= 16
         assert 1 <= config.num_warps <= 16
+        assert config.num_warps * 32 * config.registers <= 65_536
         if kernel in ("forward", "backward"):
             assert config.block_m == config.block_n >= tokens
 

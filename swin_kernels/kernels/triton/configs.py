@@ -69,11 +69,17 @@ class Shape:
     dropout: bool = False
     explicit_mask: bool = False
     fills_padding: bool = False  # with keys or values that are not zeros
+    scattered: bool = False  # tokens whose channels are not loaded 16 bytes at a time
+    tf32: bool = False  # fp32 whose products the user let be rounded
 
     @property
-    def exact(self) -> bool:
-        """fp32: products on the plain units, whose operands take registers."""
+    def fp32(self) -> bool:
         return self.dtype == torch.float32
+
+    @property
+    def odd(self) -> bool:
+        """Channels that no block of the matrix units divides: narrow loads, more offsets."""
+        return self.head_dim % 16 != 0 or self.value_dim % 16 != 0
 
     @property
     def block_d(self) -> int:
@@ -122,67 +128,96 @@ def block_of(length: int) -> int:
 
 
 def takes_whole_windows(kernel: str, shape: Shape, gpu: Gpu) -> bool:
-    """Whether forward or backward holds a window in one tile: what compiles without a spill does.
+    """Whether forward or backward holds a window in one tile: where registers allow.
 
-    A backward that does so holds four tiles of tokens and three of logits.
+    A backward that does so holds four tiles of tokens and three of logits. Forward and backward
+    agree on it without knowing of strides or of TF32, which may change between the two.
     """
-    if kernel == "forward":
-        return shape.tokens <= 64 and shape.largest_block <= (32 if shape.exact else 128)
-    one_by_one = shape.head_dim % 16 != 0 or shape.value_dim % 16 != 0  # narrow loads: more offsets
     adds = shape.explicit_mask or shape.fills_padding
-    crowded = (
-        (shape.cosine and adds)
-        or (shape.explicit_mask and (shape.exact or not gpu.multiplies_from_shared))
-        or (shape.fills_padding and gpu.arch.startswith("sm_12"))
-    )
-    return (
-        shape.tokens <= 64
-        and shape.largest_block <= 32
-        and not (shape.dropout or one_by_one or crowded)
-    )
-
-
-def _whole(kernel: str, shape: Shape, gpu: Gpu) -> Config:
-    block = block_of(shape.tokens)
-    warps = {16: 1, 32: 2, 64: 4}[block]
-    if kernel == "forward":
-        masked = shape.explicit_mask and not gpu.multiplies_from_shared
-        crowded = shape.exact or shape.dropout or masked
-        return Config(block, block, 2 * warps if crowded else warps, 1 if shape.exact else 2)
-    if shape.exact:
-        crowded = shape.cosine or shape.fills_padding
-        warps *= 4 if crowded and gpu.warp_size == 32 else 2
-        return Config(block, block, warps, 1, programs_per_multiprocessor=4)
     roomy = gpu.multiplies_from_shared
-    plain = not (shape.cosine or shape.explicit_mask or shape.fills_padding)
-    return Config(
-        block,
-        block,
-        2 * warps if shape.cosine and not roomy else warps,
-        1 if plain and not roomy else 2,
-        programs_per_multiprocessor=4,
+    if kernel == "forward":
+        if shape.tokens <= 64:
+            widest = 32 if shape.fp32 else 128
+            return shape.largest_block <= widest and not (shape.fp32 and shape.cosine and adds)
+        # the bias alone takes 64 registers
+        crowded = shape.fp32 or shape.dropout or shape.odd or (shape.cosine and adds)
+        fits = gpu.arch in ("sm_90", "interpreter") and shape.largest_block <= 32
+        return shape.tokens <= 128 and fits and not crowded
+    plain = not (shape.cosine or adds or shape.fp32)
+    widest = 64 if plain and (roomy or gpu.warp_size == 64) else 32
+    crowded = (
+        (shape.cosine + shape.explicit_mask + shape.fills_padding > 1)
+        or (shape.explicit_mask and (shape.fp32 or not roomy))
+        or (shape.fills_padding and gpu.arch.startswith("sm_12"))
+        or (shape.head_dim != shape.value_dim and shape.fp32 and gpu.arch.startswith("sm_10"))
     )
+    fits = shape.tokens <= 64 and shape.largest_block <= widest
+    return fits and not (shape.dropout or shape.odd or crowded)
+
+
+def _whole_forward(shape: Shape, gpu: Gpu) -> Config:
+    block = block_of(shape.tokens)
+    warps, stages = block // 16, 1 if shape.fp32 else 2
+    adds = shape.explicit_mask or shape.fills_padding
+    if (
+        shape.fp32
+        or shape.dropout
+        or (shape.explicit_mask and not gpu.multiplies_from_shared)
+        or (shape.largest_block > 64 and (shape.cosine or adds))
+    ):
+        warps *= 2
+    elif gpu.arch.startswith(("sm_10", "sm_12")) and (shape.scattered or shape.odd):
+        warps, stages = 2 * warps, 1
+    elif gpu.arch.startswith("sm_10") and shape.largest_block <= 32 and not adds:
+        stages = 1
+    return Config(block, block, warps, stages)
+
+
+def _whole_backward(shape: Shape, gpu: Gpu) -> Config:
+    block = block_of(shape.tokens)
+    warps = block // 16
+    roomy = gpu.multiplies_from_shared
+    if shape.fp32:
+        crowded = shape.cosine or shape.fills_padding or shape.scattered
+        if not (shape.tf32 and gpu.arch.startswith("sm_9") and not crowded):
+            narrow = gpu.warp_size == 32
+            warps *= 4 if crowded and narrow and not shape.tf32 else 2
+        stages = 1
+    else:
+        stages = 2 if roomy or shape.cosine or shape.fills_padding else 1
+        if shape.explicit_mask or (shape.largest_block > 32 and shape.head_dim != shape.value_dim):
+            stages = 1
+        if shape.scattered or (shape.cosine and not roomy):
+            warps *= 2
+    return Config(block, block, warps, stages, programs_per_multiprocessor=4)
 
 
 def _tiled(kernel: str, shape: Shape, gpu: Gpu) -> Config:
     # two stages of 128 channels and a mask or a pad need more than 100 KB
     small = gpu.shared_memory < 128 * KB and shape.largest_block > 64
-    stages = 1 if shape.exact or kernel == "dbias" or small else 2
-    wide = shape.largest_block > 32
-    crowded = shape.exact or shape.dropout or (shape.cosine and shape.explicit_mask)
-    if kernel == "tiled_forward" and not shape.exact:
-        block, warps = 64, 8 if crowded or shape.largest_block > 64 else 4
-    elif shape.exact and wide and kernel != "tiled_forward":
-        block, warps = 16 if shape.largest_block > 64 else 32, 8
+    stages = 1 if shape.fp32 or kernel == "dbias" or small else 2
+    wide, widest = shape.largest_block > 32, shape.largest_block > 64
+    adds = shape.explicit_mask or shape.fills_padding
+    crowded = shape.fp32 or shape.dropout or (shape.cosine and adds)
+    if kernel == "tiled_forward" and not shape.fp32:
+        block, warps = 64, 8 if crowded or widest else 4
+    elif shape.fp32 and wide and kernel != "tiled_forward":
+        block, warps = 16 if widest else 32, 4 if shape.tf32 and kernel != "dbias" else 8
     elif crowded or (wide and kernel != "dq"):
-        block, warps = 32, 8 if kernel == "dbias" and shape.largest_block > 64 else 4
+        block, warps = 32, 8 if widest else 4
     else:
         block, warps = 64, 8 if wide or kernel == "dbias" else 4
     keys = block
-    if kernel == "dbias" and block == 64 and not gpu.multiplies_from_shared:
-        keys, warps = 32, 4  # a quarter fewer instructions than a square tile
-    if kernel == "dq" and shape.cosine and gpu.arch.startswith("sm_10"):
-        block = min(block, 32)  # Triton 3.6 fails to compile more queries
+    if kernel == "dbias" and widest and shape.dropout and not shape.fp32:
+        block, keys, warps = 16, 32, 8 if shape.cosine else 4
+    if block == 64 and not gpu.multiplies_from_shared:
+        if kernel == "dbias":
+            keys, warps = 32, 4  # a quarter fewer instructions than a square tile
+        elif kernel == "dq" and wide:
+            keys = 32
+    # Triton 3.6 fails to compile more queries for sm_10x
+    if kernel == "dq" and shape.cosine and (widest or gpu.arch.startswith("sm_10")):
+        block = min(block, 32)
     largest = block_of(shape.tokens)
     return Config(min(block, largest), min(keys, largest), warps, stages)
 
@@ -192,14 +227,24 @@ def _registers(kernel: str, shape: Shape, gpu: Gpu) -> int:
     data_center = gpu.arch.startswith("sm_10")
     if kernel == "forward":
         adds = shape.explicit_mask or shape.dropout
-        return 168 if data_center and not (shape.exact or adds or shape.largest_block > 32) else 0
+        return 168 if data_center and not (shape.fp32 or adds or shape.largest_block > 32) else 0
     if kernel == "backward":
-        if shape.exact:
+        if shape.fp32:
+            if shape.tf32:
+                return 255 if shape.cosine or shape.fills_padding else 0
+            if shape.scattered:
+                return 0
             return 128 if shape.cosine or shape.fills_padding else 255
-        return 255 if data_center else 0
-    if shape.exact:
-        widest = {"tiled_forward": 64, "dq": 0 if shape.cosine else 32}.get(kernel, 0)
-        return 128 if gpu.arch.startswith("sm_8") and shape.largest_block <= widest else 0
+        return 255 if data_center or shape.scattered else 0
+    if shape.fp32:
+        if kernel in ("dkv", "dbias"):
+            return 255
+        limited = gpu.arch.startswith("sm_8") and not shape.tf32
+        if kernel == "tiled_forward":
+            return 128 if limited and shape.largest_block <= 64 and not shape.dropout else 0
+        return 128 if limited and shape.largest_block <= 32 and not shape.cosine else 0
+    if kernel == "tiled_forward":
+        return 255 if gpu.arch.startswith("sm_8") and shape.largest_block == 64 else 0
     if kernel == "dkv":
         return 255 if gpu.arch.startswith(("sm_10", "sm_12")) or shape.dropout else 0
     return 255 if data_center and kernel == "dbias" else 0
@@ -212,15 +257,16 @@ def _tuned() -> dict[str, dict]:
 
 def tuned_key(kernel: str, shape: Shape, gpu: Gpu) -> str:
     """The name of a problem's class in the table: all that a layout may depend on."""
-    dtype = str(shape.dtype).removeprefix("torch.")
+    dtype = "tf32" if shape.tf32 else str(shape.dtype).removeprefix("torch.")
     extras = {
         "bias": shape.sums_bias,
         "cosine": shape.cosine,
         "dropout": shape.dropout,
         "mask": shape.explicit_mask,
         "pads": shape.fills_padding,
+        "scattered": shape.scattered,
     }
-    size = f"n{shape.tokens}-d{shape.block_d}-{shape.block_dv}"
+    size = f"n{shape.tokens}-d{shape.head_dim}-{shape.value_dim}"
     return "-".join([kernel, gpu.arch, dtype, size, *(name for name, on in extras.items() if on)])
 
 
@@ -249,8 +295,12 @@ def override(fields: Mapping[str, Mapping[str, int]]) -> Iterator[None]:
 
 def config_for(kernel: str, shape: Shape, gpu: Gpu) -> Config:
     """The layout of one kernel: forward, backward; tiled_forward, dq, dkv or dbias."""
-    whole = kernel in ("forward", "backward")
-    config = _whole(kernel, shape, gpu) if whole else _tiled(kernel, shape, gpu)
+    if kernel == "forward":
+        config = _whole_forward(shape, gpu)
+    elif kernel == "backward":
+        config = _whole_backward(shape, gpu)
+    else:
+        config = _tiled(kernel, shape, gpu)
     if gpu.warp_size == 64:  # half as many warps have as many lanes
         config = replace(config, num_warps=max(1, config.num_warps // 2))
     if gpu.arch.startswith("sm_"):

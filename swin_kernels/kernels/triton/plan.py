@@ -161,6 +161,16 @@ class _Call(NamedTuple):
             dropout=self.options.dropout_p > 0,
             explicit_mask="mask" in self.facts,
             fills_padding=self.fills("pad_key") or self.fills("pad_value"),
+            scattered=self.scattered,
+            tf32=self.tf32 and self.dtype == torch.float32,
+        )
+
+    @property
+    def scattered(self) -> bool:
+        tokens = (self.query, self.key, self.value)
+        row = 16 // self.dtype.itemsize  # channels a load
+        return _alignment(tokens) % row != 0 or any(
+            t.strides[-1] != 1 or not self.facts[t.tensor].aligned for t in tokens
         )
 
     def fills(self, pad: str) -> bool:
@@ -236,7 +246,6 @@ def _numbers(call: _Call, *more: _Tokens) -> dict[str, Any]:
     options = call.options
     p = options.dropout_p
     threshold = min(int(p * 2**32), 2**32 - 1)
-    exact = call.dtype == torch.float32 and not call.tf32
     tokens = (call.query, call.key, call.value, *more)
     return {
         **_geometry(call),
@@ -256,7 +265,7 @@ def _numbers(call: _Call, *more: _Tokens) -> dict[str, Any]:
         "HAS_PAD_VALUE": call.fills("pad_value"),
         "COSINE": "logit_scale" in call.facts,
         "DROPOUT_THRESHOLD": threshold,
-        "PRECISION": "ieee" if exact else "tf32",
+        "PRECISION": "ieee" if call.dtype == torch.float32 and not call.tf32 else "tf32",
         "HEAD_DIM": call.head_dim,
         "VALUE_DIM": call.value_dim,
         "BLOCK_D": block_of(call.head_dim),
@@ -610,7 +619,7 @@ def _table_grad(call: _Call, needs: Needs) -> list[Step]:
     if not needs.bias or call.bias == "dense":
         return []
     table, pairs = call.facts["bias_table"], call.grid.tokens**2
-    rows, block = 16, 128 if call.bias == "indexed" else 64
+    rows, block = 16, 128 if call.bias == "indexed" or call.grid.tokens > 64 else 64
     block = min(block, block_of(pairs))
     return [
         Step(
