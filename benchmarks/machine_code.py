@@ -23,16 +23,9 @@ import triton
 from benchmarks.layouts import CASES, RARE
 from swin_kernels.kernels.triton import ahead
 from swin_kernels.kernels.triton.configs import KNOWN_GPUS, Gpu
-from swin_kernels.kernels.triton.plan import (
-    STRIDED,
-    Needs,
-    Plan,
-    Step,
-    TensorFacts,
-    backward_plan,
-    facts_of,
-    forward_plan,
-)
+from swin_kernels.kernels.triton.plan import STRIDED, Plan, Step, TensorFacts, facts_of
+from swin_kernels.kernels.triton.plan_backward import Needs, backward_plan
+from swin_kernels.kernels.triton.plan_forward import forward_plan
 from swin_kernels.problem import Operands, Problem
 from swin_kernels.testing import Case, make_grad_out, make_operands
 

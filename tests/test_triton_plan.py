@@ -13,8 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from swin_kernels.kernels.triton import backend, configs
-from swin_kernels.kernels.triton import plan as plans
+from swin_kernels.kernels.triton import backend, configs, plan_backward, plan_forward
 from swin_kernels.kernels.triton.backend import MOST_WINDOWS, TritonBackend
 from swin_kernels.kernels.triton.configs import (
     INTERPRETER,
@@ -28,14 +27,10 @@ from swin_kernels.kernels.triton.configs import (
     takes_whole_windows,
     tuned_key,
 )
-from swin_kernels.kernels.triton.plan import (
-    Needs,
-    backward_plan,
-    contiguous_stride,
-    facts_of,
-    forward_plan,
-    needs_wide_offsets,
-)
+from swin_kernels.kernels.triton.plan import facts_of
+from swin_kernels.kernels.triton.plan_backward import Needs, backward_plan
+from swin_kernels.kernels.triton.plan_forward import forward_plan
+from swin_kernels.kernels.triton.tokens import contiguous_stride, needs_wide_offsets
 from swin_kernels.problem import Operands, Problem
 from swin_kernels.testing import Case, make_grad_out, make_operands
 
@@ -442,9 +437,13 @@ def test_tf32_changes_layouts_and_products_but_not_what_is_kept():
 )
 def test_channels_that_16_bytes_do_not_load_have_layouts_of_their_own(case, scattered, monkeypatch):
     seen = []
-    monkeypatch.setattr(
-        plans, "config_for", lambda k, shape, gpu: seen.append(shape) or config_for(k, shape, gpu)
-    )
+
+    def watched(kernel, shape, gpu):
+        seen.append(shape)
+        return config_for(kernel, shape, gpu)
+
+    for planner in (plan_forward, plan_backward):
+        monkeypatch.setattr(planner, "config_for", watched)
     _forward(case)
     _backward(case)
     assert {shape.scattered for shape in seen} == {scattered}

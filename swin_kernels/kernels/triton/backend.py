@@ -12,7 +12,8 @@ from torch import Tensor
 from swin_kernels.kernels.tracing import asked_while_tracing
 from swin_kernels.kernels.triton.configs import LARGEST_HEAD_DIM, SMALLEST_BLOCK
 from swin_kernels.kernels.triton.launch import gpu_of
-from swin_kernels.kernels.triton.plan import LARGEST_INT32, kept_shape
+from swin_kernels.kernels.triton.plan import LARGEST_INT32
+from swin_kernels.kernels.triton.plan_forward import kept_shape
 from swin_kernels.problem import Operands, Options, Problem
 
 # triton reads it when it is imported: kernels then run on the CPU, a NumPy call an operation

@@ -9,14 +9,9 @@ from torch import Tensor
 
 from swin_kernels.kernels.triton.configs import Gpu
 from swin_kernels.kernels.triton.launch import Run, gpu_of
-from swin_kernels.kernels.triton.plan import (
-    STRIDED,
-    Needs,
-    TensorFacts,
-    backward_plan,
-    facts_of,
-    forward_plan,
-)
+from swin_kernels.kernels.triton.plan import STRIDED, TensorFacts, facts_of
+from swin_kernels.kernels.triton.plan_backward import Needs, backward_plan
+from swin_kernels.kernels.triton.plan_forward import forward_plan
 from swin_kernels.problem import Operands, Options
 from swin_kernels.reference.forward import NORM_CLAMP
 
