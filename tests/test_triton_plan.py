@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import json
 import math
 import subprocess
 import sys
@@ -13,17 +12,14 @@ from pathlib import Path
 import pytest
 import torch
 
-from swin_kernels.kernels.triton import backend, configs, plan_backward, plan_forward
-from swin_kernels.kernels.triton.backend import MOST_WINDOWS, TritonBackend
+from swin_kernels.kernels.triton import plan_backward, plan_forward
 from swin_kernels.kernels.triton.configs import (
     INTERPRETER,
     KNOWN_GPUS,
-    LARGEST_HEAD_DIM,
     Config,
-    Gpu,
     Shape,
-    block_of,
     config_for,
+    override,
     takes_whole_windows,
     tuned_key,
 )
@@ -154,13 +150,6 @@ def test_the_wider_of_keys_and_values_decides():
     assert _kernels(_forward(case.but(value_dim=32))) == ["_whole_window_fwd_kernel"]
     step = _forward(case).steps[0]
     assert (step.numbers["BLOCK_D"], step.numbers["BLOCK_DV"]) == (32, 128)
-
-
-@pytest.mark.parametrize(
-    ("length", "block"), [(1, 16), (16, 16), (17, 32), (49, 64), (64, 64), (65, 128), (200, 256)]
-)
-def test_blocks_are_powers_of_two_that_the_matrix_units_take(length, block):
-    assert block_of(length) == block
 
 
 # 16 channels: an image of n tokens of one head has elements up to 16n − 1
@@ -365,43 +354,12 @@ def test_pads_without_padding_are_not_read():
     assert not numbers["PADDED"]
 
 
-@pytest.fixture
-def tuned(tmp_path, monkeypatch):
-    """Writes a table of measured configurations, which is then the one in use."""
-    monkeypatch.setattr(configs, "TUNED", tmp_path / "tuned.json")
-
-    def write(entries):
-        configs.TUNED.write_text(json.dumps({"measured": "never", "configs": entries}))
-        configs._tuned.cache_clear()
-
-    yield write
-    configs._tuned.cache_clear()
-
-
-def test_the_table_of_measured_configurations_has_the_last_word(tuned):
-    shape = Shape(49, 32, 32, torch.float16, 1000, 3)
-    key = tuned_key("forward", shape, H100)
-    assert key == "forward-sm_90-float16-n49-d32-32"
-    tuned({})
-    default = config_for("forward", shape, H100)
-    tuned({key: {"num_warps": 16, "programs_per_multiprocessor": 2}})
-    config = config_for("forward", shape, H100)
-    assert (config.num_warps, config.programs_per_multiprocessor) == (16, 2)
-    assert (config.block_n, config.loop_stages) == (default.block_n, default.loop_stages)
-    for other in (
-        config_for("backward", shape, H100),
-        config_for("forward", shape, KNOWN_GPUS["sm_80"]),
-    ):
-        assert other.num_warps != 16
-    case = Case(1000, (7, 7), (7, 7), heads=3, head_dim=32, dtype=torch.float16)
-    case = case.but(layout="contiguous")
-    assert _forward(case.but(batch=1)).steps[0].config == config
-
-
-def test_a_backward_that_sums_the_bias_is_measured_apart():
-    shape = Shape(49, 32, 32, torch.float16, 1000, 3)
-    biased = Shape(49, 32, 32, torch.float16, 1000, 3, sums_bias=True)
-    assert tuned_key("backward", biased, H100) == tuned_key("backward", shape, H100) + "-bias"
+def test_a_measured_configuration_is_the_one_of_the_plan():
+    case = Case(1, (7, 7), (7, 7), heads=3, head_dim=32, dtype=torch.float16, layout="contiguous")
+    assert _forward(case).steps[0].config.num_warps != 16
+    key = tuned_key("forward", Shape(49, 32, 32, torch.float16, 1, 3), H100)
+    with override({key: {"num_warps": 16}}):
+        assert _forward(case).steps[0].config.num_warps == 16
 
 
 def test_tf32_changes_layouts_and_products_but_not_what_is_kept():
@@ -459,105 +417,3 @@ def test_an_address_that_16_does_not_divide_scatters_channels():
         for q in (aligned, shifted)
     ]
     assert layouts[0].steps[0].config != layouts[1].steps[0].config
-
-
-def test_shipped_table_of_measured_configurations_is_well_formed():
-    table = json.loads(configs.TUNED.read_text())
-    assert table["measured"]
-    fields = set(Config.__dataclass_fields__)
-    for key, entry in table["configs"].items():
-        assert set(entry) <= fields, key
-        kernel, arch, dtype, tokens, *_ = key.split("-")
-        assert kernel in KERNELS
-        assert arch in KNOWN_GPUS
-        assert dtype == "tf32" or isinstance(getattr(torch, dtype), torch.dtype)
-        assert tokens[0] == "n"
-
-
-def test_known_gpus_are_named_by_their_architecture():
-    assert all(name == gpu.arch for name, gpu in KNOWN_GPUS.items())
-    assert INTERPRETER.arch not in KNOWN_GPUS
-
-
-def test_wide_warps_are_half_as_many():
-    shape = Shape(49, 32, 32, torch.float16, 1000, 3)
-    narrow = Gpu("gfx_narrow", H100.shared_memory, 100, warp_size=32)
-    wide = Gpu("gfx_wide", H100.shared_memory, 100, warp_size=64)
-    for kernel in ("forward", "backward", "dq"):
-        warps = [config_for(kernel, shape, gpu).num_warps for gpu in (narrow, wide)]
-        assert warps[1] == max(1, warps[0] // 2)
-
-
-@pytest.mark.parametrize("dtype", [torch.float16, torch.float32], ids=str)
-@pytest.mark.parametrize("dim", [1, 32, 64, LARGEST_HEAD_DIM])
-@pytest.mark.parametrize("tokens", [1, 4, 49, 64, 98, 144, 576])
-@pytest.mark.parametrize("gpu", GPUS, ids=lambda gpu: gpu.arch)
-def test_every_layout_is_one_that_triton_takes(gpu, tokens, dim, dtype):
-    plain = Shape(tokens, dim, dim, dtype, 100, 4)
-    # every mixture of what a layout may depend on
-    names = ("cosine", "dropout", "explicit_mask", "fills_padding", "scattered", "tf32")
-    mixtures = [
-        replace(plain, **dict(zip(names, flags)))
-        for flags in itertools.product((False, True), repeat=len(names))
-        if dtype == torch.float32 or not flags[-1]
-    ]
-    for shape, kernel in itertools.product(mixtures, KERNELS):
-        if kernel in ("forward", "backward") and not takes_whole_windows(kernel, shape, gpu):
-            continue
-        config = config_for(kernel, shape, gpu)
-        for number in (config.block_m, config.block_n, config.num_warps):
-            assert number & (number - 1) == 0
-        assert min(config.block_m, config.block_n) >= 16
-        assert 1 <= config.num_warps <= 16
-        assert config.num_warps * 32 * config.registers <= 65_536
-        if kernel in ("forward", "backward"):
-            assert config.block_m == config.block_n >= tokens
-
-
-def _why_not(x, window=4, **options):
-    return TritonBackend().why_not(Problem.checked(Operands(x, x, x), window, **options))
-
-
-def test_reasons_say_what_came(monkeypatch):
-    monkeypatch.setattr(backend.importlib.util, "find_spec", lambda name: object())
-    monkeypatch.setattr(backend, "INTERPRETED", False)
-
-    def empty(*shape, dtype=torch.float16):
-        return torch.empty(shape, dtype=dtype, device="meta")
-
-    assert "no float64" in _why_not(empty(1, 8, 1, 8, dtype=torch.float64))
-    most = LARGEST_HEAD_DIM
-    assert _why_not(empty(1, 8, 1, most + 1)) == (
-        f"takes up to {most} channels a head, got {most + 1} and {most + 1}"
-    )
-    assert f"got {MOST_WINDOWS + 1}" in _why_not(empty(1, MOST_WINDOWS + 1, 1, 8), 1)
-    assert "windows" not in _why_not(empty(1, MOST_WINDOWS, 1, 8), 1)
-    assert "split the batch" in _why_not(empty(2**29, 1, 4, 1), 1)
-    assert "tokens an axis" in _why_not(empty(1, 2**31 - 8, 1, 1), 64)
-    assert "got meta" in _why_not(empty(1, 8, 1, most))
-    assert _why_not(torch.empty(1, 8, 1, 8)) == "runs on CUDA tensors, got cpu"
-    monkeypatch.setattr(backend.importlib.util, "find_spec", lambda name: None)
-    assert "pip install triton" in _why_not(torch.empty(1, 8, 1, 8))
-
-
-def test_wide_values_are_refused_as_wide_keys_are(monkeypatch):
-    x, wide = (torch.empty(1, 8, 1, d, device="meta") for d in (8, LARGEST_HEAD_DIM + 1))
-    problem = Problem.checked(Operands(x, x, wide), 4)
-    assert f"channels a head, got 8 and {LARGEST_HEAD_DIM + 1}" in TritonBackend().why_not(problem)
-
-
-def test_the_interpreter_refuses_bfloat16_alone(monkeypatch):
-    monkeypatch.setattr(backend.importlib.util, "find_spec", lambda name: object())
-    monkeypatch.setattr(backend, "INTERPRETED", True)
-    assert "bfloat16" in _why_not(torch.empty(1, 8, 1, 8, dtype=torch.bfloat16))
-    assert _why_not(torch.empty(1, 8, 1, 8, dtype=torch.float16)) is None
-    assert _why_not(torch.empty(1, 8, 1, 8)) is None
-
-
-def test_a_limit_of_registers_is_an_option_of_the_compiler_on_nvidia_alone():
-    shape = Shape(49, 32, 32, torch.float32, 1000, 3)
-    limited, free = (
-        config_for("backward", shape, KNOWN_GPUS[arch]) for arch in ("sm_80", "gfx942")
-    )
-    assert limited.options["maxnreg"] == limited.registers == 255
-    assert "maxnreg" not in free.options
