@@ -178,10 +178,12 @@ def _whole_backward(shape: Shape, gpu: Gpu) -> Config:
     warps = block // 16
     roomy = gpu.multiplies_from_shared
     if shape.fp32:
-        crowded = shape.cosine or shape.fills_padding or shape.scattered
-        if not (shape.tf32 and gpu.arch.startswith("sm_9") and not crowded):
-            narrow = gpu.warp_size == 32
-            warps *= 4 if crowded and narrow and not shape.tf32 else 2
+        plain = not (shape.cosine or shape.fills_padding or shape.scattered)
+        crowded = shape.scattered or (shape.fills_padding and not roomy)
+        if crowded and gpu.warp_size == 32 and not shape.tf32:
+            warps *= 4
+        elif not (plain and shape.tf32 and gpu.arch.startswith("sm_9")):
+            warps *= 2
         stages = 1
     else:
         stages = 2 if roomy or shape.cosine or shape.fills_padding else 1
@@ -231,10 +233,11 @@ def _registers(kernel: str, shape: Shape, gpu: Gpu) -> int:
     if kernel == "backward":
         if shape.fp32:
             if shape.tf32:
-                return 255 if shape.cosine or shape.fills_padding else 0
-            if shape.scattered:
-                return 0
-            return 128 if shape.cosine or shape.fills_padding else 255
+                limited = shape.cosine or shape.fills_padding
+            else:
+                consumer = shape.cosine and gpu.arch.startswith("sm_12")
+                limited = not (shape.fills_padding or shape.scattered or consumer)
+            return 255 if limited else 0
         return 255 if data_center or shape.scattered else 0
     if shape.fp32:
         if kernel in ("dkv", "dbias"):
