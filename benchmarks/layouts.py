@@ -96,6 +96,11 @@ RARE = {
     "98 tokens, cosine": _VIDEO.but(**_COSINE),
     "98 tokens, head dim 64": _VIDEO.but(bias="table", head_dim=64),
     "98 tokens, everything": _VIDEO.but(size=(9, 60, 60), pads=True, mask="regions", **_COSINE),
+    "98 tokens, masked": _VIDEO.but(mask="regions"),
+    "98 tokens, strided": _VIDEO.but(layout="strided"),
+    "144 tokens, head dim 128, padded, masked": CASES["swin, window 12"].but(
+        size=(100, 100), head_dim=128, pads=True, mask="regions"
+    ),
     "head dim 16": _SWIN.but(head_dim=16),
     "head dim 24": _SWIN.but(head_dim=24),
     "head dim 30": _SWIN.but(head_dim=30),
@@ -113,6 +118,7 @@ RARE = {
     "head dim 128, everything": _SWIN.but(
         head_dim=128, mask="regions", dropout_p=0.1, **_COSINE, **_ADDED
     ),
+    "head dim 64, strided": _SWIN.but(head_dim=64, layout="strided"),
     "channels inside": _SWIN.but(layout="channels-inside"),
     "strided": _SWIN.but(layout="strided"),
 }

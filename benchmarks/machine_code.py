@@ -37,19 +37,23 @@ DTYPES = {
     "tf32": torch.float32,  # its products rounded
 }
 ARCHS = ("sm_80", "sm_90", "sm_100", "sm_120", "gfx942")
-# spills of whole-window backwards that no layout so far avoids: they may only become fewer
+# what no layout so far avoids, in instructions; a test sees to it that these are the very numbers
 KNOWN_SPILLS = {
-    ("swin", "tf32", "sm_80"): 43,
-    ("swin, unshifted", "tf32", "sm_80"): 59,
-    ("swin, padded", "tf32", "sm_80"): 3,
-    ("swin v2, window 8", "tf32", "sm_80"): 101,
-    ("swin, padded", "tf32", "sm_90"): 29,
-    ("swin", "tf32", "sm_120"): 59,
-    ("swin, unshifted", "tf32", "sm_120"): 59,
-    ("swin v2, window 8", "tf32", "sm_120"): 98,
-    ("strided", "bf16", "sm_80"): 15,
-    ("strided", "bf16", "sm_90"): 15,
-    ("channels inside", "bf16", "sm_90"): 12,
+    ("swin", "tf32", "sm_80", "_whole_window_bwd_kernel"): 43,
+    ("swin, unshifted", "tf32", "sm_80", "_whole_window_bwd_kernel"): 59,
+    ("swin, padded", "tf32", "sm_80", "_whole_window_bwd_kernel"): 3,
+    ("swin v2, window 8", "tf32", "sm_80", "_whole_window_bwd_kernel"): 101,
+    ("swin, padded", "tf32", "sm_90", "_whole_window_bwd_kernel"): 29,
+    ("swin", "tf32", "sm_120", "_whole_window_bwd_kernel"): 59,
+    ("swin, unshifted", "tf32", "sm_120", "_whole_window_bwd_kernel"): 59,
+    ("swin v2, window 8", "tf32", "sm_120", "_whole_window_bwd_kernel"): 98,
+    ("strided", "bf16", "sm_80", "_whole_window_bwd_kernel"): 15,
+    ("strided", "bf16", "sm_90", "_whole_window_bwd_kernel"): 15,
+    ("channels inside", "bf16", "sm_90", "_whole_window_bwd_kernel"): 12,
+    ("head dim 64, strided", "bf16", "sm_90", "_whole_window_bwd_kernel"): 60,
+    ("144 tokens, head dim 128, padded, masked", "bf16", "sm_80", "_tiled_dq_kernel"): 2,
+    ("144 tokens, head dim 128, padded, masked", "bf16", "sm_80", "_tiled_dkv_kernel"): 2,
+    ("144 tokens, head dim 128, padded, masked", "bf16", "sm_100", "_tiled_fwd_kernel"): 2,
 }
 REGISTERS = 65_536  # of a multiprocessor: CUDA programming guide, table of compute capabilities
 HEADER = """\
@@ -88,8 +92,10 @@ class Row:
         """What a shipped configuration must not have."""
         gpu, code = KNOWN_GPUS[self.arch], self.code
         found = []
-        known = KNOWN_SPILLS.get((self.case, self.dtype, self.arch), 0)
-        if code.spills > known or (code.stack and not known):
+        known = KNOWN_SPILLS.get((self.case, self.dtype, self.arch, self.kernel), 0)
+        if code.spills < known:
+            found.append(f"only {code.spills} spills: lower KNOWN_SPILLS, so that they stay few")
+        elif code.spills > known or (code.stack and not known):
             found.append(f"{code.spills} spills, {code.stack} bytes of stack")
         if gpu.arch.startswith("sm_"):
             held = -(-code.registers // 8) * 8 * 32 * self.num_warps

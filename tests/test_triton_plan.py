@@ -125,6 +125,7 @@ def test_tokens_channels_and_dtype_decide_between_whole_windows_and_tiles(
     tokens, dim, dtype, forward, backward
 ):
     case = Case(1, (tokens,), (tokens,), head_dim=dim, dtype=dtype, bias="table")
+    case = case.but(layout="contiguous")
     shape = Shape(tokens, dim, dim, dtype, 1, 2)
     assert takes_whole_windows("forward", shape, H100) == forward
     assert takes_whole_windows("backward", shape, H100) == backward
@@ -142,6 +143,14 @@ def test_tokens_channels_and_dtype_decide_between_whole_windows_and_tiles(
     assert ("stats" in kept.buffers) == kept.steps[-1].numbers["KEEP_STATS"] == (not backward)
     assert ("tiles" in kept.buffers) == backward
     assert set(_forward(case).buffers) == {"out"} | ({"spread_bias"} if spread else set())
+
+
+def test_128_tokens_are_held_whole_only_where_channels_lie_together_and_no_mask_is_read():
+    case = Case(1, (98,), (98,), head_dim=32, dtype=torch.float16, bias="dense")
+    assert _kernels(_forward(case.but(layout="contiguous"))) == ["_whole_window_fwd_kernel"]
+    for changes in ({"layout": "strided"}, {"layout": "contiguous", "mask": "soft"}):
+        for gpu in (H100, INTERPRETER):
+            assert "_tiled_fwd_kernel" in _kernels(_forward(case.but(**changes), gpu))
 
 
 def test_the_wider_of_keys_and_values_decides():

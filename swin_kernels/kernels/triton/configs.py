@@ -131,7 +131,8 @@ def takes_whole_windows(kernel: str, shape: Shape, gpu: Gpu) -> bool:
     """Whether forward or backward holds a window in one tile: where registers allow.
 
     A backward that does so holds four tiles of tokens and three of logits. Forward and backward
-    agree on it without knowing of strides or of TF32, which may change between the two.
+    agree on it without knowing of TF32, which may change between the two, nor, where the backward
+    takes whole windows, of strides, which a compiler does not promise.
     """
     adds = shape.explicit_mask or shape.fills_padding
     roomy = gpu.multiplies_from_shared
@@ -140,7 +141,8 @@ def takes_whole_windows(kernel: str, shape: Shape, gpu: Gpu) -> bool:
             widest = 32 if shape.fp32 else 128
             return shape.largest_block <= widest and not (shape.fp32 and shape.cosine and adds)
         # the bias alone takes 64 registers
-        crowded = shape.fp32 or shape.dropout or shape.odd or (shape.cosine and adds)
+        crowded = shape.fp32 or shape.dropout or shape.odd or shape.scattered
+        crowded = crowded or shape.explicit_mask or (shape.cosine and shape.fills_padding)
         fits = gpu.arch in ("sm_90", "interpreter") and shape.largest_block <= 32
         return shape.tokens <= 128 and fits and not crowded
     plain = not (shape.cosine or adds or shape.fp32)
@@ -187,7 +189,8 @@ def _whole_backward(shape: Shape, gpu: Gpu) -> Config:
         stages = 1
     else:
         stages = 2 if roomy or shape.cosine or shape.fills_padding else 1
-        if shape.explicit_mask or (shape.largest_block > 32 and shape.head_dim != shape.value_dim):
+        wide = shape.largest_block > 32
+        if shape.explicit_mask or (wide and (shape.head_dim != shape.value_dim or shape.scattered)):
             stages = 1
         if shape.scattered or (shape.cosine and not roomy):
             warps *= 2
@@ -195,11 +198,13 @@ def _whole_backward(shape: Shape, gpu: Gpu) -> Config:
 
 
 def _tiled(kernel: str, shape: Shape, gpu: Gpu) -> Config:
-    # two stages of 128 channels and a mask or a pad need more than 100 KB
-    small = gpu.shared_memory < 128 * KB and shape.largest_block > 64
-    stages = 1 if shape.fp32 or kernel == "dbias" or small else 2
     wide, widest = shape.largest_block > 32, shape.largest_block > 64
     adds = shape.explicit_mask or shape.fills_padding
+    # two stages of 128 channels and a mask or a pad need more than 100 KB; with both, registers
+    full = widest and (
+        gpu.shared_memory < 128 * KB or (shape.explicit_mask and shape.fills_padding)
+    )
+    stages = 1 if shape.fp32 or kernel == "dbias" or full else 2
     crowded = shape.fp32 or shape.dropout or (shape.cosine and adds)
     if kernel == "tiled_forward" and not shape.fp32:
         block, warps = 64, 8 if crowded or widest else 4
@@ -217,9 +222,15 @@ def _tiled(kernel: str, shape: Shape, gpu: Gpu) -> Config:
             keys, warps = 32, 4  # a quarter fewer instructions than a square tile
         elif kernel == "dq" and wide:
             keys = 32
+    if kernel == "dq" and block == 64 and widest and adds:
+        keys = 32
     # Triton 3.6 fails to compile more queries for sm_10x
     if kernel == "dq" and shape.cosine and (widest or gpu.arch.startswith("sm_10")):
         block = min(block, 32)
+    if kernel == "dq" and shape.explicit_mask and not gpu.multiplies_from_shared:
+        stages = 1
+    if shape.scattered and not (shape.odd or shape.fp32):
+        warps = max(warps, 8)
     largest = block_of(shape.tokens)
     return Config(min(block, largest), min(keys, largest), warps, stages)
 

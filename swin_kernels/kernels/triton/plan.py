@@ -51,7 +51,6 @@ class Step:
     pointers: dict[str, str | None]
     numbers: dict[str, Any]
     config: Config
-    compiled: dict[Any, Any] = field(default_factory=dict, compare=False, repr=False)
 
 
 @dataclass(frozen=True)
