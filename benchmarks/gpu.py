@@ -19,6 +19,7 @@ from pathlib import Path
 import torch
 
 from benchmarks import models
+from benchmarks.cases import other_cases, swin_cases, toy_cases
 from benchmarks.device import Cpu, Cuda, Device, copy_rate, matrix_rate
 from benchmarks.providers import PROVIDERS, Provider
 from benchmarks.rows import Book, Row, facts_of, file_name, print_table, quantiles, table_of
@@ -40,52 +41,6 @@ from swin_kernels.testing import Case
 
 RESULTS = Path(__file__).with_name("results")
 TRY_AGAIN = 75  # as EX_TEMPFAIL of sysexits.h
-
-
-def _case(batch: int, size: int | tuple[int, ...], window, shift, heads, head_dim=32, **more):
-    size = (size, size) if isinstance(size, int) else size
-    window, shift = ((x,) * len(size) if isinstance(x, int) else tuple(x) for x in (window, shift))
-    fixed = {"packed": True, "bias": "table", "layout": "contiguous", "dtype": Cuda.dtype}
-    return Case(batch, size, window, shift, heads, head_dim, **fixed, **more)
-
-
-def swin_cases() -> dict[str, Case]:
-    """T1 to T4, B1 to B4 and L1 as the papers have them; the important ones first."""
-    stages = {f"T{i + 1}": (56 >> i, 3 << i) for i in range(4)}
-    stages |= {f"B{i + 1}": (56 >> i, 4 << i) for i in range(4)}
-    stages["L1"] = (56, 6)
-    cases = {
-        f"{name} shift {shift}": _case(128, size, 7, shift, heads)
-        for shift in (3, 0)
-        for name, (size, heads) in stages.items()
-        if size > 7 or not shift
-    }
-    first = [f"{name} shift 3" for name in ("T1", "B1", "L1")]
-    return {name: cases[name] for name in (*first, *(n for n in cases if n not in first))}
-
-
-def other_cases() -> dict[str, Case]:
-    return {
-        "V2 w8 stage 1": _case(128, 64, 8, 4, 3, cosine=True),
-        "V2 w8 stage 2": _case(128, 32, 8, 4, 6, cosine=True),
-        "V2 w16 stage 1": _case(64, 64, 16, 8, 3, cosine=True),
-        "V2 w16 stage 2": _case(64, 32, 16, 8, 6, cosine=True),
-        "V2 w24 stage 1": _case(32, 96, 24, 12, 4, cosine=True),
-        "V2 w24 stage 2": _case(32, 48, 24, 12, 8, cosine=True),
-        "3-D (8,7,7)": _case(8, (16, 56, 56), (8, 7, 7), (4, 3, 3), 3),
-        "SwinIR w8 d30": _case(32, 64, 8, 4, 6, 30),
-    }
-
-
-def toy_cases() -> dict[str, Case]:
-    """One for each way through the program and its kernels."""
-    cases = {
-        "toy": _case(2, 6, 3, 1, 1, 16),
-        "toy unshifted, d30": _case(1, 4, 4, 0, 1, 30),
-        "toy tiles": _case(1, 9, 9, 0, 1, 16, cosine=True),
-        "toy 3-D": _case(1, (2, 2, 4), (2, 2, 2), (0, 0, 1), 1, 16),
-    }
-    return {name: case.but(dtype=Cpu.dtype) for name, case in cases.items()}
 
 
 class Budget:

@@ -22,8 +22,9 @@ from unittest import mock
 
 import torch
 
+from benchmarks.cases import other_cases, swin_cases, toy_cases
 from benchmarks.device import Cpu, Cuda, Device
-from benchmarks.gpu import TRY_AGAIN, other_cases, swin_cases, toy_cases
+from benchmarks.gpu import TRY_AGAIN
 from benchmarks.providers import ours
 from benchmarks.rows import facts_of
 from benchmarks.timing import (

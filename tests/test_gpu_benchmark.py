@@ -19,6 +19,7 @@ pytest.importorskip("triton", reason="what is rehearsed are Triton's kernels")
 pytest.importorskip("timm", reason="whole models are timm's")
 
 from benchmarks import gpu, models, providers
+from benchmarks.cases import other_cases, swin_cases, toy_cases
 from benchmarks.device import Cpu, Cuda
 from benchmarks.rows import Book, Row, print_plain, table_of
 from benchmarks.timing import DIRECTIONS, Gate, Loop, Replayed, make_inputs, sample_in_turn
@@ -53,7 +54,7 @@ def test_rehearsal_times_every_case_from_end_to_end(tmp_path):
     untimed = {(line["provider"], line["direction"]) for line in lines if line["note"]}
     assert untimed == {("flex", d) for d in DIRECTIONS}, done.stderr  # which has no CPU backward
     expected = {
-        *((case, p.name, d) for case in gpu.toy_cases() for p in gpu.PROVIDERS for d in DIRECTIONS),
+        *((case, p.name, d) for case in toy_cases() for p in gpu.PROVIDERS for d in DIRECTIONS),
         *(
             ("toy model, batch 2", form, step)
             for form in models.FORMS
@@ -69,7 +70,7 @@ def test_rehearsal_times_every_case_from_end_to_end(tmp_path):
 
 
 def test_warm_part_compiles_and_times_nothing():
-    count = len(gpu.toy_cases()) * 5 + 2
+    count = len(toy_cases()) * 5 + 2
     done = interpreted("benchmarks.gpu", "--rehearse", "--warm", f"{count - 1}/{count}")
     assert done.returncode == 0, done.stdout + done.stderr
     assert done.stdout.startswith("toy 3-D: flex: ")
@@ -128,12 +129,12 @@ class Fp32Cpu(Cpu):
 
 
 def toy():
-    return gpu.toy_cases()["toy"].but(dtype=torch.float32)
+    return toy_cases()["toy"].but(dtype=torch.float32)
 
 
 def test_peers_agree_on_every_toy_case():
     device = Fp32Cpu()
-    for case in (c.but(dtype=torch.float32) for c in gpu.toy_cases().values()):
+    for case in (c.but(dtype=torch.float32) for c in toy_cases().values()):
         inputs = make_inputs(case, device, 0)
         gate = Gate(case, device, inputs)
         for make in (providers.unfused, providers.sdpa):
@@ -289,11 +290,11 @@ def test_table_without_rich(capsys):
 
 
 def test_cases_have_the_sizes_of_the_papers():
-    cases = gpu.swin_cases()
+    cases = swin_cases()
     assert len(cases) == 16
     assert list(cases)[:3] == ["T1 shift 3", "B1 shift 3", "L1 shift 3"]
     assert {c.heads * c.head_dim for n, c in cases.items() if n[0] == "T"} == {96, 192, 384, 768}
-    for case in (cases | gpu.other_cases()).values():
+    for case in (cases | other_cases()).values():
         assert not case.grid.needs_padding
 
 
