@@ -37,7 +37,7 @@ from benchmarks.timing import (
     passes_of,
     reason_of,
 )
-from swin_kernels.kernels.triton import configs, plan
+from swin_kernels.kernels.triton import configs, plan_backward, plan_forward
 from swin_kernels.testing import Case
 
 COPY_RATE = 4e12  # bytes a second, of the order of a data-centre GPU: for counts of passes
@@ -88,8 +88,10 @@ class Kernel(NamedTuple):
 
 def kernels_of(trial: Trial) -> list[Kernel]:
     """What the case's forward and its backward, with a gradient of the bias, ask a layout for."""
+    asked = mock.Mock(wraps=configs.config_for)
     with (
-        mock.patch.object(plan, "config_for", wraps=configs.config_for) as asked,
+        mock.patch.object(plan_forward, "config_for", asked),
+        mock.patch.object(plan_backward, "config_for", asked),
         configs.override({}),  # plans are made anew
     ):
         Loop(trial.attend, trial.sets[:1]).warm()
