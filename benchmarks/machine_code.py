@@ -22,7 +22,7 @@ import triton
 
 from benchmarks.layouts import CASES, RARE
 from swin_kernels.kernels.triton import ahead
-from swin_kernels.kernels.triton.configs import KNOWN_GPUS, Gpu
+from swin_kernels.kernels.triton.configs import KNOWN_GPUS, REGISTERS, Gpu
 from swin_kernels.kernels.triton.plan import STRIDED, Plan, Step, TensorFacts, facts_of
 from swin_kernels.kernels.triton.plan_backward import Needs, backward_plan
 from swin_kernels.kernels.triton.plan_forward import forward_plan
@@ -55,7 +55,6 @@ KNOWN_SPILLS = {
     ("144 tokens, head dim 128, padded, masked", "bf16", "sm_80", "_tiled_dkv_kernel"): 2,
     ("144 tokens, head dim 128, padded, masked", "bf16", "sm_100", "_tiled_fwd_kernel"): 2,
 }
-REGISTERS = 65_536  # of a multiprocessor: CUDA programming guide, table of compute capabilities
 HEADER = """\
 # The machine code of the Triton kernels
 

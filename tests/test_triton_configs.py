@@ -131,3 +131,5 @@ def test_a_limit_of_registers_is_an_option_of_the_compiler_on_nvidia_alone():
     )
     assert limited.options["maxnreg"] == limited.registers == 255
     assert "maxnreg" not in free.options
+    # as when a measured table changes the warps alone
+    assert replace(limited, num_warps=16).options["maxnreg"] == 128

@@ -19,6 +19,7 @@ TUNED = Path(__file__).with_name("tuned.json")
 LARGEST_HEAD_DIM = 128
 SMALLEST_BLOCK = 16  # of the matrix units
 LARGEST_BLOCK = 64  # of tiles of a window
+REGISTERS = 65_536  # of a multiprocessor: CUDA programming guide, table of compute capabilities
 
 
 @dataclass(frozen=True)
@@ -113,7 +114,9 @@ class Config:
             "num_stages": self.loop_stages,
             "enable_fp_fusion": True,  # its default is not the same in every Triton
         }
-        return options | ({"maxnreg": self.registers} if self.registers else {})
+        if self.registers:  # a limit above what a program of so many warps may have is none
+            options["maxnreg"] = min(self.registers, REGISTERS // (32 * self.num_warps))
+        return options
 
     def windows_per_program(self, shape: Shape, gpu: Gpu, tiles: int = 1) -> int:
         """Windows a run, so that the runs of all heads and tiles fill the device."""
