@@ -176,7 +176,7 @@ def rows_file(session: Session) -> Path:
     """Named after the device and the date by a process that has them."""
     ask = (
         "from benchmarks.rows import facts_of, file_name; "
-        f"from benchmarks.device import {'Cpu' if session.rehearse else 'Cuda'} as Device; "
+        f"from benchmarks.device import {'Rehearsal' if session.rehearse else 'Cuda'} as Device; "
         "print(file_name(facts_of(Device())))"
     )
     answer = subprocess.run(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from benchmarks.device import Cpu, Cuda
+from benchmarks.device import Cpu, Cuda, Rehearsal
 from swin_kernels.testing import Case
 
 
@@ -41,6 +41,26 @@ def other_cases() -> dict[str, Case]:
     }
 
 
+def cpu_cases() -> dict[str, Case]:
+    """Swin-T's stages in fp32 at a batch of 8; of those that only one window fits, unshifted."""
+    stages = [(56 >> i, 3 << i) for i in range(4)]
+    return {
+        f"T{i + 1} shift {shift}": _case(8, size, 7, shift, heads).but(dtype=Cpu.dtype)
+        for i, (size, heads) in enumerate(stages)
+        for shift in (3, 0)
+        if size > 7 or not shift
+    }
+
+
+def larger_cpu_cases() -> dict[str, Case]:
+    """Windows of more tokens than a tile."""
+    cases = {
+        "w16": _case(2, 64, 16, 8, 3),
+        "3-D (7,7,7)": _case(1, (14, 28, 28), 7, 3, 3),
+    }
+    return {name: case.but(dtype=Cpu.dtype) for name, case in cases.items()}
+
+
 def toy_cases() -> dict[str, Case]:
     """One for each way through the program and its kernels."""
     cases = {
@@ -49,4 +69,4 @@ def toy_cases() -> dict[str, Case]:
         "toy tiles": _case(1, 9, 9, 0, 1, 16, cosine=True),
         "toy 3-D": _case(1, (2, 2, 4), (2, 2, 2), (0, 0, 1), 1, 16),
     }
-    return {name: case.but(dtype=Cpu.dtype) for name, case in cases.items()}
+    return {name: case.but(dtype=Rehearsal.dtype) for name, case in cases.items()}

@@ -1,13 +1,14 @@
 """What a benchmark asks of a device: marks in time, graphs, memory, rates.
 
-`Cpu` is the twin of `Cuda` with the same methods, so that a benchmark runs from end to end where
-there is no GPU; there the Triton kernels run under TRITON_INTERPRET=1.
+`Rehearsal` is the twin of `Cuda` with the same methods, so that a benchmark runs from end to end
+where there is no GPU; there the Triton kernels run under TRITON_INTERPRET=1.
 """
 
 from __future__ import annotations
 
 import contextlib
 import gc
+import itertools
 import platform
 import statistics
 import time
@@ -16,10 +17,15 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.profiler import ProfilerActivity, profile
+
+from swin_kernels.demo.run import processor
+from swin_kernels.kernels.native import cpu_capability
 
 
 class Cuda:
     name = "cuda"
+    backend = "triton"
     dtype = torch.bfloat16
     copied_bytes, matrix_size = 2**31, 8192  # what the rates are measured on
     shortest_sample = 1e-3  # seconds, so that the latency of the first launch does not matter
@@ -29,7 +35,7 @@ class Cuda:
         facts = torch.cuda.get_device_properties(self.device)
         self.cache_bytes = float(getattr(facts, "L2_cache_size", 60e6))
 
-    def gpu(self) -> str:
+    def machine(self) -> str:
         return torch.cuda.get_device_name(self.device)
 
     def mark(self) -> Any:
@@ -107,10 +113,11 @@ class Cuda:
         torch.cuda.current_stream(self.device).wait_stream(stream)
 
 
-class Cpu:
-    """The twin: a clock on the wall, calls for graphs."""
+class Rehearsal:
+    """The twin of `Cuda` on a CPU: a clock on the wall, calls for graphs, kernels interpreted."""
 
     name = "cpu"
+    backend = "triton"
     dtype = torch.float16  # Triton's interpreter multiplies bfloat16 wrongly
     cache_bytes = 1e3
     copied_bytes, matrix_size = 2**16, 64
@@ -119,7 +126,7 @@ class Cpu:
     def __init__(self) -> None:
         self.device = torch.device("cpu")
 
-    def gpu(self) -> str:
+    def machine(self) -> str:
         return f"none, {platform.machine()} interpreting"
 
     def mark(self) -> Any:
@@ -155,7 +162,34 @@ class Cpu:
         return contextlib.nullcontext()
 
 
-Device = Cuda | Cpu
+class Cpu(Rehearsal):
+    """A CPU with its own kernels."""
+
+    backend = "cpu"
+    dtype = torch.float32
+    cache_bytes = 2e6  # of a core: what lies in a shared cache between layers stays there
+    copied_bytes, matrix_size = 2**29, 2048
+    shortest_sample = 2e-3
+
+    def machine(self) -> str:
+        threads, vector_code = torch.get_num_threads(), cpu_capability()
+        return f"{processor()}, {threads} threads, {vector_code}"
+
+    def compiled(self, function: Callable, fullgraph: bool = True) -> Callable:
+        return torch.compile(function, dynamic=False, fullgraph=fullgraph)
+
+    def peak_bytes(self, function: Callable[[], object]) -> int:
+        """What a call adds, at its peak, by the allocator's own record."""
+        self.release()
+        with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+            function()
+        events = profiler.profiler.kineto_results.events()
+        changes = [(e.start_ns(), e.nbytes()) for e in events if e.name() == "[memory]"]
+        held = itertools.accumulate(size for _, size in sorted(changes, key=lambda x: x[0]))
+        return max(held, default=0)
+
+
+Device = Cuda | Rehearsal
 
 
 def median_seconds(device: Device, function: Callable[[], object], rounds: int = 10) -> float:

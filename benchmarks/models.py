@@ -35,12 +35,16 @@ def toy_model() -> nn.Module:
     )
 
 
-# name -> how to make it, images a batch, height and width
-MODELS: dict[str, tuple[Callable[[], nn.Module], int, int]] = {
+# how to make a model, images a batch, height and width
+Made = tuple[Callable[[], nn.Module], int, int]
+MODELS: dict[str, Made] = {
     "swin_tiny": (partial(timm_model, "swin_tiny_patch4_window7_224"), 128, 224),
     "swin_base": (partial(timm_model, "swin_base_patch4_window7_224"), 64, 224),
 }
-TOYS: dict[str, tuple[Callable[[], nn.Module], int, int]] = {"toy model": (toy_model, 2, 24)}
+CPU_MODELS: dict[str, Made] = {
+    "swin_tiny": (partial(timm_model, "swin_tiny_patch4_window7_224"), 8, 224)
+}
+TOYS: dict[str, Made] = {"toy model": (toy_model, 2, 24)}
 
 
 def _rms(x: Tensor) -> float:
@@ -79,7 +83,7 @@ class Models:
         stock = make().to(device.device, device.dtype).eval()
         self.exact = copy.deepcopy(stock).double()
         patched = copy.deepcopy(stock)
-        swin_kernels.patch(patched, backend="triton")
+        swin_kernels.patch(patched, backend=device.backend)
         compiled = (device.compiled(module, fullgraph=False) for module in (stock, patched))
         self.forms = dict(zip(FORMS, (stock, patched, *compiled)))
         generator = torch.Generator(device.device).manual_seed(1)

@@ -76,7 +76,7 @@ class Windows:
 
 def ours(case: Case, device: Device) -> Attend:
     def attend(qkv: Tensor, table: Tensor, logit_scale: Tensor | None) -> Tensor:
-        return call(case, Operands(qkv, bias_table=table, logit_scale=logit_scale), "triton")
+        return call(case, Operands(qkv, bias_table=table, logit_scale=logit_scale), device.backend)
 
     return attend
 

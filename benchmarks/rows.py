@@ -6,6 +6,7 @@ import csv
 import datetime
 import importlib.util
 import os
+import re
 import subprocess
 from collections.abc import Sequence
 from pathlib import Path
@@ -55,7 +56,7 @@ def facts_of(device: Device) -> dict[str, str]:
     if importlib.util.find_spec("triton") is not None:
         triton = __import__("triton").__version__
     return {
-        "gpu": device.gpu(),
+        "machine": device.machine(),
         "torch": torch.__version__,
         "triton": triton,
         "commit": commit(),
@@ -63,9 +64,9 @@ def facts_of(device: Device) -> dict[str, str]:
     }
 
 
-def file_name(facts: dict[str, str]) -> str:
-    gpu = "".join(c if c.isalnum() else "-" for c in facts["gpu"].lower())
-    return f"gpu-{gpu.strip('-')}-{facts['date']}.csv"
+def file_name(facts: dict[str, str], kind: str = "gpu") -> str:
+    machine = re.sub("[^a-z0-9]+", "-", facts["machine"].lower()).strip("-")
+    return f"{kind}-{machine}-{facts['date']}.csv"
 
 
 class Book:

@@ -22,9 +22,9 @@ from unittest import mock
 
 import torch
 
+from benchmarks.attention import TRY_AGAIN
 from benchmarks.cases import other_cases, swin_cases, toy_cases
-from benchmarks.device import Cpu, Cuda, Device
-from benchmarks.gpu import TRY_AGAIN
+from benchmarks.device import Cuda, Device, Rehearsal
 from benchmarks.providers import ours
 from benchmarks.rows import facts_of
 from benchmarks.timing import (
@@ -192,7 +192,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if options.rehearse and options.out == configs.TUNED:
         raise SystemExit("--rehearse measures nothing: give an --out of its own")
     torch.manual_seed(0)
-    device: Device = Cpu() if options.rehearse else Cuda()
+    device: Device = Rehearsal() if options.rehearse else Cuda()
     cases = toy_cases() if options.rehearse else swin_cases() | other_cases()
     tuner = Tuner(device, TOY_GROUPS if options.rehearse else GROUPS, options.budget)
     facts, seen = facts_of(device), set()

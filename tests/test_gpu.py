@@ -20,7 +20,7 @@ from patch_models import KINDS, Outcome, assert_outcomes_no_worse, double, small
 from test_window_attention import GEOMETRIES, OPTIONS
 
 import swin_kernels
-from benchmarks.device import Cpu, Cuda
+from benchmarks.device import Cuda, Rehearsal
 from benchmarks.models import COMPILED_FACTOR, check_errors
 from benchmarks.models import Outcome as Logits
 from benchmarks.providers import ours
@@ -47,7 +47,7 @@ pytestmark = pytest.mark.interpreted if REHEARSED else pytest.mark.gpu
 
 @pytest.fixture
 def device():
-    found = Cpu() if REHEARSED else Cuda()
+    found = Rehearsal() if REHEARSED else Cuda()
     yield found
     found.release()  # several processes may share the device
 

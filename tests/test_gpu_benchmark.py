@@ -18,16 +18,16 @@ import torch
 pytest.importorskip("triton", reason="what is rehearsed are Triton's kernels")
 pytest.importorskip("timm", reason="whole models are timm's")
 
-from benchmarks import gpu, models, providers
+from benchmarks import attention, gpu, models, providers
 from benchmarks.cases import other_cases, swin_cases, toy_cases
-from benchmarks.device import Cpu, Cuda
+from benchmarks.device import Cuda, Rehearsal
 from benchmarks.rows import Book, Row, print_plain, table_of
 from benchmarks.timing import DIRECTIONS, Gate, Loop, Replayed, make_inputs, sample_in_turn
 from swin_kernels.kernels.triton import configs
 from swin_kernels.kernels.triton.configs import INTERPRETER, Shape
 
 ROOT = Path(__file__).resolve().parents[1]
-FACTS = {"gpu": "none", "torch": "0", "triton": "0", "commit": "unknown", "date": "2000-01-01"}
+FACTS = {"machine": "none", "torch": "0", "triton": "0", "commit": "unknown", "date": "2000-01-01"}
 
 
 def interpreted(*arguments: str) -> subprocess.CompletedProcess:
@@ -63,7 +63,7 @@ def test_rehearsal_times_every_case_from_end_to_end(tmp_path):
     }
     assert {(x["case"], x["provider"], x["direction"]) for x in lines} == expected
     assert all(float(x["median_us"]) > 0 for x in lines if not x["note"])
-    assert {"gpu", "torch", "triton", "commit", "date", "copy_gb_s"} <= lines[0].keys()
+    assert {"machine", "torch", "triton", "commit", "date", "copy_gb_s"} <= lines[0].keys()
     again = interpreted("benchmarks.gpu", "--rehearse", "--resume", "--csv", str(path))
     assert again.returncode == 0, again.stdout + again.stderr
     assert lines_of(path) == lines
@@ -87,7 +87,7 @@ def test_tuner_rehearsal_writes_a_table(tmp_path):
     table = json.loads(path.read_text())
     for key, fields in table["configs"].items():
         assert configs.Config(**fields)
-        assert {"gpu", "torch", "triton", "date", "commit"} <= table["measured"][key].keys()
+        assert {"machine", "torch", "triton", "date", "commit"} <= table["measured"][key].keys()
 
 
 def test_tuner_writes_what_was_found_beside_what_was_known(tmp_path, monkeypatch):
@@ -124,7 +124,7 @@ def test_spent_budget_skips_and_says_so(tmp_path, capsys):
     assert "no time for toy: ours: skipped" in capsys.readouterr().out
 
 
-class Fp32Cpu(Cpu):
+class Fp32Rehearsal(Rehearsal):
     dtype = torch.float32
 
 
@@ -133,7 +133,7 @@ def toy():
 
 
 def test_peers_agree_on_every_toy_case():
-    device = Fp32Cpu()
+    device = Fp32Rehearsal()
     for case in (c.but(dtype=torch.float32) for c in toy_cases().values()):
         inputs = make_inputs(case, device, 0)
         gate = Gate(case, device, inputs)
@@ -156,7 +156,7 @@ def test_peers_agree_on_every_toy_case():
     ids=["output", "gradient"],
 )
 def test_gate_refuses_what_breaks_the_rule(wrong, complaint):
-    case, device = toy(), Fp32Cpu()
+    case, device = toy(), Fp32Rehearsal()
     case = case.but(batch=5)
     inputs = make_inputs(case, device, 0)
     attend = providers.unfused(case, device)
@@ -170,7 +170,7 @@ def test_failed_provider_is_a_row_and_others_go_on(tmp_path):
 
     book = Book(tmp_path / "rows.csv", FACTS)
     wanted = [providers.Provider("bad", failing), providers.Provider("good", providers.unfused)]
-    gpu.measure_case("toy", toy(), Fp32Cpu(), wanted, book, (1e9, 1e9), 1, 1.0)
+    attention.measure_case("toy", toy(), Fp32Rehearsal(), wanted, book, (1e9, 1e9), 1, 1.0)
     assert {r.note for r in book.rows if r.provider == "bad"} == {"RuntimeError: no such kernel"}
     assert all(r.median_us for r in book.rows if r.provider == "good")
     resumed = Book(book.path, FACTS, resume=True)
@@ -191,7 +191,7 @@ def test_error_while_timing_ends_one_provider_only():
 
 
 def test_device_beyond_use_asks_for_another_process(tmp_path, monkeypatch):
-    monkeypatch.setattr(Cpu, "broken", lambda self: True)
+    monkeypatch.setattr(Rehearsal, "broken", lambda self: True)
     arguments = ["--rehearse", "--csv", str(tmp_path / "rows.csv")]
     monkeypatch.setattr(gpu, "PROVIDERS", (providers.Provider("peer", providers.unfused),))
     with pytest.raises(SystemExit) as stopped:
@@ -203,7 +203,7 @@ def test_interrupted_run_shows_what_it_has(tmp_path, monkeypatch, capsys):
     def interrupted(*_):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(gpu, "measure_case", interrupted)
+    monkeypatch.setattr(attention, "measure_case", interrupted)
     assert gpu.main(["--rehearse", "--csv", str(tmp_path / "rows.csv")]) == 0
     assert "interrupted" in capsys.readouterr().out
 
@@ -223,7 +223,7 @@ def test_cuda_twin_calls_what_torch_has(monkeypatch):
     torch.cuda.max_memory_allocated.return_value = 3
     device, calls = Cuda(), []
     assert device.cache_bytes == 60
-    device.gpu()
+    device.machine()
     device.seconds(device.mark(), device.mark())
     replays = device.capture(lambda: calls.append("a"), lambda: calls.append("b"))
     assert calls == ["a", "b"] * 3
@@ -245,7 +245,7 @@ def test_failure_of_ours_is_the_exit_code(tmp_path, monkeypatch):
         raise RuntimeError("wrong")
 
     monkeypatch.setattr(gpu, "PROVIDERS", (providers.Provider("ours", failing),))
-    monkeypatch.setattr(gpu.Run, "model", lambda *_: None)
+    monkeypatch.setattr(attention.Run, "model", lambda *_: None)
     assert gpu.main(["--rehearse", "--csv", str(tmp_path / "rows.csv")]) == 1
 
 
@@ -253,7 +253,7 @@ def test_error_of_a_case_or_a_model_itself_is_in_its_rows(tmp_path, monkeypatch)
     def failing(*_):
         raise RuntimeError("no memory")
 
-    monkeypatch.setattr(gpu, "make_inputs", failing)
+    monkeypatch.setattr(attention, "make_inputs", failing)
     monkeypatch.setattr(models, "Models", failing)
     path = tmp_path / "rows.csv"
     assert gpu.main(["--rehearse", "--csv", str(path)]) == 1
@@ -261,7 +261,7 @@ def test_error_of_a_case_or_a_model_itself_is_in_its_rows(tmp_path, monkeypatch)
 
 
 def test_replay_that_differs_is_refused():
-    case, device = toy(), Fp32Cpu()
+    case, device = toy(), Fp32Rehearsal()
     attend, calls = providers.unfused(case, device), []
 
     def drifting(*leaves):

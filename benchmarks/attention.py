@@ -1,0 +1,252 @@
+"""Checked, then timed: attention cases beside their peers and the floor, then whole models.
+
+What `benchmarks.gpu` and `benchmarks.cpu` share. Rows go into a CSV as they are known.
+"""
+
+from __future__ import annotations
+
+import argparse
+import time
+import traceback
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+
+from benchmarks import models
+from benchmarks.device import Device, copy_rate, matrix_rate
+from benchmarks.providers import Provider
+from benchmarks.rows import Book, Row, facts_of, file_name, print_table, quantiles, table_of
+from benchmarks.timing import (
+    DIRECTIONS,
+    Gate,
+    Loop,
+    Replayed,
+    Timed,
+    count_of_sets,
+    floor_bytes,
+    flops,
+    make_inputs,
+    passes_of,
+    reason_of,
+    sample_in_turn,
+)
+from swin_kernels.testing import Case
+
+RESULTS = Path(__file__).with_name("results")
+TRY_AGAIN = 75  # as EX_TEMPFAIL of sysexits.h
+
+
+class Budget:
+    """Seconds for the whole run, and what they are still enough for."""
+
+    def __init__(self, seconds: float) -> None:
+        self.start, self.seconds = time.perf_counter(), seconds
+
+    def spent(self) -> float:
+        return (time.perf_counter() - self.start) / self.seconds
+
+    def refuses(self, provider: Provider | None, share: float) -> str | None:
+        """Why there is no time for it: all of `share` is spent, half of it for what is slow."""
+        share = share / 2 if provider is not None and provider.slow else share
+        if self.spent() < share:
+            return None
+        return f"skipped: {share:.0%} of {self.seconds:.0f} s were spent"
+
+
+def loops_of(
+    name: str, case: Case, device: Device, providers: Sequence[Provider], book: Book
+) -> dict[str, tuple[Loop | Replayed, float | None]]:
+    """Checked, warm loops, each with the peak of one call in MB; what fails goes into the book."""
+    sets = [make_inputs(case, device, 10 * i) for i in range(count_of_sets(case, device))]
+    gate = Gate(case, device, sets[0])
+    loops: dict[str, tuple[Loop | Replayed, float | None]] = {}
+    for provider in providers:
+        print(f"{name}: {provider.name}", flush=True)
+        try:
+            attend = provider.make(case, device)
+            gate.check(attend, provider.factor)
+            single = Loop(attend, sets[:1])
+            peak = None if provider.graph else device.peak_bytes(single.warm) / 1e6
+            loop = Loop(attend, sets)
+            loops[provider.name] = (Replayed(loop, device) if provider.graph else loop, peak)
+            loops[provider.name][0].warm()
+            device.wait()
+        except Exception as error:  # one provider's end is not that of the others
+            traceback.print_exc()
+            loops.pop(provider.name, None)
+            for direction in DIRECTIONS:
+                book.add(Row(name, provider.name, direction, note=reason_of(error)))
+            if device.broken():
+                break
+    return loops
+
+
+def measure_case(
+    name: str,
+    case: Case,
+    device: Device,
+    providers: Sequence[Provider],
+    book: Book,
+    rates: tuple[float, float],
+    rounds: int,
+    limit: float,
+) -> None:
+    """Rows of all directions and providers."""
+    torch._dynamo.reset()  # else the ninth case compiles no more
+    loops = loops_of(name, case, device, providers, book)
+    if not loops or device.broken():
+        return
+    passes = passes_of(case, device, count_of_sets(case, device), rates[0])
+    timed = {who: Timed(loop, device, passes) for who, (loop, _) in loops.items()}
+    wrong = sample_in_turn(list(timed.values()), rounds, limit)
+    for (who, one), reason in zip(timed.items(), wrong):
+        for direction, samples in one.samples.items():
+            if reason is not None:
+                book.add(Row(name, who, direction, note=reason))
+                continue
+            median, low, high = quantiles(samples)
+            floor = floor_bytes(case)[direction] / rates[0] * 1e6
+            share = flops(case)[direction] / (median * 1e-6 * rates[1])
+            peak = loops[who][1] if direction == "forward + backward" else None
+            times = (median, low, high, len(samples))
+            book.add(Row(name, who, direction, *times, floor, floor / median, share, peak))
+
+
+class Suite(NamedTuple):
+    """What is measured, and on what; what matters most comes first."""
+
+    device: Device
+    cases: dict[str, Case]  # the first three come before all models
+    others: dict[str, Case]  # measured if time is left
+    models: dict[str, models.Made]
+    providers: Sequence[Provider]
+
+
+class Run:
+    """One run of the benchmark: what it measures with, and where the rows go."""
+
+    def __init__(self, suite: Suite, options: argparse.Namespace) -> None:
+        self.suite, self.options, self.device = suite, options, suite.device
+        self.budget = Budget(options.budget)
+        self.rates = copy_rate(self.device), matrix_rate(self.device)
+        self.device.release()
+        facts = facts_of(self.device) | {
+            "copy_gb_s": f"{self.rates[0] * 1e-9:.3g}",
+            "matrix_tflop_s": f"{self.rates[1] * 1e-12:.3g}",
+        }
+        self.book = Book(options.csv or RESULTS / file_name(facts), facts, options.resume)
+
+    def case(self, name: str, case: Case, share: float) -> None:
+        wanted = []
+        for provider in self.suite.providers:
+            if self.book.has(name, provider.name):
+                continue
+            if (reason := self.budget.refuses(provider, share)) is None:
+                wanted.append(provider)
+                continue
+            for direction in DIRECTIONS:
+                self.book.add(Row(name, provider.name, direction, note=reason))
+        if not wanted:
+            return
+        try:
+            options = self.options
+            measure_case(
+                name,
+                case,
+                self.device,
+                wanted,
+                self.book,
+                self.rates,
+                options.rounds,
+                options.limit,
+            )
+        except Exception as error:  # of the gate or the inputs: no provider is to blame
+            traceback.print_exc()
+            for provider in wanted:
+                if not self.book.has(name, provider.name):
+                    for direction in DIRECTIONS:
+                        self.book.add(Row(name, provider.name, direction, note=reason_of(error)))
+        self._stop_if_broken()
+        self.device.release()
+
+    def model(self, name: str, share: float) -> None:
+        torch._dynamo.reset()
+        forms: dict[str, str | None] = {}
+        for form in models.FORMS:
+            if not any(r.provider == form and r.case.startswith(name) for r in self.book.rows):
+                forms[form] = self.budget.refuses(None, share)
+        if not forms:
+            return
+        if all(forms.values()):
+            for form, reason in forms.items():
+                self.book.add(Row(name, form, "inference", note=str(reason)))
+            return
+        try:
+            for row in models.rows_of(
+                name, self.device, forms, self.options.model_rounds, self.suite.models
+            ):
+                self.book.add(row)
+        except Exception as error:
+            traceback.print_exc()
+            for form in forms:
+                self.book.add(Row(name, form, "inference", note=reason_of(error)))
+        self._stop_if_broken()
+        self.device.release()
+
+    def _stop_if_broken(self) -> None:
+        if self.device.broken():
+            print("the device is beyond use for this process", flush=True)
+            raise SystemExit(TRY_AGAIN)
+
+    def measure(self) -> int:
+        """Exit code: 1 where one of ours failed."""
+        try:
+            self._measure()
+        except KeyboardInterrupt:  # what there is, is shown
+            print("interrupted", flush=True)
+        self.report()
+        return int(any(_is_a_failure_of_ours(r) for r in self.book.rows))
+
+    def _measure(self) -> None:
+        cases, others, names = self.suite.cases, self.suite.others, list(self.suite.models)
+        for name, case in list(cases.items())[:3]:
+            self.case(name, case, 0.5)
+        for name in names[:1]:
+            self.model(name, 0.6)
+        for name, case in list(cases.items())[3:]:
+            self.case(name, case, 0.75)
+        for name, case in others.items():
+            self.case(name, case, 0.85)
+        for name in names[1:]:
+            self.model(name, 0.8)
+
+    def report(self) -> None:
+        rows = self.book.rows
+        print()
+        print(", ".join(f"{name} {value}" for name, value in self.book.facts.items()))
+        print("medians in µs a call; in brackets the floor as a share of them\n")
+        core = [r for r in rows if r.direction in DIRECTIONS]
+        whole = [r for r in rows if r.direction not in DIRECTIONS]
+        print_table(*table_of(core, [p.name for p in self.suite.providers]))
+        if whole:
+            print_table(*table_of(whole, models.FORMS))
+        for row in dict.fromkeys((r.case, r.provider, r.note) for r in rows if r.note):
+            print("no time for " + ": ".join(row))
+        print(f"\n{self.book.path}")
+
+
+def _is_a_failure_of_ours(row: Row) -> bool:
+    untimed = bool(row.note) and not row.note.startswith("skipped")
+    return untimed and row.provider.startswith(("ours", "patched"))
+
+
+def add_options(parser: argparse.ArgumentParser, budget: float) -> None:
+    """Those of both programs."""
+    parser.add_argument("--budget", type=float, default=budget, help="seconds for all of it")
+    parser.add_argument("--rounds", type=int, default=25, help="samples of each provider")
+    parser.add_argument("--limit", type=float, default=3, help="seconds of samples a case")
+    parser.add_argument("--model-rounds", type=int, default=8)
+    parser.add_argument("--csv", type=Path, help="where the rows go; else benchmarks/results")
+    parser.add_argument("--resume", action="store_true", help="leave out what the CSV has")

@@ -1,0 +1,80 @@
+"""The benchmark of a CPU, at toy sizes."""
+
+from __future__ import annotations
+
+import csv
+
+import pytest
+import torch
+
+pytest.importorskip("timm", reason="whole models are timm's")
+
+from benchmarks import cpu
+from benchmarks.cases import cpu_cases, larger_cpu_cases, toy_cases
+from benchmarks.device import Cpu
+from benchmarks.models import TOYS
+from benchmarks.timing import DIRECTIONS
+
+
+@pytest.fixture
+def toys(monkeypatch):
+    """Small cases and a small model in place of the real ones; nothing is compiled."""
+    small = {name: case.but(dtype=torch.float32) for name, case in toy_cases().items()}
+    monkeypatch.setattr(cpu, "cpu_cases", lambda: {"toy": small["toy"]})
+    monkeypatch.setattr(cpu, "larger_cpu_cases", lambda: {"toy tiles": small["toy tiles"]})
+    monkeypatch.setattr(cpu.models, "CPU_MODELS", TOYS)
+    monkeypatch.setattr(cpu.models, "FORMS", ("stock", "patched"))
+    monkeypatch.setattr(Cpu, "copied_bytes", 2**16)
+    monkeypatch.setattr(Cpu, "matrix_size", 64)
+    monkeypatch.setattr(Cpu, "cache_bytes", 1e3)
+    kept = tuple(p for p in cpu.CPU_PROVIDERS if not p.slow)
+    monkeypatch.setattr(cpu, "CPU_PROVIDERS", kept)
+    return [p.name for p in kept]
+
+
+def test_every_case_has_times_errors_checked_and_peaks(cpu_kernels, toys, tmp_path, capsys):
+    path = tmp_path / "rows.csv"
+    options = ["--rounds", "2", "--model-rounds", "1", "--threads", "1", "--csv", str(path)]
+    assert cpu.main(options) == 0
+    with path.open(newline="") as file:
+        lines = list(csv.DictReader(file))
+    assert not any(line["note"] for line in lines), [line["note"] for line in lines]
+    found = {(line["case"], line["provider"], line["direction"]) for line in lines}
+    expected = {(c, p, d) for c in ("toy", "toy tiles") for p in toys for d in DIRECTIONS}
+    steps = ("inference", "training step")
+    expected |= {("toy model, batch 2", f, s) for f in ("stock", "patched") for s in steps}
+    assert found == expected
+    for line in lines:
+        assert 0 < float(line["p20_us"]) <= float(line["median_us"]) <= float(line["p80_us"])
+        assert "1 threads" in line["machine"]
+        if line["direction"] in ("forward + backward", "training step"):
+            assert float(line["peak_mb"]) > 0
+    assert "toy tiles" in capsys.readouterr().out
+
+
+def test_an_unknown_case_is_named_before_anything_runs():
+    with pytest.raises(SystemExit, match=r"no case \['T9'\]; there are \['T1 shift 3'"):
+        cpu.main(["--cases", "T1 shift 3", "T9"])
+
+
+def test_cases_are_the_stages_and_two_larger_windows_in_fp32():
+    cases = cpu_cases()
+    assert [(c.size[0], c.heads) for c in cases.values() if not any(c.shift)] == [
+        (56, 3),
+        (28, 6),
+        (14, 12),
+        (7, 24),
+    ]
+    assert len(cases) == 7
+    assert [c.grid.tokens for c in larger_cpu_cases().values()] == [256, 343]
+    assert {c.dtype for c in (cases | larger_cpu_cases()).values()} == {torch.float32}
+
+
+def test_peak_is_of_what_is_held_at_once():
+    def allocate():
+        first = torch.empty(1_000_000)
+        second = torch.empty(2_000_000)
+        del first
+        return second, torch.empty(1_000_000)
+
+    assert Cpu().peak_bytes(allocate) == 12_000_000
