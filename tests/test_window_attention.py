@@ -288,15 +288,11 @@ def test_one_token_windows_return_the_value(backend):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
 def test_large_logits_match_float64(dtype, backend):
     case = cut(PLANE.but(shift=(2, 2), dtype=dtype))
-    operands, grad_out = make_operands(case), make_grad_out(case)
-    large = operands._replace(query=operands.query * 16, key=operands.key * 16)
-    results = (
-        run(case, large, grad_out, backend),
-        run_unfused(case, large, grad_out),
-        run_exact(case, large, grad_out),
-    )
-    assert_within_error_rule(*results)
-    assert results[0].out.isfinite().all()
+
+    def large(operands):
+        return operands._replace(query=operands.query * 16, key=operands.key * 16)
+
+    assert check(case, backend, change=large).out.isfinite().all()
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
@@ -370,13 +366,11 @@ def test_row_masked_whole_by_minus_100_matches_float64(case, dtype, backend):
 @pytest.mark.parametrize("window", [(16,), (70,)], ids=["short", "long"])
 def test_gradient_of_a_logit_scale_at_its_clamp_matches_float64(window, dtype, backend):
     case = Case(1, window, window, heads=48, head_dim=16, bias="table", cosine=True, dtype=dtype)
-    operands, grad_out = make_operands(case), make_grad_out(case)
-    clamped = operands._replace(logit_scale=torch.full_like(operands.logit_scale, 100.0))
-    assert_within_error_rule(
-        run(case, clamped, grad_out, backend),
-        run_unfused(case, clamped, grad_out),
-        run_exact(case, clamped, grad_out),
-    )
+
+    def clamped(operands):
+        return operands._replace(logit_scale=torch.full_like(operands.logit_scale, 100.0))
+
+    check(case, backend, change=clamped)
 
 
 @pytest.mark.parametrize("size", [(8,), (140,)], ids=["short", "long"])

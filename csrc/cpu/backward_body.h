@@ -3,7 +3,7 @@
 // instruction set.
 
 constexpr int64_t kBackwardLogitBytes =
-    192 << 10;  // P and dS of a group of rows, twice this, stay in L2
+    192 << 10;  // P and dP of a group of queries, twice this, stay in L2
 
 template <class T>
 inline T dot(const T* a, const T* b, int64_t n) {
@@ -12,12 +12,12 @@ inline T dot(const T* a, const T* b, int64_t n) {
   return sum_of<T>(sum);
 }
 
-// dx of x̂ = x·inverse, in place of dx̂; where the clamp held (inverse < 0) x̂ is linear in x.
+// dx of x̂ = x·inverse, in place of dx̂/factor; where the clamp held (inverse < 0) x̂ is linear in x.
 template <class Token, class T>
-inline void through_norm(const T* unit, T inverse, int64_t width, T* grad) {
+inline void through_norm(const T* unit, T inverse, T factor, int64_t width, T* grad) {
   constexpr int64_t kCount = Lanes<T>::kCount;
   const T radial = inverse < 0 ? T(0) : dot(unit, grad, width),
-          scale = inverse < 0 ? -inverse : inverse;
+          scale = factor * (inverse < 0 ? -inverse : inverse);
   for (int64_t c = 0; c < width; c += kCount)
     store(grad + c, Vec<T>((load(grad + c) - load(unit + c) * radial) * scale));
   // fp16 cannot hold dx̂/1e-12: inf would turn into NaN against the zero input behind it
@@ -34,96 +34,109 @@ inline void add_row(const T* from, int64_t n, T* to) {
 // The tiles of one thread.
 template <class T>
 struct BackwardTiles {
-  int64_t tokens, keys, depth, value_depth, group;
-  T *query, *key, *key_t, *value, *value_t, *grad_out;
-  T *probabilities, *grad_logits, *grad_query, *grad_key, *grad_value;
-  T *bias, *query_inverse, *key_inverse;
+  int64_t tokens, width, depth, value_depth, group;
+  T *query, *query_t, *key, *value, *grad_out, *grad_out_t;
+  T *weights, *grad_logits, *grad_query, *grad_key, *grad_value;
+  T *inverse, *top, *mean, *bias, *query_inverse, *key_inverse;
 
   // The bias tile is summed in scratch only where it goes on into a table; else in its partial.
   BackwardTiles(const Problem& p, bool own_bias, Scratch& scratch)
       : tokens(p.tokens()),
-        keys(round_up<T>(tokens)),
+        width(round_up<T>(tokens)),
         depth(round_up<T>(p.head_dim)),
         value_depth(round_up<T>(p.value_dim)),
-        group(rows_at_once<T>(tokens, keys, kBackwardLogitBytes)),
-        query(scratch.take<T>(keys * depth)),
-        key(scratch.take<T>(keys * depth)),
-        key_t(scratch.take<T>(keys * depth)),
-        value(scratch.take<T>(keys * value_depth)),
-        value_t(scratch.take<T>(keys * value_depth)),
-        grad_out(scratch.take<T>(group * value_depth)),
-        probabilities(scratch.take<T>(group * keys)),
-        grad_logits(scratch.take<T>(group * keys)),
+        group(queries_at_once<T>(tokens, kBackwardLogitBytes)),
+        query(scratch.take<T>(width * depth)),
+        query_t(scratch.take<T>(width * depth)),
+        key(scratch.take<T>(tokens * depth)),
+        value(scratch.take<T>(tokens * value_depth)),
+        grad_out(scratch.take<T>(width * value_depth)),
+        grad_out_t(scratch.take<T>(width * value_depth)),
+        weights(scratch.take<T>(tokens * group)),
+        grad_logits(scratch.take<T>(tokens * group)),
         grad_query(scratch.take<T>(group * depth)),
-        grad_key(scratch.take<T>(keys * depth)),
-        grad_value(scratch.take<T>(keys * value_depth)),
-        bias(own_bias ? scratch.take<T>(tokens * keys) : nullptr),
-        query_inverse(scratch.take<T>(keys)),
-        key_inverse(scratch.take<T>(keys)) {}
+        grad_key(scratch.take<T>(tokens * depth)),
+        grad_value(scratch.take<T>(tokens * value_depth)),
+        inverse(scratch.take<T>(group)),
+        top(scratch.take<T>(group)),
+        mean(scratch.take<T>(group)),
+        bias(own_bias ? scratch.take<T>(tokens * width) : nullptr),
+        query_inverse(scratch.take<T>(width)),
+        key_inverse(scratch.take<T>(tokens)) {
+    std::memset(query, 0, size_t(width * depth) * sizeof(T));
+    std::memset(grad_out, 0, size_t(width * value_depth) * sizeof(T));
+  }
 };
 
-// dS = P∘(dP − Σ P∘dP) of one row, in place of dP; with dropout M, P becomes P∘M for dV. Added to
-// `bias` if not null.
-template <class T>
-inline void grad_logits_row(const Operands& in, const Window& w, int64_t head, int64_t i,
-                            int64_t keys, T* p, T* dp, T* bias) {
+// dS = P∘(dP − Σ P∘dP) in place of dP, P being e·inverse; added to `bias` if that has data.
+template <class T, bool kBias>
+void grad_logits_vectors(int64_t keys, int64_t columns, Rows<const T> e, Rows<T> dp,
+                         const T* inverse, const GradSums<T>& grad, Rows<T> bias) {
   constexpr int64_t kCount = Lanes<T>::kCount;
-  if (in.dropout_p > 0) drop(in, w, head, i, dp);
-  const T delta = dot(p, dp, keys);
-  for (int64_t j = 0; j < keys; j += kCount) {
-    const Vec<T> ds = load(p + j) * (load(dp + j) - delta);
-    store(dp + j, ds);
-    if (bias != nullptr) store(bias + j, Vec<T>(load(bias + j) + ds));
+  for (int64_t c = 0; c < columns; c += kCount) {
+    const Vec<T> factor = load(inverse + c), top = load(grad.top + c), mean = load(grad.mean + c);
+    for (int64_t j = 0; j < keys; ++j) {
+      T* home = dp.data + j * dp.stride + c;
+      const Vec<T> ds = load(e.data + j * e.stride + c) * ((load(home) - top - mean) * factor);
+      store(home, ds);
+      if (kBias) {
+        T* sum = bias.data + j * bias.stride + c;
+        store(sum, Vec<T>(load(sum) + ds));
+      }
+    }
   }
-  if (in.dropout_p > 0) drop(in, w, head, i, p);
 }
 
-// The rows [r0, r0 + rows) of the real tokens: dQ is finished and stored, dK and dV are added to.
+// The queries [i0, i0 + rows): dQ is finished and stored, dK and dV are added to.
 template <class Token, class T>
-void backward_rows(const Backward& call, const Window& w, Softmax<T>& softmax, BackwardTiles<T>& t,
-                   int64_t head, int64_t r0, int64_t rows, T* bias, double* logit_scale,
-                   Ahead& ahead, int64_t share) {
+void backward_queries(const Backward& call, const Window& w, const Softmax<T>& softmax,
+                      BackwardTiles<T>& t, int64_t head, int64_t i0, int64_t rows, T* bias,
+                      double* logit_scale, Ahead& ahead) {
   const Operands& in = call.in;
   const Problem& p = in.problem;
+  const int64_t columns = round_up<T>(rows);
+  const bool cosine = in.logit_scale != nullptr;
   const T factor = factor_of<T>(in, head);
-  T* query = t.query + r0 * t.depth;
-  pack_real<Token>(w, kOut, head, r0, r0 + rows, t.grad_out, t.value_depth);
-  product<T, false>(query, t.depth, 1, t.key_t, t.keys, p.head_dim, t.probabilities, t.keys, rows,
-                    t.keys);
-  ahead.ask<Token>(share);
-  product<T, false>(t.grad_out, t.value_depth, 1, t.value_t, t.keys, p.value_dim, t.grad_logits,
-                    t.keys, rows, t.keys);
-  ahead.ask<Token>(share);
-  for (int64_t r = 0; r < rows; ++r) {
-    const int64_t i = w.token[r0 + r];
-    T* row = t.probabilities + r * t.keys;
-    const T inverse = softmax.weigh(i, row);
-    for (int64_t j = 0; j < t.keys; j += Lanes<T>::kCount)
-      store(row + j, Vec<T>(load(row + j) * inverse));
-    grad_logits_row(in, w, head, i, t.keys, row, t.grad_logits + r * t.keys,
-                    bias == nullptr ? nullptr : bias + i * t.keys);
+  T *query = t.query + i0 * t.depth, *grad_out = t.grad_out + i0 * t.value_depth;
+  const Rows<T> weights = {t.weights, columns}, grad_logits = {t.grad_logits, columns};
+  product<T>({t.key, t.depth, 1}, {t.query_t + i0, t.width}, p.head_dim, factor, softmax.bias(i0),
+             weights, t.tokens, columns, ahead);
+  product<T>({t.value, t.value_depth, 1}, {t.grad_out_t + i0, t.width}, p.value_dim, T(1), {},
+             grad_logits, t.tokens, columns, ahead);
+  if (in.dropout_p > 0) drop(in, w, head, i0, rows, grad_logits);
+  const GradSums<T> sums = {grad_logits, t.top, t.mean};
+  softmax.weigh(i0, columns, weights, t.inverse, sums);
+  if (bias == nullptr) {
+    grad_logits_vectors<T, false>(t.tokens, columns, weights, grad_logits, t.inverse, sums, {});
+  } else {
+    grad_logits_vectors<T, true>(t.tokens, columns, weights, grad_logits, t.inverse, sums,
+                                 {bias + i0, t.width});
   }
-  ahead.ask<Token>(share);
-  product<T, false>(t.grad_logits, t.keys, 1, t.key, t.depth, t.tokens, t.grad_query, t.depth, rows,
-                    t.depth);
-  ahead.ask<Token>(share);
-  product<T, true>(t.grad_logits, 1, t.keys, query, t.depth, rows, t.grad_key, t.depth, t.tokens,
-                   t.depth);
-  ahead.ask<Token>(share);
-  product<T, true>(t.probabilities, 1, t.keys, t.grad_out, t.value_depth, rows, t.grad_value,
-                   t.value_depth, t.tokens, t.value_depth);
-  ahead.ask<Token>(share);
-  for (int64_t r = 0; r < rows; ++r) {
-    T* grad = t.grad_query + r * t.depth;
-    if (in.logit_scale != nullptr) {
-      if (logit_scale != nullptr) *logit_scale += dot(query + r * t.depth, grad, t.depth);
-      for (int64_t c = 0; c < t.depth; ++c) grad[c] *= factor;
-      through_norm<Token>(query + r * t.depth, t.query_inverse[r0 + r], t.depth, grad);
-    } else {
-      for (int64_t c = 0; c < t.depth; ++c) grad[c] *= factor;
+  if (in.dropout_p > 0) drop(in, w, head, i0, rows, weights);
+  for (int64_t r = 0; r < rows; ++r)  // dV takes the weights with 1/Σ in the other factor
+    for (int64_t c = 0; c < t.value_depth; c += Lanes<T>::kCount) {
+      T* home = grad_out + r * t.value_depth + c;
+      store(home, Vec<T>(load(home) * t.inverse[r]));
     }
-    store_row(grad, p.head_dim,
-              w.rows<Token>(kGradQuery, head) + w.offsets(kGradQuery)[w.token[r0 + r]]);
+  const T outer = cosine ? T(1) : factor;  // else through_norm has it
+  product<T>({t.grad_logits, 1, columns}, {t.key, t.depth}, t.tokens, outer, {},
+             {t.grad_query, t.depth}, rows, t.depth, ahead);
+  const auto sum_of = [&](T* data, int64_t stride) {  // over the groups of queries
+    return i0 == 0 ? Rows<const T>{} : Rows<const T>{data, stride};
+  };
+  product<T>({t.grad_logits, columns, 1}, {query, t.depth}, rows, outer,
+             sum_of(t.grad_key, t.depth), {t.grad_key, t.depth}, t.tokens, t.depth, ahead);
+  product<T>({t.weights, columns, 1}, {grad_out, t.value_depth}, rows, T(1),
+             sum_of(t.grad_value, t.value_depth), {t.grad_value, t.value_depth}, t.tokens,
+             t.value_depth, ahead);
+  for (int64_t r = 0; r < rows; ++r) {
+    if (w.padding(i0 + r)) continue;
+    T* grad = t.grad_query + r * t.depth;
+    if (cosine) {
+      if (logit_scale != nullptr) *logit_scale += dot(query + r * t.depth, grad, t.depth);
+      through_norm<Token>(query + r * t.depth, t.query_inverse[i0 + r], factor, t.depth, grad);
+    }
+    store_row(grad, p.head_dim, w.rows<Token>(kGradQuery, head) + w.offsets(kGradQuery)[i0 + r]);
   }
 }
 
@@ -134,17 +147,16 @@ void finish_keys(const Backward& call, const Window& w, BackwardTiles<T>& t, int
   const Problem& p = call.in.problem;
   const T factor = factor_of<T>(call.in, head);
   for (int64_t j = 0; j < t.tokens; ++j) {
-    T* grad = t.grad_key + j * t.depth;
-    for (int64_t c = 0; c < t.depth; ++c) grad[c] *= factor;
+    T *grad = t.grad_key + j * t.depth, *grad_value = t.grad_value + j * t.value_depth;
     if (call.in.logit_scale != nullptr)
-      through_norm<Token>(t.key + j * t.depth, t.key_inverse[j], t.depth, grad);
+      through_norm<Token>(t.key + j * t.depth, t.key_inverse[j], factor, t.depth, grad);
     if (!w.padding(j)) {
       store_row(grad, p.head_dim, w.rows<Token>(kGradKey, head) + w.offsets(kGradKey)[j]);
-      store_row(t.grad_value + j * t.value_depth, p.value_dim,
+      store_row(grad_value, p.value_dim,
                 w.rows<Token>(kGradValue, head) + w.offsets(kGradValue)[j]);
     } else {
       if (pad_key != nullptr) add_row(grad, p.head_dim, pad_key);
-      if (pad_value != nullptr) add_row(t.grad_value + j * t.value_depth, p.value_dim, pad_value);
+      if (pad_value != nullptr) add_row(grad_value, p.value_dim, pad_value);
     }
   }
 }
@@ -178,10 +190,9 @@ void backward(const Backward& call, int64_t begin, int64_t end) {
   for (int64_t task = begin; task < end; ++task) {
     const int64_t head = task % p.heads, chunk = task / p.heads;
     const int64_t all = p.batch * p.windows(), first = chunk * call.windows_per_chunk;
-    const int64_t last =
-        first + call.windows_per_chunk < all ? first + call.windows_per_chunk : all;
-    T* bias = to_table ? t.bias : partial<T>(call.partial_bias, task, t.tokens * t.keys);
-    if (to_table) std::memset(bias, 0, size_t(t.tokens * t.keys) * sizeof(T));
+    const int64_t last = smaller(first + call.windows_per_chunk, all);
+    T* bias = to_table ? t.bias : partial<T>(call.partial_bias, task, t.tokens * t.width);
+    if (to_table) std::memset(bias, 0, size_t(t.tokens * t.width) * sizeof(T));
     T* table = partial<T>(call.partial_table, task, call.table_rows);
     T* pad_key = partial<T>(call.partial_pad_key, task, p.head_dim);
     T* pad_value = partial<T>(call.partial_pad_value, task, p.value_dim);
@@ -191,34 +202,34 @@ void backward(const Backward& call, int64_t begin, int64_t end) {
       Window& w = places[window % 2];
       w.place(p, window / p.windows(), window % p.windows());
       softmax.place(w, head);
-      pack_real<Token>(w, kQuery, head, 0, w.real, t.query, t.depth);
-      pack_all<Token>(w, kKey, head, t.tokens, in.pad_key, t.key, t.keys, t.depth);
-      pack_all<Token>(w, kValue, head, t.tokens, in.pad_value, t.value, t.keys, t.value_depth);
+      // up to whole vectors, as a lane behind the last query still adds to the bias: 0
+      const int64_t columns = round_up<T>(w.end), used = smaller(columns, t.tokens);
+      pack<Token>(w, kQuery, head, 0, used, nullptr, t.query, t.depth);
+      pack<Token>(w, kKey, head, 0, t.tokens, in.pad_key, t.key, t.depth);
+      pack<Token>(w, kValue, head, 0, t.tokens, in.pad_value, t.value, t.value_depth);
+      pack<Token>(w, kOut, head, 0, used, nullptr, t.grad_out, t.value_depth);
       Ahead ahead;
       if (window + 1 < last) {
         Window& next = places[(window + 1) % 2];
         next.place(p, (window + 1) / p.windows(), (window + 1) % p.windows());
-        ahead = Ahead(next, head);
+        ahead = Ahead(next, head, sizeof(Token), 3 * kPieces);
       }
       if (in.logit_scale != nullptr) {
-        normalise_rows<T>(t.query, w.real, t.depth, t.query_inverse);
+        normalise_rows<T>(t.query, w.end, t.depth, t.query_inverse);
         normalise_rows<T>(t.key, t.tokens, t.depth, t.key_inverse);
       }
-      transpose<T>(t.key, t.depth, t.keys, t.depth, factor_of<T>(in, head), t.key_t, t.keys);
-      transpose<T>(t.value, t.value_depth, t.keys, t.value_depth, T(1), t.value_t, t.keys);
-      std::memset(t.grad_key, 0, size_t(t.keys * t.depth) * sizeof(T));
-      std::memset(t.grad_value, 0, size_t(t.keys * t.value_depth) * sizeof(T));
-      const int64_t groups = (w.real + t.group - 1) / t.group;
-      const int64_t share = (t.tokens + 6 * groups - 1) / (6 * groups);
-      for (int64_t g = 0; g < groups; ++g) {
-        const int64_t r0 = w.real * g / groups, rows = w.real * (g + 1) / groups - r0;
-        backward_rows<Token>(call, w, softmax, t, head, r0, rows, bias, logit_scale, ahead, share);
+      transpose<T>(t.query, t.depth, used, columns, t.depth, t.query_t, t.width);
+      transpose<T>(t.grad_out, t.value_depth, used, columns, t.value_depth, t.grad_out_t, t.width);
+      const int64_t parts = (columns + t.group - 1) / t.group;
+      for (int64_t g = 0; g < parts; ++g) {
+        const auto [i0, rows] = part_of<T>(w.end, g, parts);
+        backward_queries<Token>(call, w, softmax, t, head, i0, rows, bias, logit_scale, ahead);
       }
       finish_keys<Token>(call, w, t, head, pad_key, pad_value);
     }
     if (to_table)
-      for (int64_t i = 0; i < t.tokens; ++i)
-        for (int64_t j = 0; j < t.tokens; ++j)
-          table[call.bias_index[i * t.tokens + j]] += bias[i * t.keys + j];
+      for (int64_t j = 0; j < t.tokens; ++j)
+        for (int64_t i = 0; i < t.tokens; ++i)
+          table[call.bias_index[j * t.tokens + i]] += bias[j * t.width + i];
   }
 }

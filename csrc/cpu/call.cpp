@@ -84,7 +84,7 @@ std::vector<T> copy_of(const MaybeTensor& t, std::optional<Element> rounding = s
   return copy;
 }
 
-// (N, N): the rows of the table, the caller's or the geometric ones.
+// (keys, queries): the rows of the table, the caller's or the geometric ones.
 std::vector<int32_t> bias_index_of(const Arguments& a, const Problem& p) {
   if (!a.bias_table.has_value()) return {};
   const int64_t n = p.tokens(), rows = a.bias_table->size(0);
@@ -95,26 +95,27 @@ std::vector<int32_t> bias_index_of(const Arguments& a, const Problem& p) {
       const int64_t row = static_cast<int64_t>(x);
       low = row < low ? row : low;
       high = row > high ? row : high;
-      index[size_t(i * n + j)] = int32_t(row);
+      index[size_t(j * n + i)] = int32_t(row);
     });
     STD_TORCH_CHECK(low >= 0 && high < rows && rows <= std::numeric_limits<int32_t>::max(),
                     "swin_kernels: bias_index: expected rows of the table, 0 to ", rows - 1,
                     ", got ", low, " to ", high);
     return index;
   }
-  const int64_t w0 = p.axis[0].window, w1 = p.axis[1].window, w2 = p.axis[2].window;
-  for (int64_t i = 0; i < n; ++i)
-    for (int64_t j = 0; j < n; ++j) {
-      const int64_t d0 = i / (w1 * w2) - j / (w1 * w2) + w0 - 1;
-      const int64_t d1 = i / w2 % w1 - j / w2 % w1 + w1 - 1;
-      const int64_t d2 = i % w2 - j % w2 + w2 - 1;
-      index[size_t(i * n + j)] = int32_t((d0 * (2 * w1 - 1) + d1) * (2 * w2 - 1) + d2);
-    }
+  // that of a query and a key is the difference of two numbers of tokens
+  const int64_t stride1 = 2 * p.axis[2].window - 1, stride0 = (2 * p.axis[1].window - 1) * stride1;
+  std::vector<int32_t> place;
+  for (int64_t i0 = 0; i0 < p.axis[0].window; ++i0)
+    for (int64_t i1 = 0; i1 < p.axis[1].window; ++i1)
+      for (int64_t i2 = 0; i2 < p.axis[2].window; ++i2)
+        place.push_back(int32_t(i0 * stride0 + i1 * stride1 + i2));
+  for (int64_t j = 0; j < n; ++j)
+    for (int64_t i = 0; i < n; ++i)
+      index[size_t(j * n + i)] = place[size_t(i)] - place[size_t(j)] + place.back();
   return index;
 }
 
-// (H, N, N rounded up to lanes): a row is added to a row of logits as it is, and −inf empties the
-// columns added.
+// (H, keys, queries rounded up to lanes): a key a row, as the kernels keep their logits.
 template <class T>
 std::vector<T> bias_rows(const Arguments& a, const Problem& p, int64_t lanes,
                          const std::vector<int32_t>& index) {
@@ -125,21 +126,18 @@ std::vector<T> bias_rows(const Arguments& a, const Problem& p, int64_t lanes,
   torch::stable::parallel_for(0, p.heads, 1, [&](int64_t begin, int64_t end) {
     if (a.bias.has_value()) {
       visit(*a.bias, begin, end, [&](int64_t h, int64_t i, int64_t j, auto x) {
-        rows[size_t((h * n + i) * width + j)] = static_cast<T>(x);
+        rows[size_t((h * n + j) * width + i)] = static_cast<T>(x);
       });
     } else {
       std::vector<T> column(size_t(a.bias_table->size(0)));
       for (int64_t h = begin; h < end; ++h) {
         for (size_t t = 0; t < column.size(); ++t)
           column[t] = table[t * size_t(p.heads) + size_t(h)];
-        for (int64_t i = 0; i < n; ++i)
-          for (int64_t j = 0; j < n; ++j)
-            rows[size_t((h * n + i) * width + j)] = column[size_t(index[size_t(i * n + j)])];
+        for (int64_t j = 0; j < n; ++j)
+          for (int64_t i = 0; i < n; ++i)
+            rows[size_t((h * n + j) * width + i)] = column[size_t(index[size_t(j * n + i)])];
       }
     }
-    for (int64_t row = begin * n; row < end * n; ++row)
-      for (int64_t j = n; j < width; ++j)
-        rows[size_t(row * width + j)] = -std::numeric_limits<T>::infinity();
   });
   return rows;
 }

@@ -13,6 +13,8 @@ using Vec = typename Lanes<T>::Vec;
 
 #define SWIN_INLINE inline __attribute__((always_inline))
 
+SWIN_INLINE int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
+
 template <class T>
 SWIN_INLINE int64_t round_up(int64_t n) {
   return (n + Lanes<T>::kCount - 1) / Lanes<T>::kCount * Lanes<T>::kCount;
@@ -46,17 +48,6 @@ SWIN_INLINE T sum_of(Vec<T> v) {
     return v[0];
   } else {
     return sum_of<T, kStep / 2>(v);
-  }
-}
-
-template <class T, int kStep = int(Lanes<T>::kCount / 2)>
-SWIN_INLINE T max_of(Vec<T> v) {
-  const Vec<T> other = rotated<kStep, T>(v, std::make_index_sequence<Lanes<T>::kCount>());
-  v = v > other ? v : other;
-  if constexpr (kStep == 1) {
-    return v[0];
-  } else {
-    return max_of<T, kStep / 2>(v);
   }
 }
 
@@ -98,18 +89,25 @@ SWIN_INLINE Vec<T> interleave(Vec<T> a, Vec<T> b, std::index_sequence<I...>, boo
               : __builtin_shufflevector(a, b, ((I % 2 ? kCount : 0) + I / 2)...);
 }
 
-// to(columns, rows) = factor·from(rows, columns)ᵀ; both counts multiples of the lanes.
-// log2(lanes) perfect shuffles of the rows transpose a square block.
+// to(columns, rows) = from(rows, columns)ᵀ; both counts are multiples of the lanes, and rows from
+// `used` on are zero. log2(lanes) perfect shuffles of the rows transpose a square block.
 template <class T>
-void transpose(const T* from, int64_t ld_from, int64_t rows, int64_t columns, T factor, T* to,
+void transpose(const T* from, int64_t ld_from, int64_t used, int64_t rows, int64_t columns, T* to,
                int64_t ld_to) {
   constexpr int kCount = Lanes<T>::kCount;
   constexpr auto kSequence = std::make_index_sequence<kCount>();
   for (int64_t i0 = 0; i0 < rows; i0 += kCount) {
+    if (used - i0 <= 1) {  // 49 tokens end so: one row is no work for a square of shuffles
+      for (int64_t j = 0; j < columns; ++j) {
+        store(to + j * ld_to + i0, Vec<T>{});
+        if (used > i0) to[j * ld_to + i0] = from[i0 * ld_from + j];
+      }
+      continue;
+    }
     for (int64_t j0 = 0; j0 < columns; j0 += kCount) {
       Vec<T> a[kCount], b[kCount];
 #pragma GCC unroll 16
-      for (int i = 0; i < kCount; ++i) a[i] = load(from + (i0 + i) * ld_from + j0) * factor;
+      for (int i = 0; i < kCount; ++i) a[i] = load(from + (i0 + i) * ld_from + j0);
 #pragma GCC unroll 4
       for (int step = 1; step < kCount; step *= 2) {
 #pragma GCC unroll 8
@@ -122,82 +120,6 @@ void transpose(const T* from, int64_t ld_from, int64_t rows, int64_t columns, T 
       }
 #pragma GCC unroll 16
       for (int i = 0; i < kCount; ++i) store(to + (j0 + i) * ld_to + i0, a[i]);
-    }
-  }
-}
-
-constexpr int kMaxRows = 6;
-constexpr int kMaxColumns = SWIN_COLUMN_VECTORS;
-
-// c(R, C vectors) = a(R, depth)·b(depth, C vectors), or += it: the tile stays in registers over the
-// depth.
-template <class T, int R, int C, bool kAdd>
-void product_tile(const T* a, int64_t a_row, int64_t a_step, const T* b, int64_t ldb, int64_t depth,
-                  T* c, int64_t ldc) {
-  constexpr int64_t kCount = Lanes<T>::kCount;
-  Vec<T> sum[R][C];
-#pragma GCC unroll 8
-  for (int r = 0; r < R; ++r)
-#pragma GCC unroll 8
-    for (int v = 0; v < C; ++v) sum[r][v] = Vec<T>{};
-  for (int64_t k = 0; k < depth; ++k) {
-    Vec<T> panel[C];
-#pragma GCC unroll 8
-    for (int v = 0; v < C; ++v) panel[v] = load(b + k * ldb + v * kCount);
-#pragma GCC unroll 8
-    for (int r = 0; r < R; ++r) {
-      const T x = a[r * a_row + k * a_step];
-#pragma GCC unroll 8
-      for (int v = 0; v < C; ++v) sum[r][v] += x * panel[v];
-    }
-  }
-#pragma GCC unroll 8
-  for (int r = 0; r < R; ++r)
-#pragma GCC unroll 8
-    for (int v = 0; v < C; ++v) {
-      T* home = c + r * ldc + v * kCount;
-      store(home, kAdd ? Vec<T>(load(home) + sum[r][v]) : sum[r][v]);
-    }
-}
-
-template <class T>
-using ProductTile = void (*)(const T*, int64_t, int64_t, const T*, int64_t, int64_t, T*, int64_t);
-
-template <class T, bool kAdd, size_t... I>
-constexpr ProductTile<T> product_tile_of(int rows, int columns, std::index_sequence<I...>) {
-  constexpr ProductTile<T> kTable[] = {
-      &product_tile<T, int(I) / kMaxColumns + 1, int(I) % kMaxColumns + 1, kAdd>...};
-  return kTable[(rows - 1) * kMaxColumns + columns - 1];
-}
-
-// Steps that are summed in a register before they are added to c: a chain of 576 roundings errs
-// three times as much as nine of 64.
-constexpr int64_t kMaxDepth = 64;
-
-// c(rows, columns) = a·b, or c += a·b. a is read at (row·a_row + step·a_step), so that aᵀ costs
-// nothing; columns is a multiple of the lanes. Tiles are of even size: 49 rows are 9 tiles of 5 or
-// 6, not 8 and a lone row.
-template <class T, bool kAdd>
-void product(const T* a, int64_t a_row, int64_t a_step, const T* b, int64_t ldb, int64_t depth,
-             T* c, int64_t ldc, int64_t rows, int64_t columns) {
-  constexpr int64_t kCount = Lanes<T>::kCount;
-  constexpr auto kTiles = std::make_index_sequence<kMaxRows * kMaxColumns>();
-  const int64_t vectors = columns / kCount;
-  const int64_t row_tiles = (rows + kMaxRows - 1) / kMaxRows;
-  const int64_t column_tiles = (vectors + kMaxColumns - 1) / kMaxColumns;
-  const int64_t depth_tiles = (depth + kMaxDepth - 1) / kMaxDepth;
-  for (int64_t ct = 0; ct < column_tiles; ++ct) {
-    const int64_t v0 = vectors * ct / column_tiles, v1 = vectors * (ct + 1) / column_tiles;
-    for (int64_t dt = 0; dt < depth_tiles; ++dt) {
-      const int64_t k0 = depth * dt / depth_tiles, k1 = depth * (dt + 1) / depth_tiles;
-      for (int64_t rt = 0; rt < row_tiles; ++rt) {
-        const int64_t r0 = rows * rt / row_tiles, r1 = rows * (rt + 1) / row_tiles;
-        const ProductTile<T> tile =
-            kAdd || dt > 0 ? product_tile_of<T, true>(int(r1 - r0), int(v1 - v0), kTiles)
-                           : product_tile_of<T, false>(int(r1 - r0), int(v1 - v0), kTiles);
-        tile(a + r0 * a_row + k0 * a_step, a_row, a_step, b + k0 * ldb + v0 * kCount, ldb, k1 - k0,
-             c + r0 * ldc + v0 * kCount, ldc);
-      }
     }
   }
 }

@@ -28,7 +28,7 @@ struct MaskView {
 struct Operands {
   Problem problem;
   TokenView query, key, value;
-  const void* bias = nullptr;         // (H, N, N rounded up to lanes), −inf in the columns added
+  const void* bias = nullptr;         // (H, keys, queries rounded up to lanes)
   MaskView mask;                      // null data: none
   const void* pad_key = nullptr;      // (H, D)
   const void* pad_value = nullptr;    // (H, Dv)
@@ -49,9 +49,9 @@ struct Backward {
   Operands in;
   TokenView grad_out, grad_query, grad_key, grad_value;
   int64_t windows_per_chunk = 1;
-  const int32_t* bias_index = nullptr;  // (N, N), with partial_table
+  const int32_t* bias_index = nullptr;  // (keys, queries), with partial_table
   int64_t table_rows = 0;
-  void* partial_bias = nullptr;         // (chunks, H, N, N rounded up to lanes)
+  void* partial_bias = nullptr;         // (chunks, H, keys, queries rounded up to lanes)
   void* partial_table = nullptr;        // (chunks, H, table_rows)
   void* partial_pad_key = nullptr;      // (chunks, H, D)
   void* partial_pad_value = nullptr;    // (chunks, H, Dv)

@@ -9,6 +9,10 @@ namespace {
 
 #include "cpu/tokens_body.h"
 
+#include "cpu/product_body.h"
+
+#include "cpu/softmax_body.h"
+
 #include "cpu/forward_body.h"
 
 #include "cpu/backward_body.h"

@@ -88,20 +88,49 @@ SWIN_INLINE void convert(const BFloat16& from, double& to) {
   to = x;
 }
 
+// As many elements as Sum has lanes, side by side.
+template <class T, class Token>
+SWIN_INLINE Vec<T> load_as(const Token* from) {
+  if constexpr (std::is_same_v<Token, T>) {
+    return load(from);
+  } else if constexpr (std::is_same_v<Token, BFloat16> && std::is_same_v<T, float>) {
+    typedef uint16_t Narrow
+        __attribute__((vector_size(SWIN_VECTOR_BYTES / 2), aligned(2), may_alias));
+    typedef uint32_t Wide __attribute__((vector_size(SWIN_VECTOR_BYTES)));
+    const Narrow bits = *reinterpret_cast<const Narrow*>(from);
+    return (Vec<T>)(__builtin_convertvector(bits, Wide) << 16);
+  } else {
+    Vec<T> v;
+    for (int64_t i = 0; i < Lanes<T>::kCount; ++i) {
+      T x;
+      convert(from[i], x);
+      v[i] = x;
+    }
+    return v;
+  }
+}
+
 // n elements into Sum, zeros up to `width`.
 template <class Token, class T>
 SWIN_INLINE void load_row(const Token* from, int64_t stride, int64_t n, T* to, int64_t width) {
+  constexpr int64_t kCount = Lanes<T>::kCount;
+  int64_t i = 0;
   if (stride == 1) {
-    for (int64_t i = 0; i < n; ++i) convert(from[i], to[i]);
+    for (; i + kCount <= n; i += kCount) store(to + i, load_as<T>(from + i));
+    for (; i < n; ++i) convert(from[i], to[i]);
   } else {
-    for (int64_t i = 0; i < n; ++i) convert(from[i * stride], to[i]);
+    for (; i < n; ++i) convert(from[i * stride], to[i]);
   }
-  for (int64_t i = n; i < width; ++i) to[i] = 0;
+  for (; i < width; ++i) to[i] = 0;
 }
 
 template <class Token, class T>
 SWIN_INLINE void store_row(const T* from, int64_t n, Token* to) {
-  for (int64_t i = 0; i < n; ++i) convert(from[i], to[i]);
+  constexpr int64_t kCount = Lanes<T>::kCount;
+  int64_t i = 0;
+  for (; i + kCount <= n; i += kCount)
+    for (int64_t k = 0; k < kCount; ++k) convert(from[i + k], to[i + k]);
+  for (; i < n; ++i) convert(from[i], to[i]);
 }
 
 template <class T>
@@ -157,6 +186,7 @@ struct Map {
 struct Window {
   int64_t image = -1, index = -1;  // window within the image
   int64_t real = 0;                // tokens that are not padding
+  int64_t end = 0;                 // one past the last of them
   int regions = 1;
   int64_t* token;   // (N): the real ones, in order
   int32_t* region;  // (N): 0 … regions − 1
@@ -180,7 +210,7 @@ struct Window {
                                   window_index % counts[2] * p.axis[2].window};
     int codes[8];  // a window meets at most two regions on an axis
     int64_t t = 0;
-    real = 0;
+    real = end = 0;
     regions = 0;
     for (int64_t i = 0; i < p.axis[0].window; ++i) {
       const int64_t s0 = p.axis[0].source(first[0] + i, p.roll_then_pad);
@@ -200,7 +230,9 @@ struct Window {
             const int64_t* axis = maps_[m].view->axis;
             offset_[m * tokens_ + t] = is_real ? s0 * axis[0] + s1 * axis[1] + s2 * axis[2] : -1;
           }
-          if (is_real) token[real++] = t;
+          if (!is_real) continue;
+          token[real++] = t;
+          end = t + 1;
         }
       }
     }
@@ -212,9 +244,9 @@ struct Window {
 
   // Where the rows of one head begin; that of token t lies offsets(name)[t] elements on.
   template <class Token>
-  Token* rows(MapName name, int64_t head) const {
+  Token* rows(MapName name, int64_t head, int64_t scale = 1) const {
     const TokenView& view = *maps_[name].view;
-    return static_cast<Token*>(view.data) + image * view.batch + head * view.head;
+    return static_cast<Token*>(view.data) + (image * view.batch + head * view.head) * scale;
   }
   const int64_t* offsets(MapName name) const { return offset_ + name * tokens_; }
 
@@ -225,35 +257,23 @@ struct Window {
   int64_t* offset_;  // (maps, N): −1 for padding
 };
 
-// The real tokens [begin, end) of a map, packed to (real, width).
+// The tokens [begin, end) of a window, packed to (end − begin, width). Padding is `pad` (H, D), or
+// zeros where that is null.
 template <class Token, class T>
-void pack_real(const Window& w, MapName name, int64_t head, int64_t begin, int64_t end, T* to,
-               int64_t width) {
-  const Token* rows = w.rows<const Token>(name, head);
-  const int64_t *offsets = w.offsets(name), stride = w.map(name).view->channel;
-  for (int64_t i = begin; i < end; ++i)
-    load_row(rows + offsets[w.token[i]], stride, w.map(name).channels, to + (i - begin) * width,
-             width);
-}
-
-// All tokens of a window, padding included, packed to (rows, width); rows past the N tokens are
-// zero.
-template <class Token, class T>
-void pack_all(const Window& w, MapName name, int64_t head, int64_t tokens, const void* pad, T* to,
-              int64_t row_count, int64_t width) {
+void pack(const Window& w, MapName name, int64_t head, int64_t begin, int64_t end, const void* pad,
+          T* to, int64_t width) {
   const Token* rows = w.rows<const Token>(name, head);
   const int64_t *offsets = w.offsets(name), stride = w.map(name).view->channel;
   const int64_t channels = w.map(name).channels;
-  for (int64_t t = 0; t < tokens; ++t) {
+  for (int64_t t = begin; t < end; ++t, to += width) {
     if (!w.padding(t)) {
-      load_row(rows + offsets[t], stride, channels, to + t * width, width);
+      load_row(rows + offsets[t], stride, channels, to, width);
     } else if (pad != nullptr) {
-      load_row(static_cast<const T*>(pad) + head * channels, 1, channels, to + t * width, width);
+      load_row(static_cast<const T*>(pad) + head * channels, 1, channels, to, width);
     } else {
-      std::memset(to + t * width, 0, size_t(width) * sizeof(T));
+      std::memset(to, 0, size_t(width) * sizeof(T));
     }
   }
-  std::memset(to + tokens * width, 0, size_t((row_count - tokens) * width) * sizeof(T));
 }
 
 // Asks for the rows of a (window, head) that comes up next, a few tokens at a time between pieces
@@ -262,29 +282,32 @@ void pack_all(const Window& w, MapName name, int64_t head, int64_t tokens, const
 class Ahead {
  public:
   Ahead() = default;  // nothing comes
-  Ahead(const Window& window, int64_t head) : window_(&window), head_(head) {}
+  Ahead(const Window& window, int64_t head, int64_t element_bytes, int64_t pieces)
+      : window_(&window),
+        head_(head),
+        bytes_(element_bytes),
+        share_((window.real + pieces - 1) / pieces) {}
 
-  // The next `tokens` tokens. Inline by force: GCC takes a function of prefetches for one without
-  // effect and drops the call.
-  template <class Token>
-  SWIN_INLINE void ask(int64_t tokens) {
-    if (window_ == nullptr) return;
-    const int64_t end = asked_ + tokens < window_->real ? asked_ + tokens : window_->real;
+  // The next tokens. Inline by force: GCC takes a function of prefetches for one without effect and
+  // drops the call.
+  SWIN_INLINE void ask() {
+    if (window_ == nullptr || asked_ == window_->real) return;
+    const int64_t end = smaller(asked_ + share_, window_->real);
     for (int m = 0; m < window_->map_count(); ++m) {
       const Map& map = window_->map(MapName(m));
       if (map.view->channel != 1) continue;
-      const Token* rows = window_->rows<const Token>(MapName(m), head_);
+      const char* rows = window_->rows<const char>(MapName(m), head_, bytes_);
       const int64_t* offsets = window_->offsets(MapName(m));
       for (int64_t i = asked_; i < end; ++i) {
-        const Token* row = rows + offsets[window_->token[i]];
-        const uintptr_t last = reinterpret_cast<uintptr_t>(row + map.channels) - 1;
+        const char* row = rows + offsets[window_->token[i]] * bytes_;
+        const uintptr_t last = reinterpret_cast<uintptr_t>(row + map.channels * bytes_) - 1;
         uintptr_t line = reinterpret_cast<uintptr_t>(row) / kLine * kLine;
         if (map.written) {
           for (; line <= last; line += kLine)
-            __builtin_prefetch(reinterpret_cast<const void*>(line), 1);
+            __builtin_prefetch(reinterpret_cast<const void*>(line), 0, 2);
         } else {
           for (; line <= last; line += kLine)
-            __builtin_prefetch(reinterpret_cast<const void*>(line), 0);
+            __builtin_prefetch(reinterpret_cast<const void*>(line), 0, 2);
         }
       }
     }
@@ -294,7 +317,7 @@ class Ahead {
  private:
   static constexpr uintptr_t kLine = 64;
   const Window* window_ = nullptr;
-  int64_t head_ = 0, asked_ = 0;
+  int64_t head_ = 0, bytes_ = 0, share_ = 0, asked_ = 0;
 };
 
 // Each row divided by max(‖row‖, 1e-12), as F.normalize does; 1/that norm goes to `inverse`, if not

@@ -205,23 +205,24 @@ Gradients backward_as(const Tensor& grad_out, const Arguments& a, const Problem&
   };
   const auto as_it_is = [](const auto& total, int64_t i) { return total[size_t(i)]; };
   const std::vector<bool> held = rows_held_finite(a, buffers.pad_key, p);
-  return {
-      grad_query,
-      grad_key,
-      grad_value,
-      finish(wants_bias, a.bias, biases, bias_size,
-             [&](const auto& total, int64_t i) { return total[size_t(i / n * width + i % n)]; }),
-      finish(wants_table, a.bias_table, tables, table_rows,
-             [&](const auto& total, int64_t i) {
-               return total[size_t(i % p.heads * table_rows + i / p.heads)];
-             }),
-      finish(wants_pad_key, a.pad_key, pad_keys, p.head_dim,
-             [&](const auto& total, int64_t i) {
-               const T x = total[size_t(i)];
-               return held[size_t(i / p.head_dim)] ? std::clamp(x, T(-65504), T(65504)) : x;
-             }),
-      finish(wants_pad_value, a.pad_value, pad_values, p.value_dim, as_it_is),
-      finish(wants_logit_scale, a.logit_scale, logit_scales, 1, as_it_is)};
+  return {grad_query,
+          grad_key,
+          grad_value,
+          finish(wants_bias, a.bias, biases, bias_size,
+                 [&](const auto& total, int64_t i) {  // (H, queries, keys) from (H, keys, queries)
+                   return total[size_t((i / (n * n) * n + i % n) * width + i / n % n)];
+                 }),
+          finish(wants_table, a.bias_table, tables, table_rows,
+                 [&](const auto& total, int64_t i) {
+                   return total[size_t(i % p.heads * table_rows + i / p.heads)];
+                 }),
+          finish(wants_pad_key, a.pad_key, pad_keys, p.head_dim,
+                 [&](const auto& total, int64_t i) {
+                   const T x = total[size_t(i)];
+                   return held[size_t(i / p.head_dim)] ? std::clamp(x, T(-65504), T(65504)) : x;
+                 }),
+          finish(wants_pad_value, a.pad_value, pad_values, p.value_dim, as_it_is),
+          finish(wants_logit_scale, a.logit_scale, logit_scales, 1, as_it_is)};
 }
 
 #define SWIN_PARAMETERS                                                                       \

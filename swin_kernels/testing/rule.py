@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 
+from swin_kernels.problem import Operands
 from swin_kernels.testing.cases import DTYPE_NAMES, Case, make_grad_out, make_operands
 from swin_kernels.testing.runs import Result, run, run_exact, run_unfused
 
@@ -77,10 +78,19 @@ def assert_within_error_rule(
         )
 
 
+Change = Callable[[Operands], Operands]
+
+
 def _measure(
-    case: Case, backend: str | None, device: torch.device | str | None, seed: int
+    case: Case,
+    backend: str | None,
+    device: torch.device | str | None,
+    seed: int,
+    change: Change | None,
 ) -> tuple[Result, Result, Result]:
     operands, grad_out = make_operands(case, device, seed), make_grad_out(case, device, seed + 1)
+    if change is not None:
+        operands = change(operands)
     return (
         run(case, operands, grad_out, backend, seed),
         run_unfused(case, operands, grad_out, seed),
@@ -104,14 +114,20 @@ def repetitions(numbers: int, fewest: int) -> int:
 
 
 def check(
-    case: Case, backend: str | None = None, device: torch.device | str | None = None, seed: int = 0
+    case: Case,
+    backend: str | None = None,
+    device: torch.device | str | None = None,
+    seed: int = 0,
+    change: Change | None = None,
 ) -> Result:
     """Run `case` on `backend` and hold it to the error rule; returns what the backend computed.
+
+    `change` makes other operands of the random ones.
 
     The largest error among a few numbers is a throw of dice: small cases are judged over several
     inputs together.
     """
-    measured = [_measure(case, backend, device, seed)]
+    measured = [_measure(case, backend, device, seed, change)]
     actual, eager, exact = measured[0]
     assert actual.out.shape == exact.out.shape, f"output of {case}: shape {tuple(actual.out.shape)}"
     for name, grad in actual.grads.items():
@@ -119,7 +135,7 @@ def check(
     if actual.out.numel() > 0:
         fewest = min(grad.numel() for grad in actual.grads.values())
         runs = repetitions(actual.out.numel(), fewest)
-        measured += [_measure(case, backend, device, seed + 2 * i) for i in range(1, runs)]
+        measured += [_measure(case, backend, device, seed + 2 * i, change) for i in range(1, runs)]
     ours, eager, exact = (_joined(results) for results in zip(*measured))
     assert_within_error_rule(ours, eager, exact)
     return actual
