@@ -35,37 +35,42 @@ inline void add_row(const T* from, int64_t n, T* to) {
 template <class T>
 struct BackwardTiles {
   int64_t tokens, width, depth, value_depth, group;
-  T *query, *query_t, *key, *value, *grad_out, *grad_out_t;
+  TokenRows<T> query, key, value, grad_out;
+  T *query_t, *grad_out_t;
+  const T *const *query_t_rows, *const *grad_out_t_rows;
   T *weights, *grad_logits, *grad_query, *grad_key, *grad_value;
+  T* scaled;  // the gradients of the output over Σe
+  const T* const* scaled_rows;
   T *inverse, *top, *mean, *bias, *query_inverse, *key_inverse;
 
   // The bias tile is summed in scratch only where it goes on into a table; else in its partial.
-  BackwardTiles(const Problem& p, bool own_bias, Scratch& scratch)
+  BackwardTiles(const Problem& p, const Map* maps, bool cosine, bool own_bias, Scratch& scratch)
       : tokens(p.tokens()),
         width(round_up<T>(tokens)),
         depth(round_up<T>(p.head_dim)),
         value_depth(round_up<T>(p.value_dim)),
         group(queries_at_once<T>(tokens, kBackwardLogitBytes)),
-        query(scratch.take<T>(width * depth)),
-        query_t(scratch.take<T>(width * depth)),
-        key(scratch.take<T>(tokens * depth)),
-        value(scratch.take<T>(tokens * value_depth)),
-        grad_out(scratch.take<T>(width * value_depth)),
-        grad_out_t(scratch.take<T>(width * value_depth)),
+        query(maps[kQuery], width, cosine, scratch),
+        key(maps[kKey], tokens, cosine, scratch),
+        value(maps[kValue], tokens, false, scratch),
+        grad_out(maps[kOut], width, false, scratch),
+        query_t(scratch.take<T>(depth * width)),
+        grad_out_t(scratch.take<T>(value_depth * width)),
+        query_t_rows(row_pointers(query_t, width, depth, scratch)),
+        grad_out_t_rows(row_pointers(grad_out_t, width, value_depth, scratch)),
         weights(scratch.take<T>(tokens * group)),
         grad_logits(scratch.take<T>(tokens * group)),
         grad_query(scratch.take<T>(group * depth)),
         grad_key(scratch.take<T>(tokens * depth)),
         grad_value(scratch.take<T>(tokens * value_depth)),
+        scaled(scratch.take<T>(group * value_depth)),
+        scaled_rows(row_pointers(scaled, value_depth, group, scratch)),
         inverse(scratch.take<T>(group)),
         top(scratch.take<T>(group)),
         mean(scratch.take<T>(group)),
         bias(own_bias ? scratch.take<T>(tokens * width) : nullptr),
         query_inverse(scratch.take<T>(width)),
-        key_inverse(scratch.take<T>(tokens)) {
-    std::memset(query, 0, size_t(width * depth) * sizeof(T));
-    std::memset(grad_out, 0, size_t(width * value_depth) * sizeof(T));
-  }
+        key_inverse(scratch.take<T>(tokens)) {}
 };
 
 // dS = P∘(dP − Σ P∘dP) in place of dP, P being e·inverse; added to `bias` if that has data.
@@ -97,12 +102,11 @@ void backward_queries(const Backward& call, const Window& w, const Softmax<T>& s
   const int64_t columns = round_up<T>(rows);
   const bool cosine = in.logit_scale != nullptr;
   const T factor = factor_of<T>(in, head);
-  T *query = t.query + i0 * t.depth, *grad_out = t.grad_out + i0 * t.value_depth;
   const Rows<T> weights = {t.weights, columns}, grad_logits = {t.grad_logits, columns};
-  product<T>({t.key, t.depth, 1}, {t.query_t + i0, t.width}, p.head_dim, factor, softmax.bias(i0),
-             weights, t.tokens, columns, ahead);
-  product<T>({t.value, t.value_depth, 1}, {t.grad_out_t + i0, t.width}, p.value_dim, T(1), {},
-             grad_logits, t.tokens, columns, ahead);
+  product<T>({t.key.rows()}, {t.query_t_rows, i0}, p.head_dim, factor, softmax.bias(i0), weights,
+             t.tokens, columns, ahead);
+  product<T>({t.value.rows()}, {t.grad_out_t_rows, i0}, p.value_dim, T(1), {}, grad_logits,
+             t.tokens, columns, ahead);
   if (in.dropout_p > 0) drop(in, w, head, i0, rows, grad_logits);
   const GradSums<T> sums = {grad_logits, t.top, t.mean};
   softmax.weigh(i0, columns, weights, t.inverse, sums);
@@ -113,30 +117,29 @@ void backward_queries(const Backward& call, const Window& w, const Softmax<T>& s
                                  {bias + i0, t.width});
   }
   if (in.dropout_p > 0) drop(in, w, head, i0, rows, weights);
-  for (int64_t r = 0; r < rows; ++r)  // dV takes the weights with 1/Σ in the other factor
-    for (int64_t c = 0; c < t.value_depth; c += Lanes<T>::kCount) {
-      T* home = grad_out + r * t.value_depth + c;
-      store(home, Vec<T>(load(home) * t.inverse[r]));
-    }
+  for (int64_t r = 0; r < rows; ++r)  // dV takes the weights with 1/Σe in the other factor
+    store_row(t.grad_out.rows()[i0 + r], t.inverse[r], t.value_depth, t.scaled + r * t.value_depth);
   const T outer = cosine ? T(1) : factor;  // else through_norm has it
-  product<T>({t.grad_logits, 1, columns}, {t.key, t.depth}, t.tokens, outer, {},
+  product<T>({nullptr, t.grad_logits, 1, columns}, {t.key.rows()}, t.tokens, outer, {},
              {t.grad_query, t.depth}, rows, t.depth, ahead);
   const auto sum_of = [&](T* data, int64_t stride) {  // over the groups of queries
     return i0 == 0 ? Rows<const T>{} : Rows<const T>{data, stride};
   };
-  product<T>({t.grad_logits, columns, 1}, {query, t.depth}, rows, outer,
+  product<T>({nullptr, t.grad_logits, columns}, {t.query.rows() + i0}, rows, outer,
              sum_of(t.grad_key, t.depth), {t.grad_key, t.depth}, t.tokens, t.depth, ahead);
-  product<T>({t.weights, columns, 1}, {grad_out, t.value_depth}, rows, T(1),
+  product<T>({nullptr, t.weights, columns}, {t.scaled_rows}, rows, T(1),
              sum_of(t.grad_value, t.value_depth), {t.grad_value, t.value_depth}, t.tokens,
              t.value_depth, ahead);
   for (int64_t r = 0; r < rows; ++r) {
     if (w.padding(i0 + r)) continue;
     T* grad = t.grad_query + r * t.depth;
     if (cosine) {
-      if (logit_scale != nullptr) *logit_scale += dot(query + r * t.depth, grad, t.depth);
-      through_norm<Token>(query + r * t.depth, t.query_inverse[i0 + r], factor, t.depth, grad);
+      const T* unit = t.query.rows()[i0 + r];
+      if (logit_scale != nullptr) *logit_scale += dot(unit, grad, t.depth);
+      through_norm<Token>(unit, t.query_inverse[i0 + r], factor, t.depth, grad);
     }
-    store_row(grad, p.head_dim, w.rows<Token>(kGradQuery, head) + w.offsets(kGradQuery)[i0 + r]);
+    store_row(grad, T(1), p.head_dim,
+              w.rows<Token>(kGradQuery, head) + w.offsets(kGradQuery)[i0 + r]);
   }
 }
 
@@ -149,10 +152,10 @@ void finish_keys(const Backward& call, const Window& w, BackwardTiles<T>& t, int
   for (int64_t j = 0; j < t.tokens; ++j) {
     T *grad = t.grad_key + j * t.depth, *grad_value = t.grad_value + j * t.value_depth;
     if (call.in.logit_scale != nullptr)
-      through_norm<Token>(t.key + j * t.depth, t.key_inverse[j], factor, t.depth, grad);
+      through_norm<Token>(t.key.rows()[j], t.key_inverse[j], factor, t.depth, grad);
     if (!w.padding(j)) {
-      store_row(grad, p.head_dim, w.rows<Token>(kGradKey, head) + w.offsets(kGradKey)[j]);
-      store_row(grad_value, p.value_dim,
+      store_row(grad, T(1), p.head_dim, w.rows<Token>(kGradKey, head) + w.offsets(kGradKey)[j]);
+      store_row(grad_value, T(1), p.value_dim,
                 w.rows<Token>(kGradValue, head) + w.offsets(kGradValue)[j]);
     } else {
       if (pad_key != nullptr) add_row(grad, p.head_dim, pad_key);
@@ -178,14 +181,15 @@ void backward(const Backward& call, int64_t begin, int64_t end) {
   const Problem& p = in.problem;
   const bool to_table = call.partial_table != nullptr;
   Scratch scratch;
-  const Map maps[] = {{&in.query, p.head_dim, false},       {&in.key, p.head_dim, false},
-                      {&in.value, p.value_dim, false},      {&call.grad_out, p.value_dim, false},
-                      {&call.grad_query, p.head_dim, true}, {&call.grad_key, p.head_dim, true},
-                      {&call.grad_value, p.value_dim, true}};
+  const Map maps[] = {{&in.query, p.head_dim},        {&in.key, p.head_dim},
+                      {&in.value, p.value_dim},       {&call.grad_out, p.value_dim},
+                      {&call.grad_query, p.head_dim}, {&call.grad_key, p.head_dim},
+                      {&call.grad_value, p.value_dim}};
   Window places[2] = {Window(p, maps, 7, scratch),
                       Window(p, maps, 7, scratch)};  // this window and the one prefetched
+  Ahead ahead(places[0], sizeof(Token), scratch);
   Softmax<T> softmax(in, scratch);
-  BackwardTiles<T> t(p, to_table, scratch);
+  BackwardTiles<T> t(p, maps, in.logit_scale != nullptr, to_table, scratch);
 
   for (int64_t task = begin; task < end; ++task) {
     const int64_t head = task % p.heads, chunk = task / p.heads;
@@ -202,24 +206,22 @@ void backward(const Backward& call, int64_t begin, int64_t end) {
       Window& w = places[window % 2];
       w.place(p, window / p.windows(), window % p.windows());
       softmax.place(w, head);
-      // up to whole vectors, as a lane behind the last query still adds to the bias: 0
-      const int64_t columns = round_up<T>(w.end), used = smaller(columns, t.tokens);
-      pack<Token>(w, kQuery, head, 0, used, nullptr, t.query, t.depth);
-      pack<Token>(w, kKey, head, 0, t.tokens, in.pad_key, t.key, t.depth);
-      pack<Token>(w, kValue, head, 0, t.tokens, in.pad_value, t.value, t.value_depth);
-      pack<Token>(w, kOut, head, 0, used, nullptr, t.grad_out, t.value_depth);
-      Ahead ahead;
+      const int64_t columns = round_up<T>(w.end);
+      t.query.template read<Token>(w, kQuery, head, w.end, nullptr);
+      t.key.template read<Token>(w, kKey, head, t.tokens, in.pad_key);
+      t.value.template read<Token>(w, kValue, head, t.tokens, in.pad_value);
+      t.grad_out.template read<Token>(w, kOut, head, w.end, nullptr);
       if (window + 1 < last) {
         Window& next = places[(window + 1) % 2];
         next.place(p, (window + 1) / p.windows(), (window + 1) % p.windows());
-        ahead = Ahead(next, head, sizeof(Token), 3 * kPieces);
+        ahead.expect(next, head);
       }
       if (in.logit_scale != nullptr) {
-        normalise_rows<T>(t.query, w.end, t.depth, t.query_inverse);
-        normalise_rows<T>(t.key, t.tokens, t.depth, t.key_inverse);
+        normalise_rows(t.query, w.end, t.query_inverse);
+        normalise_rows(t.key, t.tokens, t.key_inverse);
       }
-      transpose<T>(t.query, t.depth, used, columns, t.depth, t.query_t, t.width);
-      transpose<T>(t.grad_out, t.value_depth, used, columns, t.value_depth, t.grad_out_t, t.width);
+      transpose<T>(t.query.rows(), w.end, columns, t.depth, t.query_t, t.width);
+      transpose<T>(t.grad_out.rows(), w.end, columns, t.value_depth, t.grad_out_t, t.width);
       const int64_t parts = (columns + t.group - 1) / t.group;
       for (int64_t g = 0; g < parts; ++g) {
         const auto [i0, rows] = part_of<T>(w.end, g, parts);

@@ -8,7 +8,6 @@ inline int64_t queries_at_once(int64_t tokens, int64_t bytes) {
   constexpr int64_t kLeast = kMaxColumns * Lanes<T>::kCount;
   return smaller(most, fit < kLeast ? kLeast : fit);
 }
-constexpr int64_t kPieces = 18;
 constexpr int64_t kForwardLogitBytes = 64 << 10;
 
 // The queries [first, first + count) of part g of `parts`; whole vectors but for the last.
@@ -31,59 +30,58 @@ void forward(const Forward& call, int64_t begin, int64_t end) {
   const int64_t tokens = p.tokens(), width = round_up<T>(tokens), depth = round_up<T>(p.head_dim),
                 value_depth = round_up<T>(p.value_dim),
                 group = queries_at_once<T>(tokens, kForwardLogitBytes);
+  const bool cosine = in.logit_scale != nullptr;
   Scratch scratch;
-  const Map maps[] = {{&in.query, p.head_dim, false},
-                      {&in.key, p.head_dim, false},
-                      {&in.value, p.value_dim, false},
-                      {&call.out, p.value_dim, true}};
+  const Map maps[] = {{&in.query, p.head_dim},
+                      {&in.key, p.head_dim},
+                      {&in.value, p.value_dim},
+                      {&call.out, p.value_dim}};
   Window places[2] = {Window(p, maps, 4, scratch),
-                      Window(p, maps, 4, scratch)};  // this window and the one prefetched
+                      Window(p, maps, 4, scratch)};  // this window and the one asked for
+  Ahead ahead(places[0], sizeof(Token), scratch);
   Softmax<T> softmax(in, scratch);
-  T* query = scratch.take<T>(width * depth);
-  T* query_t = scratch.take<T>(width * depth);  // (depth, width)
-  T* key = scratch.take<T>(tokens * depth);
-  T* value = scratch.take<T>(tokens * value_depth);
+  TokenRows<T> query(maps[kQuery], width, cosine, scratch);
+  TokenRows<T> key(maps[kKey], tokens, cosine, scratch);
+  TokenRows<T> value(maps[kValue], tokens, false, scratch);
+  T* query_t = scratch.take<T>(depth * width);
+  const T* const* query_t_rows = row_pointers(query_t, width, depth, scratch);
   T* logits = scratch.take<T>(tokens * group);  // (keys, queries)
   T* out = scratch.take<T>(group * value_depth);
   T* inverse = scratch.take<T>(group);
-  std::memset(query, 0, size_t(width * depth) * sizeof(T));
 
   for (int64_t task = begin; task < end; ++task) {
     const int64_t head = task % p.heads, window = task / p.heads;
     Window& w = places[window % 2];
     w.place(p, window / p.windows(), window % p.windows());
     softmax.place(w, head);
-    pack<Token>(w, kQuery, head, 0, w.end, nullptr, query, depth);
-    pack<Token>(w, kKey, head, 0, tokens, in.pad_key, key, depth);
-    pack<Token>(w, kValue, head, 0, tokens, in.pad_value, value, value_depth);
-    Ahead ahead;
+    query.template read<Token>(w, kQuery, head, w.end, nullptr);
+    key.template read<Token>(w, kKey, head, tokens, in.pad_key);
+    value.template read<Token>(w, kValue, head, tokens, in.pad_value);
     if (task + 1 < end) {
       const int64_t next = (task + 1) / p.heads;
       places[next % 2].place(p, next / p.windows(), next % p.windows());
-      ahead = Ahead(places[next % 2], (task + 1) % p.heads, sizeof(Token), kPieces);
+      ahead.expect(places[next % 2], (task + 1) % p.heads);
     }
-    if (in.logit_scale != nullptr) {
-      normalise_rows<T>(query, w.end, depth, nullptr);
-      normalise_rows<T>(key, tokens, depth, nullptr);
+    if (cosine) {
+      normalise_rows(query, w.end);
+      normalise_rows(key, tokens);
     }
-    transpose<T>(query, depth, w.end, round_up<T>(w.end), depth, query_t, width);
+    const int64_t columns = round_up<T>(w.end);
+    transpose<T>(query.rows(), w.end, columns, depth, query_t, width);
     Token* home = w.rows<Token>(kOut, head);
-    const int64_t parts = (round_up<T>(w.end) + group - 1) / group;
+    const int64_t parts = (columns + group - 1) / group;
     for (int64_t g = 0; g < parts; ++g) {
       const auto [i0, rows] = part_of<T>(w.end, g, parts);
-      const int64_t columns = round_up<T>(rows);
-      product<T>({key, depth, 1}, {query_t + i0, width}, p.head_dim, factor_of<T>(in, head),
-                 softmax.bias(i0), {logits, columns}, tokens, columns, ahead);
-      softmax.weigh(i0, columns, {logits, columns}, inverse);
-      if (in.dropout_p > 0) drop<T>(in, w, head, i0, rows, {logits, columns});
-      product<T>({logits, 1, columns}, {value, value_depth}, tokens, T(1), {}, {out, value_depth},
-                 rows, value_depth, ahead);
+      const Rows<T> weights = {logits, round_up<T>(rows)};
+      product<T>({key.rows()}, {query_t_rows, i0}, p.head_dim, factor_of<T>(in, head),
+                 softmax.bias(i0), weights, tokens, weights.stride, ahead);
+      softmax.weigh(i0, weights.stride, weights, inverse);
+      if (in.dropout_p > 0) drop<T>(in, w, head, i0, rows, weights);
+      product<T>({nullptr, logits, 1, weights.stride}, {value.rows()}, tokens, T(1), {},
+                 {out, value_depth}, rows, value_depth, ahead);
       for (int64_t r = 0; r < rows; ++r) {
         if (w.padding(i0 + r)) continue;
-        T* row = out + r * value_depth;
-        for (int64_t c = 0; c < value_depth; c += Lanes<T>::kCount)
-          store(row + c, Vec<T>(load(row + c) * inverse[r]));
-        store_row(row, p.value_dim, home + w.offsets(kOut)[i0 + r]);
+        store_row(out + r * value_depth, inverse[r], p.value_dim, home + w.offsets(kOut)[i0 + r]);
       }
     }
   }

@@ -89,25 +89,27 @@ SWIN_INLINE Vec<T> interleave(Vec<T> a, Vec<T> b, std::index_sequence<I...>, boo
               : __builtin_shufflevector(a, b, ((I % 2 ? kCount : 0) + I / 2)...);
 }
 
-// to(columns, rows) = from(rows, columns)ᵀ; both counts are multiples of the lanes, and rows from
-// `used` on are zero. log2(lanes) perfect shuffles of the rows transpose a square block.
+// to(columns, rows) = fromᵀ, where row i of `from` begins at from[i]; both counts are multiples of
+// the lanes, and rows from `used` on are zero. log2(lanes) perfect shuffles of the rows transpose a
+// square block.
 template <class T>
-void transpose(const T* from, int64_t ld_from, int64_t used, int64_t rows, int64_t columns, T* to,
+void transpose(const T* const* from, int64_t used, int64_t rows, int64_t columns, T* to,
                int64_t ld_to) {
   constexpr int kCount = Lanes<T>::kCount;
   constexpr auto kSequence = std::make_index_sequence<kCount>();
   for (int64_t i0 = 0; i0 < rows; i0 += kCount) {
     if (used - i0 <= 1) {  // 49 tokens end so: one row is no work for a square of shuffles
       for (int64_t j = 0; j < columns; ++j) {
-        store(to + j * ld_to + i0, Vec<T>{});
-        if (used > i0) to[j * ld_to + i0] = from[i0 * ld_from + j];
+        Vec<T> only{};
+        if (used > i0) only[0] = from[i0][j];
+        store(to + j * ld_to + i0, only);
       }
       continue;
     }
     for (int64_t j0 = 0; j0 < columns; j0 += kCount) {
       Vec<T> a[kCount], b[kCount];
 #pragma GCC unroll 16
-      for (int i = 0; i < kCount; ++i) a[i] = load(from + (i0 + i) * ld_from + j0);
+      for (int i = 0; i < kCount; ++i) a[i] = load(from[i0 + i] + j0);
 #pragma GCC unroll 4
       for (int step = 1; step < kCount; step *= 2) {
 #pragma GCC unroll 8

@@ -88,17 +88,27 @@ SWIN_INLINE void convert(const BFloat16& from, double& to) {
   to = x;
 }
 
-// As many elements as Sum has lanes, side by side.
+// As many elements as Sum has lanes, side by side, from and to the dtype of the tokens.
+typedef uint16_t Narrow __attribute__((vector_size(SWIN_VECTOR_BYTES / 2)));
+typedef uint16_t LooseNarrow
+    __attribute__((vector_size(SWIN_VECTOR_BYTES / 2), aligned(2), may_alias));
+typedef uint32_t Wide __attribute__((vector_size(SWIN_VECTOR_BYTES)));
+
 template <class T, class Token>
 SWIN_INLINE Vec<T> load_as(const Token* from) {
   if constexpr (std::is_same_v<Token, T>) {
     return load(from);
   } else if constexpr (std::is_same_v<Token, BFloat16> && std::is_same_v<T, float>) {
-    typedef uint16_t Narrow
-        __attribute__((vector_size(SWIN_VECTOR_BYTES / 2), aligned(2), may_alias));
-    typedef uint32_t Wide __attribute__((vector_size(SWIN_VECTOR_BYTES)));
-    const Narrow bits = *reinterpret_cast<const Narrow*>(from);
+    const Narrow bits = *reinterpret_cast<const LooseNarrow*>(from);
     return (Vec<T>)(__builtin_convertvector(bits, Wide) << 16);
+#if defined(SWIN_F16C) && SWIN_VECTOR_BYTES == 64
+  } else if constexpr (std::is_same_v<Token, Half> && std::is_same_v<T, float>) {
+    return (Vec<T>)_mm512_maskz_cvtph_ps(
+        0xFFFF, _mm256_loadu_si256(reinterpret_cast<const __m256i*>(from)));
+#elif defined(SWIN_F16C)
+  } else if constexpr (std::is_same_v<Token, Half> && std::is_same_v<T, float>) {
+    return (Vec<T>)_mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from)));
+#endif
   } else {
     Vec<T> v;
     for (int64_t i = 0; i < Lanes<T>::kCount; ++i) {
@@ -107,6 +117,29 @@ SWIN_INLINE Vec<T> load_as(const Token* from) {
       v[i] = x;
     }
     return v;
+  }
+}
+
+template <class T, class Token>
+SWIN_INLINE void store_as(Token* to, Vec<T> v) {
+  if constexpr (std::is_same_v<Token, T>) {
+    store(to, v);
+  } else if constexpr (std::is_same_v<Token, BFloat16> && std::is_same_v<T, float>) {
+    const Wide bits = (Wide)v;
+    const Wide rounded = (bits + 0x7FFFu + ((bits >> 16) & 1u)) >> 16;  // to nearest, ties to even
+    const Wide result = v == v ? rounded : Wide{} + 0x7FC0u;
+    *reinterpret_cast<LooseNarrow*>(to) = __builtin_convertvector(result, Narrow);
+#if defined(SWIN_F16C) && SWIN_VECTOR_BYTES == 64
+  } else if constexpr (std::is_same_v<Token, Half> && std::is_same_v<T, float>) {
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(to),
+                        _mm512_maskz_cvtps_ph(0xFFFF, (__m512)v, _MM_FROUND_TO_NEAREST_INT));
+#elif defined(SWIN_F16C)
+  } else if constexpr (std::is_same_v<Token, Half> && std::is_same_v<T, float>) {
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(to),
+                     _mm256_cvtps_ph((__m256)v, _MM_FROUND_TO_NEAREST_INT));
+#endif
+  } else {
+    for (int64_t i = 0; i < Lanes<T>::kCount; ++i) convert(v[i], to[i]);
   }
 }
 
@@ -124,13 +157,13 @@ SWIN_INLINE void load_row(const Token* from, int64_t stride, int64_t n, T* to, i
   for (; i < width; ++i) to[i] = 0;
 }
 
+// factor·from
 template <class Token, class T>
-SWIN_INLINE void store_row(const T* from, int64_t n, Token* to) {
+SWIN_INLINE void store_row(const T* from, T factor, int64_t n, Token* to) {
   constexpr int64_t kCount = Lanes<T>::kCount;
   int64_t i = 0;
-  for (; i + kCount <= n; i += kCount)
-    for (int64_t k = 0; k < kCount; ++k) convert(from[i + k], to[i + k]);
-  for (; i < n; ++i) convert(from[i], to[i]);
+  for (; i + kCount <= n; i += kCount) store_as<T>(to + i, Vec<T>(load(from + i) * factor));
+  for (; i < n; ++i) convert(T(from[i] * factor), to[i]);
 }
 
 template <class T>
@@ -169,7 +202,7 @@ class Scratch {
   }
 
  private:
-  static constexpr int kMost = 32;  // pieces that one thread takes
+  static constexpr int kMost = 64;  // pieces that one thread takes
   void* pieces_[kMost];
   int used_ = 0;
 };
@@ -179,7 +212,6 @@ enum MapName { kQuery, kKey, kValue, kOut, kGradQuery, kGradKey, kGradValue };
 struct Map {
   const TokenView* view;
   int64_t channels;
-  bool written;
 };
 
 // The tokens of one window of one image, and where they lie in each of the maps, by MapName.
@@ -197,50 +229,50 @@ struct Window {
         maps_(maps),
         map_count_(map_count),
         tokens_(p.tokens()),
-        offset_(scratch.take<int64_t>(map_count * p.tokens())) {}
+        offset_(scratch.take<int64_t>(map_count * p.tokens())) {
+    for (int a = 0; a < kAxes; ++a) {
+      source_[a] = scratch.take<int64_t>(p.axis[a].window);
+      side_[a] = scratch.take<int32_t>(p.axis[a].window);
+    }
+  }
 
   void place(const Problem& p, int64_t image_index, int64_t window_index) {
     const bool same_place = index == window_index;
     image = image_index;
     index = window_index;
     if (same_place) return;
-    const int64_t counts[kAxes] = {p.axis[0].count(), p.axis[1].count(), p.axis[2].count()};
-    const int64_t first[kAxes] = {window_index / (counts[1] * counts[2]) * p.axis[0].window,
-                                  window_index / counts[2] % counts[1] * p.axis[1].window,
-                                  window_index % counts[2] * p.axis[2].window};
-    int codes[8];  // a window meets at most two regions on an axis
+    const int64_t n0 = p.axis[0].window, n1 = p.axis[1].window, n2 = p.axis[2].window;
+    const int64_t c1 = p.axis[1].count(), c2 = p.axis[2].count();
+    const int64_t place[kAxes] = {index / (c1 * c2), index / c2 % c1, index % c2};
+    int sides[kAxes];
+    bool whole = true;
+    for (int a = 0; a < kAxes; ++a)
+      sides[a] = place_axis(a, p.axis[a], place[a], p.roll_then_pad, whole);
+    regions = sides[0] * sides[1] * sides[2];
     int64_t t = 0;
-    real = end = 0;
-    regions = 0;
-    for (int64_t i = 0; i < p.axis[0].window; ++i) {
-      const int64_t s0 = p.axis[0].source(first[0] + i, p.roll_then_pad);
-      const int r0 = p.axis[0].region(first[0] + i);
-      for (int64_t j = 0; j < p.axis[1].window; ++j) {
-        const int64_t s1 = p.axis[1].source(first[1] + j, p.roll_then_pad);
-        const int r1 = r0 * 3 + p.axis[1].region(first[1] + j);
-        for (int64_t k = 0; k < p.axis[2].window; ++k, ++t) {
-          const int64_t s2 = p.axis[2].source(first[2] + k, p.roll_then_pad);
-          const int code = r1 * 3 + p.axis[2].region(first[2] + k);
-          int known = 0;
-          while (known < regions && codes[known] != code) ++known;
-          if (known == regions) codes[regions++] = code;
-          region[t] = known;
-          const bool is_real = s0 >= 0 && s1 >= 0 && s2 >= 0;
-          for (int m = 0; m < map_count_; ++m) {
-            const int64_t* axis = maps_[m].view->axis;
-            offset_[m * tokens_ + t] = is_real ? s0 * axis[0] + s1 * axis[1] + s2 * axis[2] : -1;
-          }
-          if (!is_real) continue;
-          token[real++] = t;
-          end = t + 1;
+    for (int64_t i = 0; i < n0; ++i)
+      for (int64_t j = 0; j < n1; ++j, t += n2) {
+        const int32_t first = (side_[0][i] * sides[1] + side_[1][j]) * sides[2];
+        for (int64_t k = 0; k < n2; ++k) region[t + k] = first + side_[2][k];
+        for (int m = 0; m < map_count_; ++m) {
+          const int64_t *stride = maps_[m].view->axis, s2 = stride[2];
+          const int64_t row = source_[0][i] * stride[0] + source_[1][j] * stride[1];
+          int64_t* offset = offset_ + m * tokens_ + t;
+          for (int64_t k = 0; k < n2; ++k) offset[k] = row + source_[2][k] * s2;
         }
       }
+    if (whole) {
+      for (t = 0; t < tokens_; ++t) token[t] = t;
+      real = end = tokens_;
+    } else {
+      mark_padding(n0, n1, n2);
     }
   }
 
   bool padding(int64_t t) const { return offset_[t] < 0; }
   const Map& map(MapName name) const { return maps_[name]; }
   int map_count() const { return map_count_; }
+  int64_t tokens() const { return tokens_; }
 
   // Where the rows of one head begin; that of token t lies offsets(name)[t] elements on.
   template <class Token>
@@ -251,82 +283,202 @@ struct Window {
   const int64_t* offsets(MapName name) const { return offset_ + name * tokens_; }
 
  private:
+  // Where the window's tokens of one axis come from, −1 for padding, and on which side of the seam
+  // they lie; returns how many sides it meets.
+  int place_axis(int a, const Axis& axis, int64_t window, bool roll_then_pad, bool& whole) {
+    const int64_t first = window * axis.window;
+    const int region = axis.region(first);
+    int sides = 1;
+    for (int64_t i = 0; i < axis.window; ++i) {
+      source_[a][i] = axis.source(first + i, roll_then_pad);
+      whole = whole && source_[a][i] >= 0;
+      side_[a][i] = axis.region(first + i) != region;  // a window meets at most two
+      if (side_[a][i]) sides = 2;
+    }
+    return sides;
+  }
+
+  void mark_padding(int64_t n0, int64_t n1, int64_t n2) {
+    real = end = 0;
+    int64_t t = 0;
+    for (int64_t i = 0; i < n0; ++i)
+      for (int64_t j = 0; j < n1; ++j)
+        for (int64_t k = 0; k < n2; ++k, ++t) {
+          if (source_[0][i] >= 0 && source_[1][j] >= 0 && source_[2][k] >= 0) {
+            token[real++] = t;
+            end = t + 1;
+          } else {
+            for (int m = 0; m < map_count_; ++m) offset_[m * tokens_ + t] = -1;
+          }
+        }
+  }
+
   const Map* maps_;
   int map_count_;
   int64_t tokens_;
   int64_t* offset_;  // (maps, N): −1 for padding
+  int64_t* source_[kAxes];
+  int32_t* side_[kAxes];
 };
 
-// The tokens [begin, end) of a window, packed to (end − begin, width). Padding is `pad` (H, D), or
-// zeros where that is null.
-template <class Token, class T>
-void pack(const Window& w, MapName name, int64_t head, int64_t begin, int64_t end, const void* pad,
-          T* to, int64_t width) {
-  const Token* rows = w.rows<const Token>(name, head);
-  const int64_t *offsets = w.offsets(name), stride = w.map(name).view->channel;
-  const int64_t channels = w.map(name).channels;
-  for (int64_t t = begin; t < end; ++t, to += width) {
-    if (!w.padding(t)) {
-      load_row(rows + offsets[t], stride, channels, to, width);
-    } else if (pad != nullptr) {
-      load_row(static_cast<const T*>(pad) + head * channels, 1, channels, to, width);
-    } else {
-      std::memset(to, 0, size_t(width) * sizeof(T));
-    }
-  }
-}
-
-// Asks for the rows of a (window, head) that comes up next, a few tokens at a time between pieces
-// of work: all at once they would hold up the loads of the work itself. The rows are too far apart
-// for the processor to foresee.
-class Ahead {
+// The rows of one map's tokens in a window and head, as Sum and in whole vectors: in the caller's
+// memory where they lie so there, else packed.
+template <class T>
+class TokenRows {
  public:
-  Ahead() = default;  // nothing comes
-  Ahead(const Window& window, int64_t head, int64_t element_bytes, int64_t pieces)
-      : window_(&window),
-        head_(head),
-        bytes_(element_bytes),
-        share_((window.real + pieces - 1) / pieces) {}
+  // `rows` of them at most; `copies` asks for rows of one's own that may be written to.
+  TokenRows(const Map& map, int64_t rows, bool copies, Scratch& scratch)
+      : width_(round_up<T>(map.channels)),
+        plain_(!copies && map.view->channel == 1 && map.channels == width_),
+        row_(scratch.take<const T*>(rows)),
+        packed_(scratch.take<T>(rows * width_)),
+        zero_(scratch.take<T>(width_)),
+        rows_(rows) {
+    std::memset(zero_, 0, size_t(width_) * sizeof(T));
+  }
 
-  // The next tokens. Inline by force: GCC takes a function of prefetches for one without effect and
-  // drops the call.
-  SWIN_INLINE void ask() {
-    if (window_ == nullptr || asked_ == window_->real) return;
-    const int64_t end = smaller(asked_ + share_, window_->real);
-    for (int m = 0; m < window_->map_count(); ++m) {
-      const Map& map = window_->map(MapName(m));
-      if (map.view->channel != 1) continue;
-      const char* rows = window_->rows<const char>(MapName(m), head_, bytes_);
-      const int64_t* offsets = window_->offsets(MapName(m));
-      for (int64_t i = asked_; i < end; ++i) {
-        const char* row = rows + offsets[window_->token[i]] * bytes_;
-        const uintptr_t last = reinterpret_cast<uintptr_t>(row + map.channels * bytes_) - 1;
-        uintptr_t line = reinterpret_cast<uintptr_t>(row) / kLine * kLine;
-        if (map.written) {
-          for (; line <= last; line += kLine)
-            __builtin_prefetch(reinterpret_cast<const void*>(line), 0, 2);
-        } else {
-          for (; line <= last; line += kLine)
-            __builtin_prefetch(reinterpret_cast<const void*>(line), 0, 2);
-        }
+  // The tokens of the window from the first to `end`, zeros behind them. Padding is `pad` (H, D),
+  // or zeros where that is null.
+  template <class Token>
+  void read(const Window& w, MapName name, int64_t head, int64_t end, const void* pad) {
+    const int64_t channels = w.map(name).channels, stride = w.map(name).view->channel;
+    const Token* home = w.rows<const Token>(name, head);
+    const int64_t* offsets = w.offsets(name);
+    const T* pad_row = pad == nullptr ? zero_ : static_cast<const T*>(pad) + head * channels;
+    const bool plain = std::is_same_v<Token, T> && plain_;
+    for (int64_t t = 0; t < end; ++t) {
+      T* packed = packed_ + t * width_;
+      if (plain) {
+        row_[t] = w.padding(t) ? pad_row : reinterpret_cast<const T*>(home + offsets[t]);
+      } else if (!w.padding(t)) {
+        load_row(home + offsets[t], stride, channels, packed, width_);
+        row_[t] = packed;
+      } else {
+        load_row(pad_row, 1, channels, packed, width_);
+        row_[t] = packed;
       }
     }
-    asked_ = end;
+    for (int64_t t = end; t < rows_; ++t) row_[t] = zero_;
+  }
+
+  const T* const* rows() const { return row_; }
+  T* packed(int64_t t) { return packed_ + t * width_; }
+  int64_t width() const { return width_; }
+
+ private:
+  int64_t width_;
+  bool plain_;
+  const T** row_;
+  T *packed_, *zero_;
+  int64_t rows_;
+};
+
+// Where the rows of a matrix begin that lie `stride` apart.
+template <class T>
+const T* const* row_pointers(const T* first, int64_t stride, int64_t rows, Scratch& scratch) {
+  const T** pointers = scratch.take<const T*>(rows);
+  for (int64_t r = 0; r < rows; ++r) pointers[r] = first + r * stride;
+  return pointers;
+}
+
+// Cache lines: the l-th lies at base + offset[l].
+struct Lines {
+  const char* base = nullptr;
+  const int64_t* offset = nullptr;
+
+  // Into the second cache, not to drive out what is worked on. Inline by force: GCC takes a
+  // function of prefetches for one without effect and drops the call.
+  SWIN_INLINE void ask(int64_t l) const { __builtin_prefetch(base + offset[l], 0, 2); }
+};
+
+// The cache lines of a (window, head) that comes up next, to be asked for one by one between the
+// multiplications of this one: they are too far apart for the processor to foresee, and all at once
+// they would hold up the loads of the work itself.
+class Ahead {
+ public:
+  Ahead(const Window& window, int64_t element_bytes, Scratch& scratch)
+      : bytes_(element_bytes), map_count_(window.map_count()) {
+    for (int m = 0; m < map_count_; ++m) {
+      const Map& map = window.map(MapName(m));
+      const int before = m - 1;  // query, key and value of a packed tensor lie alike
+      const bool alike = m > 0 && same_places(map, window.map(MapName(before)));
+      offset_[m] =
+          alike ? offset_[before]
+                : scratch.take<int64_t>(window.tokens() * (map.channels * bytes_ / kLine + 2));
+    }
+  }
+
+  void expect(const Window& window, int64_t head) {
+    if (placed_ != window.index) place(window);
+    for (int m = 0; m < map_count_; ++m)
+      base_[m] = window.rows<const char>(MapName(m), head, bytes_);
+    map_ = next_ = 0;
+  }
+
+  // The next `n` lines of one map; those at its end, where fewer are left, are asked for at once.
+  // Null where all were taken.
+  Lines take(int64_t n) {
+    while (map_ < map_count_) {
+      const Lines lines = {base_[map_], offset_[map_] + next_};
+      const int64_t left = count_[map_] - next_;
+      next_ += n;
+      if (left >= n) return lines;
+      for (int64_t l = 0; l < left; ++l) lines.ask(l);
+      ++map_;
+      next_ = 0;
+    }
+    return {};
   }
 
  private:
-  static constexpr uintptr_t kLine = 64;
-  const Window* window_ = nullptr;
-  int64_t head_ = 0, bytes_ = 0, share_ = 0, asked_ = 0;
+  static constexpr int64_t kLine = 64;
+
+  static bool same_places(const Map& a, const Map& b) {
+    bool same = a.channels == b.channels && a.view->channel == b.view->channel;
+    for (int x = 0; x < kAxes; ++x) same = same && a.view->axis[x] == b.view->axis[x];
+    return same;
+  }
+
+  void place(const Window& window) {
+    placed_ = window.index;
+    for (int m = 0; m < map_count_; ++m) {
+      if (m > 0 && offset_[m] == offset_[m - 1]) {
+        count_[m] = count_[m - 1];
+        continue;
+      }
+      count_[m] = 0;
+      const Map& map = window.map(MapName(m));
+      if (map.view->channel != 1) continue;
+      const int64_t *offsets = window.offsets(MapName(m)), bytes = map.channels * bytes_;
+      int64_t* line = offset_[m];
+      for (int64_t i = 0; i < window.real; ++i) {
+        const int64_t row = offsets[window.token[i]] * bytes_;
+        for (int64_t b = 0; b < bytes; b += kLine) *line++ = row + b;
+        if (bytes % kLine != 0) *line++ = row + bytes - 1;
+      }
+      count_[m] = line - offset_[m];
+    }
+  }
+
+  static constexpr int kMaps = 7;
+  int64_t bytes_;
+  int map_count_;
+  int64_t placed_ = -1;
+  int64_t* offset_[kMaps];
+  int64_t count_[kMaps] = {};
+  const char* base_[kMaps];
+  int map_ = kMaps;  // nothing is expected yet
+  int64_t next_ = 0;
 };
 
-// Each row divided by max(‖row‖, 1e-12), as F.normalize does; 1/that norm goes to `inverse`, if not
-// null. A negative inverse marks a row that the clamp holds.
+// Each of the first n rows divided by max(‖row‖, 1e-12), as F.normalize does; 1/that norm goes to
+// `inverse`, if not null. A negative inverse marks a row that the clamp holds.
 template <class T>
-void normalise_rows(T* rows, int64_t n, int64_t width, T* inverse) {
+void normalise_rows(TokenRows<T>& rows, int64_t n, T* inverse = nullptr) {
   constexpr T kClamp = T(1e-12);
+  const int64_t width = rows.width();
   for (int64_t i = 0; i < n; ++i) {
-    T* row = rows + i * width;
+    T* row = rows.packed(i);
     Vec<T> squares{};
     for (int64_t c = 0; c < width; c += Lanes<T>::kCount) squares += load(row + c) * load(row + c);
     const T norm = std::sqrt(sum_of<T>(squares));
