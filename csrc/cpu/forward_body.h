@@ -43,10 +43,11 @@ void forward(const Forward& call, int64_t begin, int64_t end) {
   TokenRows<T> query(maps[kQuery], width, cosine, scratch);
   TokenRows<T> key(maps[kKey], tokens, cosine, scratch);
   TokenRows<T> value(maps[kValue], tokens, false, scratch);
+  ResultRows<T> out(maps[kOut], group, false, scratch);
   T* query_t = scratch.take<T>(depth * width);
   const T* const* query_t_rows = row_pointers(query_t, width, depth, scratch);
   T* logits = scratch.take<T>(tokens * group);  // (keys, queries)
-  T* out = scratch.take<T>(group * value_depth);
+  T* const* logit_rows = row_pointers(logits, group, tokens, scratch);
   T* inverse = scratch.take<T>(group);
 
   for (int64_t task = begin; task < end; ++task) {
@@ -68,21 +69,32 @@ void forward(const Forward& call, int64_t begin, int64_t end) {
     }
     const int64_t columns = round_up<T>(w.end);
     transpose<T>(query.rows(), w.end, columns, depth, query_t, width);
-    Token* home = w.rows<Token>(kOut, head);
     const int64_t parts = (columns + group - 1) / group;
     for (int64_t g = 0; g < parts; ++g) {
       const auto [i0, rows] = part_of<T>(w.end, g, parts);
-      const Rows<T> weights = {logits, round_up<T>(rows)};
-      product<T>({key.rows()}, {query_t_rows, i0}, p.head_dim, factor_of<T>(in, head),
-                 softmax.bias(i0), weights, tokens, weights.stride, ahead);
-      softmax.weigh(i0, weights.stride, weights, inverse);
+      const int64_t part_columns = round_up<T>(rows);
+      const Rows<T> weights = {logits, group};
+      multiply<T>({.left = {.rows = key.rows()},
+                   .right = {query_t_rows, i0},
+                   .depth = p.head_dim,
+                   .result = logit_rows,
+                   .rows = tokens,
+                   .columns = part_columns,
+                   .factor = factor_of<T>(in, head),
+                   .start = softmax.bias(i0)},
+                  ahead);
+      softmax.weigh(i0, part_columns, weights, inverse);
       if (in.dropout_p > 0) drop<T>(in, w, head, i0, rows, weights);
-      product<T>({nullptr, logits, 1, weights.stride}, {value.rows()}, tokens, T(1), {},
-                 {out, value_depth}, rows, value_depth, ahead);
-      for (int64_t r = 0; r < rows; ++r) {
-        if (w.padding(i0 + r)) continue;
-        store_row(out + r * value_depth, inverse[r], p.value_dim, home + w.offsets(kOut)[i0 + r]);
-      }
+      out.template aim<Token>(w, kOut, head, i0, rows);
+      multiply<T>({.left = {.data = logits, .row_stride = 1, .step_stride = group},
+                   .right = {value.rows()},
+                   .depth = tokens,
+                   .result = out.rows(),
+                   .rows = rows,
+                   .columns = value_depth,
+                   .row_factors = inverse},
+                  ahead);
+      out.template store<Token>(w, kOut, head, i0, rows);
     }
   }
 }

@@ -31,21 +31,36 @@ struct Rows {
   operator Rows<const T>() const { return {data, stride}; }
 };
 
-// What the tiles of one product share, and where one of them begins.
+// result(rows, columns) = start + factor·left·right, from zero where start has no data; `columns`
+// is a multiple of the lanes. Row r of the result begins at result[r].
+template <class T>
+struct Product {
+  Left<T> left;
+  Right<T> right;
+  int64_t depth;
+  T* const* result;
+  int64_t rows, columns;
+  T factor = 1;
+  const T* row_factors = nullptr;  // a further factor for each row
+  Rows<const T> start = {};
+  bool adds = false;  // the start is the result itself
+};
+
+// What one tile of it reads and writes.
 template <class T>
 struct Tile {
   const T* left[kMaxRows];
   int64_t left_step;
   const T* const* right;
   int64_t right_column, depth;
-  T factor;
-  Rows<const T> start;
-  Rows<T> result;
+  T* result[kMaxRows];
+  T factor[kMaxRows];
+  const T* start[kMaxRows];
+  bool starts;
   Lines lines;
 };
 
-// result(R, C vectors) = start + factor·left·right, from zero where start has no data; asks for one
-// of the lines each step.
+// R rows and C vectors, in registers over the depth; asks for one of the lines each step.
 template <class T, int R, int C, bool kAsks>
 void product_tile(const Tile<T>& tile) {
   constexpr int64_t kCount = Lanes<T>::kCount;
@@ -72,18 +87,17 @@ void product_tile(const Tile<T>& tile) {
       for (int v = 0; v < C; ++v) sum[r][v] += x * panel[v];
     }
   }
-  const T factor = tile.factor;
   const auto finish = [&](auto starts) {
 #pragma GCC unroll 8
     for (int r = 0; r < R; ++r)
 #pragma GCC unroll 8
       for (int v = 0; v < C; ++v) {
-        Vec<T> result = sum[r][v] * factor;
-        if constexpr (starts) result += load(tile.start.data + r * tile.start.stride + v * kCount);
-        store(tile.result.data + r * tile.result.stride + v * kCount, result);
+        Vec<T> result = sum[r][v] * tile.factor[r];
+        if constexpr (starts) result += load(tile.start[r] + v * kCount);
+        store(tile.result[r] + v * kCount, result);
       }
   };
-  if (tile.start.data != nullptr) {
+  if (tile.starts) {
     finish(std::true_type());
   } else {
     finish(std::false_type());
@@ -101,37 +115,34 @@ constexpr auto product_tile_of(int64_t rows, int64_t columns, std::index_sequenc
 // three times as much as nine of 64.
 constexpr int64_t kMaxDepth = 64;
 
-// result(rows, columns) = start + factor·left·right, from zero without a start; columns is a
-// multiple of the lanes. Tiles are of even size: 49 rows are 9 tiles of 5 or 6, not 8 and a lone
-// row.
+// Tiles are of even size: 49 rows are 9 tiles of 5 or 6, not 8 and a lone row.
 template <class T>
-void product(const Left<T>& left, const Right<T>& right, int64_t depth, T factor,
-             Rows<const T> start, Rows<T> result, int64_t rows, int64_t columns, Ahead& ahead) {
+void multiply(const Product<T>& p, Ahead& ahead) {
   constexpr int64_t kCount = Lanes<T>::kCount;
   constexpr auto kTiles = std::make_index_sequence<kMaxRows * kMaxColumns>();
-  const int64_t vectors = columns / kCount;
-  const int64_t row_tiles = (rows + kMaxRows - 1) / kMaxRows;
+  const int64_t vectors = p.columns / kCount;
+  const int64_t row_tiles = (p.rows + kMaxRows - 1) / kMaxRows;
   const int64_t column_tiles = (vectors + kMaxColumns - 1) / kMaxColumns;
-  const int64_t depth_tiles = (depth + kMaxDepth - 1) / kMaxDepth;
+  const int64_t depth_tiles = (p.depth + kMaxDepth - 1) / kMaxDepth;
   Tile<T> tile;
-  tile.left_step = left.step_stride;
-  tile.factor = factor;
+  tile.left_step = p.left.step_stride;
   for (int64_t ct = 0; ct < column_tiles; ++ct) {
     const int64_t v0 = vectors * ct / column_tiles, v1 = vectors * (ct + 1) / column_tiles;
-    tile.right_column = right.column + v0 * kCount;
+    tile.right_column = p.right.column + v0 * kCount;
     for (int64_t dt = 0; dt < depth_tiles; ++dt) {
-      const int64_t k0 = depth * dt / depth_tiles, k1 = depth * (dt + 1) / depth_tiles;
-      tile.right = right.rows + k0;
+      const int64_t k0 = p.depth * dt / depth_tiles, k1 = p.depth * (dt + 1) / depth_tiles;
+      tile.right = p.right.rows + k0;
       tile.depth = k1 - k0;
+      const bool adds = p.adds || dt > 0;
+      tile.starts = adds || p.start.data != nullptr;
       for (int64_t rt = 0; rt < row_tiles; ++rt) {
-        const int64_t r0 = rows * rt / row_tiles, r1 = rows * (rt + 1) / row_tiles;
-        const auto at = [&](auto m) {
-          if (m.data != nullptr) m.data += r0 * m.stride + v0 * kCount;
-          return m;
-        };
-        for (int64_t r = r0; r < r1; ++r) tile.left[r - r0] = left.row(r) + k0 * left.step_stride;
-        tile.start = at(dt > 0 ? Rows<const T>(result) : start);
-        tile.result = at(result);
+        const int64_t r0 = p.rows * rt / row_tiles, r1 = p.rows * (rt + 1) / row_tiles;
+        for (int64_t r = r0, i = 0; r < r1; ++r, ++i) {
+          tile.left[i] = p.left.row(r) + k0 * p.left.step_stride;
+          tile.result[i] = p.result[r] + v0 * kCount;
+          tile.start[i] = adds ? tile.result[i] : p.start.data + r * p.start.stride + v0 * kCount;
+          tile.factor[i] = p.row_factors == nullptr ? p.factor : p.factor * p.row_factors[r];
+        }
         tile.lines = ahead.take(k1 - k0);
         const auto run = tile.lines.base != nullptr
                              ? product_tile_of<T, true>(r1 - r0, v1 - v0, kTiles)

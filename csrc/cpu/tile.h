@@ -43,23 +43,35 @@ struct Forward {
   TokenView out;
 };
 
-// The backward runs over chunks of windows. Each (chunk, head) sums what has no place of its own in
-// the map, and a second pass adds the chunks up in order: the same bits for any number of threads.
+// The backward runs over chunks of windows, and in each over a few heads. Each (chunk, head) sums
+// what has no place of its own in the map, from zeros on, and a second pass adds the chunks up in
+// order: the same bits for any number of threads.
 struct Backward {
   Operands in;
   TokenView grad_out, grad_query, grad_key, grad_value;
-  int64_t windows_per_chunk = 1;
-  const int32_t* bias_index = nullptr;  // (keys, queries), with partial_table
-  int64_t table_rows = 0;
+  int64_t windows_per_chunk = 1, heads_per_task = 1;
   void* partial_bias = nullptr;         // (chunks, H, keys, queries rounded up to lanes)
-  void* partial_table = nullptr;        // (chunks, H, table_rows)
   void* partial_pad_key = nullptr;      // (chunks, H, D)
   void* partial_pad_value = nullptr;    // (chunks, H, Dv)
   void* partial_logit_scale = nullptr;  // (chunks, H), double: one number sums over every token
+
+  int64_t head_groups() const { return (in.problem.heads + heads_per_task - 1) / heads_per_task; }
+
+  struct Share {
+    int64_t first_window, last_window, first_head, last_head, chunk;
+  };
+  Share share(int64_t task) const {
+    const int64_t chunk = task / head_groups(), group = task % head_groups();
+    const int64_t windows = in.problem.batch * in.problem.windows();
+    const int64_t window = chunk * windows_per_chunk, head = group * heads_per_task;
+    const int64_t last_window = window + windows_per_chunk, last_head = head + heads_per_task;
+    return {window, last_window < windows ? last_window : windows, head,
+            last_head < in.problem.heads ? last_head : in.problem.heads, chunk};
+  }
 };
 
 // One instruction set's kernels. A forward task is (image, window, head), a backward task (chunk,
-// head), in this order, the last fastest.
+// group of heads), in this order, the last fastest.
 struct Kernels {
   const char* name;
   int vector_bytes;

@@ -373,10 +373,53 @@ class TokenRows {
   int64_t rows_;
 };
 
+// The rows that a kernel writes for tokens of one map, a window and a head: in the caller's memory
+// where Sum in whole vectors lies there, else packed until `store`.
+template <class T>
+class ResultRows {
+ public:
+  // `copies` asks for rows of one's own, whatever the map.
+  ResultRows(const Map& map, int64_t rows, bool copies, Scratch& scratch)
+      : width_(round_up<T>(map.channels)),
+        plain_(!copies && map.view->channel == 1 && map.channels == width_),
+        row_(scratch.take<T*>(rows)),
+        packed_(scratch.take<T>(rows * width_)) {}
+
+  // Those of `count` tokens from `first` on.
+  template <class Token>
+  void aim(const Window& w, MapName name, int64_t head, int64_t first, int64_t count) {
+    Token* home = w.rows<Token>(name, head);
+    const int64_t* offsets = w.offsets(name) + first;
+    const bool plain = std::is_same_v<Token, T> && plain_;
+    for (int64_t t = 0; t < count; ++t) {
+      const bool direct = plain && !w.padding(first + t);
+      row_[t] = direct ? reinterpret_cast<T*>(home + offsets[t]) : packed_ + t * width_;
+    }
+  }
+
+  template <class Token>
+  void store(const Window& w, MapName name, int64_t head, int64_t first, int64_t count) const {
+    if (std::is_same_v<Token, T> && plain_) return;
+    Token* home = w.rows<Token>(name, head);
+    const int64_t *offsets = w.offsets(name) + first, channels = w.map(name).channels;
+    for (int64_t t = 0; t < count; ++t)
+      if (!w.padding(first + t)) store_row(row_[t], T(1), channels, home + offsets[t]);
+  }
+
+  T* const* rows() const { return row_; }
+  int64_t width() const { return width_; }
+
+ private:
+  int64_t width_;
+  bool plain_;
+  T** row_;
+  T* packed_;
+};
+
 // Where the rows of a matrix begin that lie `stride` apart.
 template <class T>
-const T* const* row_pointers(const T* first, int64_t stride, int64_t rows, Scratch& scratch) {
-  const T** pointers = scratch.take<const T*>(rows);
+T** row_pointers(T* first, int64_t stride, int64_t rows, Scratch& scratch) {
+  T** pointers = scratch.take<T*>(rows);
   for (int64_t r = 0; r < rows; ++r) pointers[r] = first + r * stride;
   return pointers;
 }

@@ -92,6 +92,25 @@ std::vector<T> summed(const std::vector<T>& partials, int64_t chunks, int64_t n)
   return total;
 }
 
+// The gradient of a bias (H, keys, queries rounded up to `width`) summed into its table (rows, H).
+template <class T>
+std::vector<T> summed_to_table(const std::vector<T>& bias, const std::vector<int32_t>& index,
+                               const Problem& p, int64_t width, int64_t rows) {
+  const int64_t n = p.tokens();
+  std::vector<T> table(size_t(rows * p.heads));
+  torch::stable::parallel_for(0, p.heads, 1, [&](int64_t begin, int64_t end) {
+    std::vector<T> column(static_cast<size_t>(rows));
+    for (int64_t h = begin; h < end; ++h) {
+      std::fill(column.begin(), column.end(), T(0));
+      for (int64_t j = 0; j < n; ++j)
+        for (int64_t i = 0; i < n; ++i)
+          column[size_t(index[size_t(j * n + i)])] += bias[size_t((h * n + j) * width + i)];
+      for (int64_t r = 0; r < rows; ++r) table[size_t(r * p.heads + h)] = column[size_t(r)];
+    }
+  });
+  return table;
+}
+
 // A contiguous tensor like `like`, of value(row-major position).
 template <class F>
 Tensor filled_like(const Tensor& like, const F& value) {
@@ -116,14 +135,19 @@ Tensor filled_like(const Tensor& like, const F& value) {
   return t;
 }
 
-// How many windows a task runs over: a function of the problem alone, so that the sums do not
-// depend on the threads. Enough tasks for many threads, few enough that clearing and adding up the
-// partial sums stays cheap.
-int64_t windows_per_chunk(int64_t windows, int64_t heads, int64_t partial_bytes) {
-  constexpr int64_t kTasks = 128, kPartialBytes = 64 << 20;
-  const int64_t most = std::max<int64_t>(1, kPartialBytes / std::max<int64_t>(partial_bytes, 1));
-  const int64_t chunks = std::min(most, (kTasks + heads - 1) / heads);
-  return std::max<int64_t>(1, (windows + chunks - 1) / chunks);
+// How the backward is cut into tasks: a function of the problem alone, so that the sums do not
+// depend on the threads. Enough tasks for many threads, and windows enough in each that clearing
+// and adding up the partial sums stays cheap.
+void share_out(Backward& call, int64_t bytes_per_chunk) {
+  constexpr int64_t kTasks = 64, kWindows = 8, kPartialBytes = 32 << 20;
+  const auto parts_of = [](int64_t n, int64_t part) { return (n + part - 1) / part; };
+  const Problem& p = call.in.problem;
+  const int64_t windows = p.batch * p.windows();
+  const int64_t most = kPartialBytes / std::max<int64_t>(bytes_per_chunk, 1);
+  const int64_t chunks =
+      std::clamp<int64_t>(std::min(parts_of(windows, kWindows), most), 1, kTasks);
+  call.windows_per_chunk = parts_of(windows, chunks);
+  call.heads_per_task = parts_of(p.heads, std::min(p.heads, parts_of(kTasks, chunks)));
 }
 
 // The heads whose pad_key is a zero vector under cosine attention, where fp16 cannot hold the
@@ -153,7 +177,6 @@ Gradients backward_as(const Tensor& grad_out, const Arguments& a, const Problem&
   const int64_t width = (n + lanes - 1) / lanes * lanes;
   const bool wants_bias = (needs & kNeedsBias) && a.bias.has_value();
   const bool wants_table = (needs & kNeedsTable) && a.bias_table.has_value();
-  const int64_t table_rows = wants_table ? a.bias_table->size(0) : 0;
 
   Tensor grad_query = empty_tensor(shape_of(a.query), dtype);
   Tensor grad_key = empty_tensor(a.packed() ? std::vector<int64_t>{0} : shape_of(*a.key), dtype);
@@ -171,32 +194,39 @@ Gradients backward_as(const Tensor& grad_out, const Arguments& a, const Problem&
   call.grad_value = view_of(value_home, value_home.mutable_data_ptr(), a.packed() ? 2 : -1);
 
   const int64_t windows = p.batch * p.windows();
-  const int64_t bias_size = wants_bias ? n * width : 0;
-  call.windows_per_chunk =
-      windows_per_chunk(windows, p.heads, p.heads * (bias_size + table_rows) * int64_t(sizeof(T)));
+  const int64_t bias_size = wants_bias || wants_table ? n * width : 0;
+  share_out(call, p.heads * bias_size * int64_t(sizeof(T)));
   const int64_t chunks = (windows + call.windows_per_chunk - 1) / call.windows_per_chunk;
   const auto partial = [&]<class Sum>(Sum, bool wanted, int64_t size, void*& pointer) {
-    std::vector<Sum> sums(wanted ? size_t(chunks * p.heads * size) : 0);
+    std::vector<Sum> sums(wanted ? size_t(chunks * p.heads * size) : 0);  // zeros
     pointer = wanted ? sums.data() : nullptr;
     return sums;  // moved, so the pointer holds
   };
   const bool wants_pad_key = (needs & kNeedsPadKey) && a.pad_key.has_value();
   const bool wants_pad_value = (needs & kNeedsPadValue) && a.pad_value.has_value();
   const bool wants_logit_scale = (needs & kNeedsLogitScale) && a.logit_scale.has_value();
-  const std::vector<T> biases = partial(T(), wants_bias, bias_size, call.partial_bias);
-  const std::vector<T> tables = partial(T(), wants_table, table_rows, call.partial_table);
+  const std::vector<T> biases = partial(T(), bias_size > 0, bias_size, call.partial_bias);
   const std::vector<T> pad_keys = partial(T(), wants_pad_key, p.head_dim, call.partial_pad_key);
   const std::vector<T> pad_values =
       partial(T(), wants_pad_value, p.value_dim, call.partial_pad_value);
   const std::vector<double> logit_scales =
       partial(double(), wants_logit_scale, 1, call.partial_logit_scale);
-  call.bias_index = buffers.bias_index.data();
-  call.table_rows = table_rows;
 
   const auto run = kernels().backward[int(element_of(a.query))];
-  torch::stable::parallel_for(0, chunks * p.heads, 1,
+  torch::stable::parallel_for(0, chunks * call.head_groups(), 1,
                               [&](int64_t begin, int64_t end) { run(call, begin, end); });
 
+  const std::vector<T> bias = summed(biases, chunks, p.heads * bias_size);
+  const auto grad_bias = [&] {
+    return filled_like(*a.bias, [&](int64_t i) {  // (H, queries, keys) from (H, keys, queries)
+      return bias[size_t((i / (n * n) * n + i % n) * width + i / n % n)];
+    });
+  };
+  const auto grad_table = [&] {
+    const std::vector<T> table =
+        summed_to_table(bias, buffers.bias_index, p, width, a.bias_table->size(0));
+    return filled_like(*a.bias_table, [&](int64_t i) { return table[size_t(i)]; });
+  };
   const auto finish = [&](bool wanted, const MaybeTensor& like, const auto& partials, int64_t size,
                           const auto& element) {
     if (!wanted) return empty_tensor({0}, dtype);
@@ -208,14 +238,8 @@ Gradients backward_as(const Tensor& grad_out, const Arguments& a, const Problem&
   return {grad_query,
           grad_key,
           grad_value,
-          finish(wants_bias, a.bias, biases, bias_size,
-                 [&](const auto& total, int64_t i) {  // (H, queries, keys) from (H, keys, queries)
-                   return total[size_t((i / (n * n) * n + i % n) * width + i / n % n)];
-                 }),
-          finish(wants_table, a.bias_table, tables, table_rows,
-                 [&](const auto& total, int64_t i) {
-                   return total[size_t(i % p.heads * table_rows + i / p.heads)];
-                 }),
+          wants_bias ? grad_bias() : empty_tensor({0}, dtype),
+          wants_table ? grad_table() : empty_tensor({0}, dtype),
           finish(wants_pad_key, a.pad_key, pad_keys, p.head_dim,
                  [&](const auto& total, int64_t i) {
                    const T x = total[size_t(i)];
