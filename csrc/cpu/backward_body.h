@@ -105,21 +105,40 @@ struct Partials {
   }
 };
 
-// dS = P∘(dP − Σ P∘dP) in place of dP, P being e·inverse; added to `bias` if that has data.
-template <class T, bool kBias>
-void grad_logits_vectors(int64_t keys, int64_t columns, Rows<const T> e, Rows<T> dp,
-                         const T* inverse, const GradSums<T>& grad, Rows<T> bias) {
+// dS = P∘(dP − Σ P∘dP) in place of dP, P being e·inverse, of a vector V of queries; added to `bias`
+// if that has data.
+template <class V, bool kBias, class T>
+void grad_logits_vector(int64_t keys, Rows<const T> e, Rows<T> dp, const T* inverse,
+                        const GradSums<T>& grad, Rows<T> bias) {
+  const V factor = load_vector<V>(inverse), top = load_vector<V>(grad.top),
+          mean = load_vector<V>(grad.mean);
+  for (int64_t j = 0; j < keys; ++j) {
+    T* home = dp.data + j * dp.stride;
+    const V ds =
+        load_vector<V>(e.data + j * e.stride) * ((load_vector<V>(home) - top - mean) * factor);
+    store_vector(home, ds);
+    if (kBias) {
+      T* sum = bias.data + j * bias.stride;
+      store_vector(sum, V(load_vector<V>(sum) + ds));
+    }
+  }
+}
+
+template <class T>
+void grad_logits(int64_t keys, int64_t columns, Rows<const T> e, Rows<T> dp, const T* inverse,
+                 const GradSums<T>& grad, Rows<T> bias) {
   constexpr int64_t kCount = Lanes<T>::kCount;
   for (int64_t c = 0; c < columns; c += kCount) {
-    const Vec<T> factor = load(inverse + c), top = load(grad.top + c), mean = load(grad.mean + c);
-    for (int64_t j = 0; j < keys; ++j) {
-      T* home = dp.data + j * dp.stride + c;
-      const Vec<T> ds = load(e.data + j * e.stride + c) * ((load(home) - top - mean) * factor);
-      store(home, ds);
-      if (kBias) {
-        T* sum = bias.data + j * bias.stride + c;
-        store(sum, Vec<T>(load(sum) + ds));
-      }
+    const auto run = [&]<class V>(V) {
+      const auto one =
+          bias.data == nullptr ? &grad_logits_vector<V, false, T> : &grad_logits_vector<V, true, T>;
+      one(keys, {e.data + c, e.stride}, {dp.data + c, dp.stride}, inverse + c, grad.from(c),
+          {bias.data == nullptr ? nullptr : bias.data + c, bias.stride});
+    };
+    if (c + kCount <= columns) {
+      run(Vec<T>{});
+    } else {
+      run(HalfVec<T>{});
     }
   }
 }
@@ -131,10 +150,10 @@ void backward_queries(const Backward& call, const Window& w, const Softmax<T>& s
                       int64_t i0, int64_t rows, Ahead& ahead) {
   const Operands& in = call.in;
   const Problem& p = in.problem;
-  const int64_t columns = round_up<T>(rows);
+  const int64_t columns = round_queries<T>(rows);
   const bool cosine = in.logit_scale != nullptr;
   const T factor = factor_of<T>(in, head);
-  const Rows<T> weights = {t.weights, t.group}, grad_logits = {t.grad_logits, t.group};
+  const Rows<T> weights = {t.weights, t.group}, dp = {t.grad_logits, t.group};
   multiply<T>({.left = {.rows = t.key.rows()},
                .right = {t.query_t_rows, i0},
                .depth = p.head_dim,
@@ -151,15 +170,11 @@ void backward_queries(const Backward& call, const Window& w, const Softmax<T>& s
                .rows = t.tokens,
                .columns = columns},
               ahead);
-  if (in.dropout_p > 0) drop(in, w, head, i0, rows, grad_logits);
-  const GradSums<T> sums = {grad_logits, t.top, t.mean};
+  if (in.dropout_p > 0) drop(in, w, head, i0, rows, dp);
+  const GradSums<T> sums = {dp, t.top, t.mean};
   softmax.weigh(i0, columns, weights, t.inverse, sums);
-  if (partials.bias == nullptr) {
-    grad_logits_vectors<T, false>(t.tokens, columns, weights, grad_logits, t.inverse, sums, {});
-  } else {
-    grad_logits_vectors<T, true>(t.tokens, columns, weights, grad_logits, t.inverse, sums,
-                                 {partials.bias + i0, t.width});
-  }
+  grad_logits<T>(t.tokens, columns, weights, dp, t.inverse, sums,
+                 {partials.bias == nullptr ? nullptr : partials.bias + i0, t.width});
   if (in.dropout_p > 0) drop(in, w, head, i0, rows, weights);
   for (int64_t r = 0; r < rows; ++r)  // dV takes the weights with 1/Σe in the other factor
     store_row(t.grad_out.rows()[i0 + r], t.inverse[r], t.value_depth, t.scaled + r * t.value_depth);

@@ -72,7 +72,7 @@ void forward(const Forward& call, int64_t begin, int64_t end) {
     const int64_t parts = (columns + group - 1) / group;
     for (int64_t g = 0; g < parts; ++g) {
       const auto [i0, rows] = part_of<T>(w.end, g, parts);
-      const int64_t part_columns = round_up<T>(rows);
+      const int64_t part_columns = round_queries<T>(rows);
       const Rows<T> weights = {logits, group};
       multiply<T>({.left = {.rows = key.rows()},
                    .right = {query_t_rows, i0},

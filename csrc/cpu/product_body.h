@@ -60,8 +60,9 @@ struct Tile {
   Lines lines;
 };
 
-// R rows and C vectors, in registers over the depth; asks for one of the lines each step.
-template <class T, int R, int C, bool kAsks>
+// R rows and C vectors, and half a one with kTail, in registers over the depth; asks for one of the
+// lines each step.
+template <class T, int R, int C, bool kTail, bool kAsks>
 void product_tile(const Tile<T>& tile) {
   constexpr int64_t kCount = Lanes<T>::kCount;
   const T* left[R];
@@ -70,45 +71,66 @@ void product_tile(const Tile<T>& tile) {
   const int64_t left_step = tile.left_step, column = tile.right_column, depth = tile.depth;
   const Lines lines = tile.lines;
   Vec<T> sum[R][C];
+  HalfVec<T> tail[R];
 #pragma GCC unroll 8
-  for (int r = 0; r < R; ++r)
+  for (int r = 0; r < R; ++r) {
 #pragma GCC unroll 8
     for (int v = 0; v < C; ++v) sum[r][v] = Vec<T>{};
+    tail[r] = HalfVec<T>{};
+  }
   for (int64_t k = 0, step = 0; k < depth; ++k, step += left_step) {
     if (kAsks) lines.ask(k);
     const T* row = right[k] + column;
     Vec<T> panel[C];
+    HalfVec<T> panel_tail;
 #pragma GCC unroll 8
     for (int v = 0; v < C; ++v) panel[v] = load(row + v * kCount);
+    if constexpr (kTail) panel_tail = load_vector<HalfVec<T>>(row + C * kCount);
 #pragma GCC unroll 8
     for (int r = 0; r < R; ++r) {
       const T x = left[r][step];
 #pragma GCC unroll 8
       for (int v = 0; v < C; ++v) sum[r][v] += x * panel[v];
+      if constexpr (kTail) tail[r] += x * panel_tail;
     }
   }
-  const auto finish = [&](auto starts) {
+  const auto finish = [&](auto starts, int r, auto sum, int64_t place) {
+    using V = decltype(sum);
+    sum *= tile.factor[r];
+    if constexpr (starts) sum += load_vector<V>(tile.start[r] + place);
+    store_vector(tile.result[r] + place, sum);
+  };
+  const auto finish_all = [&](auto starts) {
 #pragma GCC unroll 8
-    for (int r = 0; r < R; ++r)
+    for (int r = 0; r < R; ++r) {
 #pragma GCC unroll 8
-      for (int v = 0; v < C; ++v) {
-        Vec<T> result = sum[r][v] * tile.factor[r];
-        if constexpr (starts) result += load(tile.start[r] + v * kCount);
-        store(tile.result[r] + v * kCount, result);
-      }
+      for (int v = 0; v < C; ++v) finish(starts, r, sum[r][v], v * kCount);
+      if constexpr (kTail) finish(starts, r, tail[r], C * kCount);
+    }
   };
   if (tile.starts) {
-    finish(std::true_type());
+    finish_all(std::true_type());
   } else {
-    finish(std::false_type());
+    finish_all(std::false_type());
   }
 }
 
-template <class T, bool kAsks, size_t... I>
-constexpr auto product_tile_of(int64_t rows, int64_t columns, std::index_sequence<I...>) {
+// One with half a vector has fewer whole ones, for want of registers.
+template <class T, bool kTail, bool kAsks, size_t... I>
+constexpr auto product_tile_of(int64_t rows, int64_t vectors, std::index_sequence<I...>) {
+  constexpr int kMost = kMaxColumns - kTail;
   constexpr void (*kTable[])(const Tile<T>&) = {
-      &product_tile<T, int(I) / kMaxColumns + 1, int(I) % kMaxColumns + 1, kAsks>...};
-  return kTable[(rows - 1) * kMaxColumns + columns - 1];
+      &product_tile<T, int(I) / kMost + 1, int(I) % kMost + 1, kTail, kAsks>...};
+  return kTable[(rows - 1) * kMost + vectors - 1];
+}
+
+template <class T, bool kTail>
+void run_tile(const Tile<T>& tile, int64_t rows, int64_t vectors) {
+  constexpr auto kTiles = std::make_index_sequence<kMaxRows*(kMaxColumns - kTail)>();
+  const auto run = tile.lines.base != nullptr
+                       ? product_tile_of<T, kTail, true>(rows, vectors, kTiles)
+                       : product_tile_of<T, kTail, false>(rows, vectors, kTiles);
+  run(tile);
 }
 
 // Steps that are summed in a register before they are added to c: a chain of 576 roundings errs
@@ -119,8 +141,7 @@ constexpr int64_t kMaxDepth = 64;
 template <class T>
 void multiply(const Product<T>& p, Ahead& ahead) {
   constexpr int64_t kCount = Lanes<T>::kCount;
-  constexpr auto kTiles = std::make_index_sequence<kMaxRows * kMaxColumns>();
-  const int64_t vectors = p.columns / kCount;
+  const int64_t whole = p.columns / kCount, vectors = (p.columns + kCount - 1) / kCount;
   const int64_t row_tiles = (p.rows + kMaxRows - 1) / kMaxRows;
   const int64_t column_tiles = (vectors + kMaxColumns - 1) / kMaxColumns;
   const int64_t depth_tiles = (p.depth + kMaxDepth - 1) / kMaxDepth;
@@ -144,10 +165,13 @@ void multiply(const Product<T>& p, Ahead& ahead) {
           tile.factor[i] = p.row_factors == nullptr ? p.factor : p.factor * p.row_factors[r];
         }
         tile.lines = ahead.take(k1 - k0);
-        const auto run = tile.lines.base != nullptr
-                             ? product_tile_of<T, true>(r1 - r0, v1 - v0, kTiles)
-                             : product_tile_of<T, false>(r1 - r0, v1 - v0, kTiles);
-        run(tile);
+        if constexpr (kHalves) {
+          if (v1 > whole) {
+            run_tile<T, true>(tile, r1 - r0, v1 - v0 - 1);
+            continue;
+          }
+        }
+        run_tile<T, false>(tile, r1 - r0, v1 - v0);
       }
     }
   }

@@ -11,6 +11,16 @@ struct Lanes {
 template <class T>
 using Vec = typename Lanes<T>::Vec;
 
+// Vectors of 64 bytes take two passes of a multiplier on some processors, those of 32 one: the last
+// vector of a row of queries may be half as wide, so that 49 of them take 56 lanes and not 64.
+constexpr bool kHalves = SWIN_VECTOR_BYTES == 64;
+template <class T>
+struct HalfLanes {
+  typedef T Vec __attribute__((vector_size(SWIN_VECTOR_BYTES / 2)));
+};
+template <class T>
+using HalfVec = typename HalfLanes<T>::Vec;
+
 #define SWIN_INLINE inline __attribute__((always_inline))
 
 SWIN_INLINE int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
@@ -18,6 +28,26 @@ SWIN_INLINE int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
 template <class T>
 SWIN_INLINE int64_t round_up(int64_t n) {
   return (n + Lanes<T>::kCount - 1) / Lanes<T>::kCount * Lanes<T>::kCount;
+}
+
+// Lanes for n queries: whole vectors, of which the last may be half.
+template <class T>
+SWIN_INLINE int64_t round_queries(int64_t n) {
+  constexpr int64_t kHalf = Lanes<T>::kCount / (kHalves ? 2 : 1);
+  return n <= kHalf ? Lanes<T>::kCount : (n + kHalf - 1) / kHalf * kHalf;
+}
+
+// V is a vector of any width.
+template <class V, class T>
+SWIN_INLINE V load_vector(const T* p) {
+  V v;
+  __builtin_memcpy(&v, p, sizeof(V));
+  return v;
+}
+
+template <class V, class T>
+SWIN_INLINE void store_vector(T* p, V v) {
+  __builtin_memcpy(p, &v, sizeof(V));
 }
 
 template <class T>
@@ -55,31 +85,38 @@ SWIN_INLINE T sum_of(Vec<T> v) {
 // shift mask would otherwise make every product with it several times slower. 2^n·2^r with |r| <=
 // 1/2; the polynomial is fitted to the least relative error (2e-9) of 2^r = 1 + r·(…), and errs by
 // less than 1.5 units of the last place down to x = −5, where rounding x·log2(e) begins to show.
-SWIN_INLINE Vec<float> exp_flushed(Vec<float> x) {
-  typedef int32_t Int __attribute__((vector_size(SWIN_VECTOR_BYTES)));
+template <class V>
+SWIN_INLINE V exp_flushed_float(V x) {
+  typedef int32_t Int __attribute__((vector_size(sizeof(V))));
   constexpr float kLog2E = 1.44269504088896341f, kLowest = -87.f;
   constexpr float kRound =
       12582912.f;  // 1.5·2^23: a sum with it has a whole number in its low bits
-  const Vec<float> rounded = x * kLog2E + kRound;
-  const Vec<float> r = x * kLog2E - (rounded - kRound);
-  Vec<float> p = r * 1.5353362e-4f + 1.3398875e-3f;
+  const V rounded = x * kLog2E + kRound;
+  const V r = x * kLog2E - (rounded - kRound);
+  V p = r * 1.5353362e-4f + 1.3398875e-3f;
   p = p * r + 9.618437e-3f;
   p = p * r + 5.5503324e-2f;
   p = p * r + 2.4022648e-1f;
   p = p * r + 6.931472e-1f;
   p = p * r + 1.0f;
-  // kRound leaves nothing above n in the low bits; a NaN stays one through the product
-  const Int power = ((Int)rounded << 23) + (127 << 23);
-  const Vec<float> result = p * (Vec<float>)power;
-  return x < kLowest ? Vec<float>{} : result;
+  // kRound leaves nothing above n in the low bits, and n goes into the exponent; a NaN stays one,
+  // as it adds 0
+  const V result = (V)((Int)p + ((Int)rounded << 23));
+  return x < kLowest ? V{} : result;
 }
 
-SWIN_INLINE Vec<double> exp_flushed(Vec<double> x) {
-  constexpr double kLowest = -708.39;
-  Vec<double> result;
-  for (int64_t i = 0; i < Lanes<double>::kCount; ++i)
-    result[i] = x[i] < kLowest ? 0.0 : std::exp(x[i]);
-  return result;
+template <class V>
+SWIN_INLINE V exp_flushed(V x) {
+  using T = std::remove_cvref_t<decltype(x[0])>;
+  if constexpr (std::is_same_v<T, float>) {
+    return exp_flushed_float(x);
+  } else {
+    constexpr T kLowest = -708.39;
+    V result;
+    for (size_t i = 0; i < sizeof(V) / sizeof(T); ++i)
+      result[i] = x[i] < kLowest ? 0.0 : std::exp(x[i]);
+    return result;
+  }
 }
 
 template <class T, size_t... I>

@@ -31,17 +31,17 @@ struct GradSums {
   }
 };
 
-// C vectors of queries: s becomes e = exp(s + mask − max), `inverse` 1/Σe, or 0 where every key is
-// at −inf. Row j of the mask is mask[j].
-template <class T, int C, bool kMasked, bool kGrad>
+// C vectors V of queries: s becomes e = exp(s + mask − max), `inverse` 1/Σe, or 0 where every key
+// is at −inf. Row j of the mask is mask[j].
+template <class V, int C, bool kMasked, bool kGrad, class T>
 void weigh_vectors(int64_t keys, Rows<T> s, const T* const* mask, int64_t i0, T* inverse,
                    const GradSums<T>& grad) {
-  constexpr int64_t kCount = Lanes<T>::kCount;
+  constexpr int64_t kCount = sizeof(V) / sizeof(T);
   const auto dp = [&](int64_t j, int v) {
-    return load(grad.dp.data + j * grad.dp.stride + v * kCount);
+    return load_vector<V>(grad.dp.data + j * grad.dp.stride + v * kCount);
   };
-  const Vec<T> lowest = splat(-std::numeric_limits<T>::infinity());
-  Vec<T> most[C], top[C], sum[C], weighted[C];
+  const V lowest = -std::numeric_limits<T>::infinity() - V{};
+  V most[C], top[C], sum[C], weighted[C];
   for (int v = 0; v < C; ++v) {
     most[v] = lowest;
     if (kGrad) top[v] = dp(0, v);
@@ -50,10 +50,10 @@ void weigh_vectors(int64_t keys, Rows<T> s, const T* const* mask, int64_t i0, T*
     T* row = s.data + j * s.stride;
 #pragma GCC unroll 4
     for (int v = 0; v < C; ++v) {
-      Vec<T> x = load(row + v * kCount);
+      V x = load_vector<V>(row + v * kCount);
       if (kMasked) {
-        x += load(mask[j] + i0 + v * kCount);
-        store(row + v * kCount, x);
+        x += load_vector<V>(mask[j] + i0 + v * kCount);
+        store_vector(row + v * kCount, x);
       }
       const auto larger = x > most[v];
       most[v] = larger ? x : most[v];
@@ -61,20 +61,20 @@ void weigh_vectors(int64_t keys, Rows<T> s, const T* const* mask, int64_t i0, T*
     }
   }
   for (int v = 0; v < C; ++v) {
-    most[v] = most[v] == lowest ? Vec<T>{} : most[v];
-    sum[v] = weighted[v] = Vec<T>{};
+    most[v] = most[v] == lowest ? V{} : most[v];
+    sum[v] = weighted[v] = V{};
   }
   const int64_t step = keys_of_a_sum(keys);
   for (int64_t j0 = 0; j0 < keys; j0 += step) {
-    Vec<T> some[C], some_weighted[C];
-    for (int v = 0; v < C; ++v) some[v] = some_weighted[v] = Vec<T>{};
+    V some[C], some_weighted[C];
+    for (int v = 0; v < C; ++v) some[v] = some_weighted[v] = V{};
     const int64_t end = smaller(j0 + step, keys);
     for (int64_t j = j0; j < end; ++j) {
       T* row = s.data + j * s.stride;
 #pragma GCC unroll 4
       for (int v = 0; v < C; ++v) {
-        const Vec<T> e = exp_flushed(load(row + v * kCount) - most[v]);
-        store(row + v * kCount, e);
+        const V e = exp_flushed(load_vector<V>(row + v * kCount) - most[v]);
+        store_vector(row + v * kCount, e);
         some[v] += e;
         if (kGrad) some_weighted[v] += e * (dp(j, v) - top[v]);
       }
@@ -85,11 +85,11 @@ void weigh_vectors(int64_t keys, Rows<T> s, const T* const* mask, int64_t i0, T*
     }
   }
   for (int v = 0; v < C; ++v) {
-    const Vec<T> factor = sum[v] == Vec<T>{} ? Vec<T>{} : 1 / sum[v];
-    store(inverse + v * kCount, factor);
+    const V factor = sum[v] == V{} ? V{} : 1 / sum[v];
+    store_vector(inverse + v * kCount, factor);
     if (kGrad) {
-      store(grad.top + v * kCount, top[v]);
-      store(grad.mean + v * kCount, Vec<T>(weighted[v] * factor));
+      store_vector(grad.top + v * kCount, top[v]);
+      store_vector(grad.mean + v * kCount, V(weighted[v] * factor));
     }
   }
 }
@@ -129,21 +129,22 @@ class Softmax {
   void weigh(int64_t i0, int64_t columns, Rows<T> s, T* inverse,
              const GradSums<T>& grad = {}) const {
     constexpr int64_t kCount = Lanes<T>::kCount;
-    for (int64_t c = 0; c < columns; c += kMaxColumns * kCount)
-      weigh_some((columns - c) / kCount, {s.data + c, s.stride}, i0 + c, inverse + c, grad.from(c));
+    int64_t c = 0;
+    for (; c + kMaxColumns * kCount <= columns; c += kMaxColumns * kCount)
+      weigh_some<Vec<T>, kMaxColumns>({s.data + c, s.stride}, i0 + c, inverse + c, grad.from(c));
+    for (; c + kCount <= columns; c += kCount)
+      weigh_some<Vec<T>, 1>({s.data + c, s.stride}, i0 + c, inverse + c, grad.from(c));
+    if (c < columns)
+      weigh_some<HalfVec<T>, 1>({s.data + c, s.stride}, i0 + c, inverse + c, grad.from(c));
   }
 
  private:
-  // As many vectors as fit in registers, at most `vectors`.
-  template <int C = kMaxColumns>
-  void weigh_some(int64_t vectors, Rows<T> s, int64_t i0, T* inverse,
-                  const GradSums<T>& grad) const {
-    if constexpr (C > 1)
-      if (vectors < C) return weigh_some<C - 1>(vectors, s, i0, inverse, grad);
-    const auto weigh =
-        grad.dp.data == nullptr
-            ? (masked_ ? &weigh_vectors<T, C, true, false> : &weigh_vectors<T, C, false, false>)
-            : (masked_ ? &weigh_vectors<T, C, true, true> : &weigh_vectors<T, C, false, true>);
+  template <class V, int C>
+  void weigh_some(Rows<T> s, int64_t i0, T* inverse, const GradSums<T>& grad) const {
+    const auto weigh = grad.dp.data == nullptr ? (masked_ ? &weigh_vectors<V, C, true, false, T>
+                                                          : &weigh_vectors<V, C, false, false, T>)
+                                               : (masked_ ? &weigh_vectors<V, C, true, true, T>
+                                                          : &weigh_vectors<V, C, false, true, T>);
     weigh(tokens_, s, mask_rows_, i0, inverse, grad);
   }
 

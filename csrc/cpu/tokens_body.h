@@ -346,7 +346,10 @@ class TokenRows {
     const int64_t* offsets = w.offsets(name);
     const T* pad_row = pad == nullptr ? zero_ : static_cast<const T*>(pad) + head * channels;
     const bool plain = std::is_same_v<Token, T> && plain_;
-    for (int64_t t = 0; t < end; ++t) {
+    const bool whole = w.real == w.tokens();
+    if (plain && whole)
+      for (int64_t t = 0; t < end; ++t) row_[t] = reinterpret_cast<const T*>(home + offsets[t]);
+    for (int64_t t = plain && whole ? end : 0; t < end; ++t) {
       T* packed = packed_ + t * width_;
       if (plain) {
         row_[t] = w.padding(t) ? pad_row : reinterpret_cast<const T*>(home + offsets[t]);
@@ -391,6 +394,10 @@ class ResultRows {
     Token* home = w.rows<Token>(name, head);
     const int64_t* offsets = w.offsets(name) + first;
     const bool plain = std::is_same_v<Token, T> && plain_;
+    if (plain && w.real == w.tokens()) {
+      for (int64_t t = 0; t < count; ++t) row_[t] = reinterpret_cast<T*>(home + offsets[t]);
+      return;
+    }
     for (int64_t t = 0; t < count; ++t) {
       const bool direct = plain && !w.padding(first + t);
       row_[t] = direct ? reinterpret_cast<T*>(home + offsets[t]) : packed_ + t * width_;

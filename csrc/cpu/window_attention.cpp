@@ -146,7 +146,7 @@ void share_out(Backward& call, int64_t bytes_per_chunk) {
   const int64_t most = kPartialBytes / std::max<int64_t>(bytes_per_chunk, 1);
   const int64_t chunks =
       std::clamp<int64_t>(std::min(parts_of(windows, kWindows), most), 1, kTasks);
-  call.windows_per_chunk = parts_of(windows, chunks);
+  call.windows_per_chunk = std::max<int64_t>(1, parts_of(windows, chunks));
   call.heads_per_task = parts_of(p.heads, std::min(p.heads, parts_of(kTasks, chunks)));
 }
 
