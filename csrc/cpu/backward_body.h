@@ -39,42 +39,45 @@ inline bool crowded(const Map& map, int64_t tokens) {
 }
 
 // The tiles of one thread.
-template <class Token, class T>
+template <class Token, class A>
 struct BackwardTiles {
-  int64_t tokens, width, depth, value_depth, group;
-  TokenRows<T> query, key, value, grad_out;
-  T *query_t, *grad_out_t;
-  const T *const *query_t_rows, *const *grad_out_t_rows;
-  T *weights, *grad_logits;
-  T *const *weight_rows, *const *grad_logit_rows;
+  using T = typename A::Sum;
+  using E = typename A::Element;
+  int64_t tokens, width, group;
+  TokenRows<E> query, key, value, grad_out;
+  Transposed<A> query_t, grad_out_t;
+  OverTokens<A> query_steps, key_steps, grad_out_steps;
+  T *weight_data, *grad_data;
+  Rows<T> weights, grad_logits;
+  T *const *weight_rows, *const *grad_rows;
+  WeightFactors<A> weight_factors, grad_factors;
   ResultRows<T> grad_query, grad_key, grad_value;
-  T* scaled;  // the gradients of the output over Σe
-  const T* const* scaled_rows;
   T *inverse, *top, *mean, *query_inverse, *key_inverse;
 
   BackwardTiles(const Problem& p, const Map* maps, bool cosine, Scratch& scratch)
       : tokens(p.tokens()),
         width(round_up<T>(tokens)),
-        depth(round_up<T>(p.head_dim)),
-        value_depth(round_up<T>(p.value_dim)),
         group(queries_at_once<T>(tokens, kBackwardLogitBytes)),
         query(maps[kQuery], width, cosine || crowded<Token>(maps[kQuery], tokens), scratch),
         key(maps[kKey], tokens, cosine || crowded<Token>(maps[kKey], tokens), scratch),
         value(maps[kValue], tokens, false, scratch),
-        grad_out(maps[kOut], width, false, scratch),
-        query_t(scratch.take<T>(depth * width)),
-        grad_out_t(scratch.take<T>(value_depth * width)),
-        query_t_rows(row_pointers(query_t, width, depth, scratch)),
-        grad_out_t_rows(row_pointers(grad_out_t, width, value_depth, scratch)),
-        weights(scratch.take<T>(tokens * group)),
-        grad_logits(scratch.take<T>(tokens * group)),
-        weight_rows(row_pointers(weights, group, tokens, scratch)),
-        grad_logit_rows(row_pointers(grad_logits, group, tokens, scratch)),
+        grad_out(maps[kOut], width, crowded<Token>(maps[kOut], tokens), scratch),
+        query_t(width, p.head_dim, scratch),
+        grad_out_t(width, p.value_dim, scratch),
+        query_steps(maps[kQuery], width, scratch),
+        key_steps(maps[kKey], tokens, scratch),
+        grad_out_steps(maps[kOut], width, scratch),
+        weight_data(scratch.take<T>(tokens * group)),
+        grad_data(scratch.take<T>(tokens * group)),
+        weights{weight_data, group},
+        grad_logits{grad_data, group},
+        weight_rows(row_pointers(weight_data, group, tokens, scratch)),
+        grad_rows(row_pointers(grad_data, group, tokens, scratch)),
+        weight_factors(tokens, group, scratch),
+        grad_factors(tokens, group, scratch),
         grad_query(maps[kGradQuery], group, cosine, scratch),
         grad_key(maps[kGradKey], tokens, cosine, scratch),
         grad_value(maps[kGradValue], tokens, false, scratch),
-        scaled(scratch.take<T>(group * value_depth)),
-        scaled_rows(row_pointers(scaled, value_depth, group, scratch)),
         inverse(scratch.take<T>(group)),
         top(scratch.take<T>(group)),
         mean(scratch.take<T>(group)),
@@ -105,17 +108,17 @@ struct Partials {
   }
 };
 
-// dS = P∘(dP − Σ P∘dP) in place of dP, P being e·inverse, of a vector V of queries; added to `bias`
-// if that has data.
+// P = e·inverse in place of e and dS = P∘(dP − Σ P∘dP) in place of dP, of a vector V of queries; dS
+// is added to `bias` if that has data.
 template <class V, bool kBias, class T>
-void grad_logits_vector(int64_t keys, Rows<const T> e, Rows<T> dp, const T* inverse,
-                        const GradSums<T>& grad, Rows<T> bias) {
+void finish_logits_vector(int64_t keys, Rows<T> e, Rows<T> dp, const T* inverse,
+                          const GradSums<T>& grad, Rows<T> bias) {
   const V factor = load_vector<V>(inverse), top = load_vector<V>(grad.top),
           mean = load_vector<V>(grad.mean);
   for (int64_t j = 0; j < keys; ++j) {
-    T* home = dp.data + j * dp.stride;
-    const V ds =
-        load_vector<V>(e.data + j * e.stride) * ((load_vector<V>(home) - top - mean) * factor);
+    T *weight = e.data + j * e.stride, *home = dp.data + j * dp.stride;
+    const V p = load_vector<V>(weight) * factor, ds = p * (load_vector<V>(home) - top - mean);
+    store_vector(weight, p);
     store_vector(home, ds);
     if (kBias) {
       T* sum = bias.data + j * bias.stride;
@@ -125,13 +128,13 @@ void grad_logits_vector(int64_t keys, Rows<const T> e, Rows<T> dp, const T* inve
 }
 
 template <class T>
-void grad_logits(int64_t keys, int64_t columns, Rows<const T> e, Rows<T> dp, const T* inverse,
-                 const GradSums<T>& grad, Rows<T> bias) {
+void finish_logits(int64_t keys, int64_t columns, Rows<T> e, Rows<T> dp, const T* inverse,
+                   const GradSums<T>& grad, Rows<T> bias) {
   constexpr int64_t kCount = Lanes<T>::kCount;
   for (int64_t c = 0; c < columns; c += kCount) {
     const auto run = [&]<class V>(V) {
-      const auto one =
-          bias.data == nullptr ? &grad_logits_vector<V, false, T> : &grad_logits_vector<V, true, T>;
+      const auto one = bias.data == nullptr ? &finish_logits_vector<V, false, T>
+                                            : &finish_logits_vector<V, true, T>;
       one(keys, {e.data + c, e.stride}, {dp.data + c, dp.stride}, inverse + c, grad.from(c),
           {bias.data == nullptr ? nullptr : bias.data + c, bias.stride});
     };
@@ -144,87 +147,87 @@ void grad_logits(int64_t keys, int64_t columns, Rows<const T> e, Rows<T> dp, con
 }
 
 // The queries [i0, i0 + rows): dQ is finished and stored, dK and dV are added to.
-template <class Token, class T>
+template <class Token, class A, class T = typename A::Sum>
 void backward_queries(const Backward& call, const Window& w, const Softmax<T>& softmax,
-                      BackwardTiles<Token, T>& t, const Partials<T>& partials, int64_t head,
+                      BackwardTiles<Token, A>& t, const Partials<T>& partials, int64_t head,
                       int64_t i0, int64_t rows, Ahead& ahead) {
   const Operands& in = call.in;
   const Problem& p = in.problem;
   const int64_t columns = round_queries<T>(rows);
   const bool cosine = in.logit_scale != nullptr;
   const T factor = factor_of<T>(in, head);
-  const Rows<T> weights = {t.weights, t.group}, dp = {t.grad_logits, t.group};
-  multiply<T>({.left = {.rows = t.key.rows()},
-               .right = {t.query_t_rows, i0},
-               .depth = p.head_dim,
+  multiply<A>({.left = {.rows = over_channels<A>(t.key)},
+               .right = {t.query_t.rows(), i0},
+               .depth = steps<A>(p.head_dim),
                .result = t.weight_rows,
                .rows = t.tokens,
                .columns = columns,
                .factor = factor,
                .start = softmax.bias(i0)},
               ahead);
-  multiply<T>({.left = {.rows = t.value.rows()},
-               .right = {t.grad_out_t_rows, i0},
-               .depth = p.value_dim,
-               .result = t.grad_logit_rows,
+  multiply<A>({.left = {.rows = over_channels<A>(t.value)},
+               .right = {t.grad_out_t.rows(), i0},
+               .depth = steps<A>(p.value_dim),
+               .result = t.grad_rows,
                .rows = t.tokens,
                .columns = columns},
               ahead);
-  if (in.dropout_p > 0) drop(in, w, head, i0, rows, dp);
-  const GradSums<T> sums = {dp, t.top, t.mean};
-  softmax.weigh(i0, columns, weights, t.inverse, sums);
-  grad_logits<T>(t.tokens, columns, weights, dp, t.inverse, sums,
-                 {partials.bias == nullptr ? nullptr : partials.bias + i0, t.width});
-  if (in.dropout_p > 0) drop(in, w, head, i0, rows, weights);
-  for (int64_t r = 0; r < rows; ++r)  // dV takes the weights with 1/Σe in the other factor
-    store_row(t.grad_out.rows()[i0 + r], t.inverse[r], t.value_depth, t.scaled + r * t.value_depth);
+  if (in.dropout_p > 0) drop(in, w, head, i0, rows, t.grad_logits);
+  const GradSums<T> sums = {t.grad_logits, t.top, t.mean};
+  softmax.weigh(i0, columns, t.weights, t.inverse, sums);
+  finish_logits<T>(t.tokens, columns, t.weights, t.grad_logits, t.inverse, sums,
+                   {partials.bias == nullptr ? nullptr : partials.bias + i0, t.width});
+  if (in.dropout_p > 0) drop(in, w, head, i0, rows, t.weights);
   const T outer = cosine ? T(1) : factor;  // else through_norm has it
   t.grad_query.template aim<Token>(w, kGradQuery, head, i0, rows);
-  multiply<T>({.left = {.data = t.grad_logits, .row_stride = 1, .step_stride = t.group},
-               .right = {t.key.rows()},
-               .depth = t.tokens,
+  multiply<A>({.left = t.grad_factors.over_keys(t.grad_logits, t.tokens, columns),
+               .right = {t.key_steps.fill(t.key, 0, t.tokens)},
+               .depth = steps<A>(t.tokens),
                .result = t.grad_query.rows(),
                .rows = rows,
-               .columns = t.depth,
+               .columns = t.grad_query.width(),
                .factor = outer},
               ahead);
-  multiply<T>({.left = {.data = t.grad_logits, .row_stride = t.group},
-               .right = {t.query.rows() + i0},
-               .depth = rows,
+  multiply<A>({.left = t.grad_factors.over_queries(t.grad_logits, t.tokens, columns),
+               .right = {t.query_steps.fill(t.query, i0, rows)},
+               .depth = steps<A>(rows),
                .result = t.grad_key.rows(),
                .rows = t.tokens,
-               .columns = t.depth,
+               .columns = t.grad_key.width(),
                .factor = outer,
                .adds = i0 > 0},
               ahead);
-  multiply<T>({.left = {.data = t.weights, .row_stride = t.group},
-               .right = {t.scaled_rows},
-               .depth = rows,
+  multiply<A>({.left = t.weight_factors.over_queries(t.weights, t.tokens, columns),
+               .right = {t.grad_out_steps.fill(t.grad_out, i0, rows)},
+               .depth = steps<A>(rows),
                .result = t.grad_value.rows(),
                .rows = t.tokens,
-               .columns = t.value_depth,
+               .columns = t.grad_value.width(),
                .adds = i0 > 0},
               ahead);
-  if (cosine)
-    for (int64_t r = 0; r < rows; ++r) {
+  if constexpr (A::kPer == 1) {
+    for (int64_t r = 0; cosine && r < rows; ++r) {
       const T* unit = t.query.rows()[i0 + r];
       T* grad = t.grad_query.rows()[r];
       if (w.padding(i0 + r)) continue;
-      if (partials.logit_scale != nullptr) *partials.logit_scale += dot(unit, grad, t.depth);
-      through_norm<Token>(unit, t.query_inverse[i0 + r], factor, t.depth, grad);
+      if (partials.logit_scale != nullptr)
+        *partials.logit_scale += dot(unit, grad, t.query.width());
+      through_norm<Token>(unit, t.query_inverse[i0 + r], factor, t.query.width(), grad);
     }
+  }
   t.grad_query.template store<Token>(w, kGradQuery, head, i0, rows);
 }
 
 // dK and dV of the window to their places; those of padding are summed.
-template <class Token, class T>
-void finish_keys(const Backward& call, const Window& w, BackwardTiles<Token, T>& t,
+template <class Token, class A, class T = typename A::Sum>
+void finish_keys(const Backward& call, const Window& w, BackwardTiles<Token, A>& t,
                  const Partials<T>& partials, int64_t head) {
   const Problem& p = call.in.problem;
-  if (call.in.logit_scale != nullptr)
-    for (int64_t j = 0; j < t.tokens; ++j)
-      through_norm<Token>(t.key.rows()[j], t.key_inverse[j], factor_of<T>(call.in, head), t.depth,
-                          t.grad_key.rows()[j]);
+  if constexpr (A::kPer == 1) {
+    for (int64_t j = 0; call.in.logit_scale != nullptr && j < t.tokens; ++j)
+      through_norm<Token>(t.key.rows()[j], t.key_inverse[j], factor_of<T>(call.in, head),
+                          t.key.width(), t.grad_key.rows()[j]);
+  }
   t.grad_key.template store<Token>(w, kGradKey, head, 0, t.tokens);
   t.grad_value.template store<Token>(w, kGradValue, head, 0, t.tokens);
   if (w.real == t.tokens) return;
@@ -238,9 +241,9 @@ void finish_keys(const Backward& call, const Window& w, BackwardTiles<Token, T>&
   }
 }
 
-template <class Token>
+template <class Token, class A = Singles<typename SumOf<Token>::type>>
 void backward(const Backward& call, int64_t begin, int64_t end) {
-  using T = typename SumOf<Token>::type;
+  using T = typename A::Sum;
   const Operands& in = call.in;
   const Problem& p = in.problem;
   const bool cosine = in.logit_scale != nullptr;
@@ -253,7 +256,7 @@ void backward(const Backward& call, int64_t begin, int64_t end) {
                       Window(p, maps, 7, scratch)};  // this window and the one asked for
   Ahead ahead(places[0], sizeof(Token), scratch);
   Softmax<T> softmax(in, scratch);
-  BackwardTiles<Token, T> t(p, maps, cosine, scratch);
+  BackwardTiles<Token, A> t(p, maps, cosine, scratch);
 
   for (int64_t task = begin; task < end; ++task) {
     const auto [first_window, last_window, first_head, last_head, chunk] = call.share(task);
@@ -276,19 +279,20 @@ void backward(const Backward& call, int64_t begin, int64_t end) {
           next.place(p, (window + 1) / p.windows(), (window + 1) % p.windows());
           ahead.expect(next, first_head);
         }
-        if (cosine) {
-          normalise_rows(t.query, w.end, t.query_inverse);
-          normalise_rows(t.key, t.tokens, t.key_inverse);
+        if constexpr (A::kPer == 1) {
+          if (cosine) {
+            normalise_rows(t.query, w.end, t.query_inverse);
+            normalise_rows(t.key, t.tokens, t.key_inverse);
+          }
         }
-        const int64_t columns = round_up<T>(w.end);
-        transpose<T>(t.query.rows(), w.end, columns, t.depth, t.query_t, t.width);
-        transpose<T>(t.grad_out.rows(), w.end, columns, t.value_depth, t.grad_out_t, t.width);
-        const int64_t parts = (columns + t.group - 1) / t.group;
+        t.query_t.fill(t.query, w.end);
+        t.grad_out_t.fill(t.grad_out, w.end);
+        const int64_t parts = (round_up<T>(w.end) + t.group - 1) / t.group;
         for (int64_t g = 0; g < parts; ++g) {
           const auto [i0, rows] = part_of<T>(w.end, g, parts);
-          backward_queries<Token>(call, w, softmax, t, partials, head, i0, rows, ahead);
+          backward_queries<Token, A>(call, w, softmax, t, partials, head, i0, rows, ahead);
         }
-        finish_keys<Token>(call, w, t, partials, head);
+        finish_keys<Token, A>(call, w, t, partials, head);
       }
     }
   }

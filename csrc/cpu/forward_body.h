@@ -22,13 +22,13 @@ inline Part part_of(int64_t queries, int64_t g, int64_t parts) {
   return {first, smaller(end, queries) - first};
 }
 
-template <class Token>
+template <class Token, class A = Singles<typename SumOf<Token>::type>>
 void forward(const Forward& call, int64_t begin, int64_t end) {
-  using T = typename SumOf<Token>::type;
+  using T = typename A::Sum;
+  using E = typename A::Element;
   const Operands& in = call.in;
   const Problem& p = in.problem;
-  const int64_t tokens = p.tokens(), width = round_up<T>(tokens), depth = round_up<T>(p.head_dim),
-                value_depth = round_up<T>(p.value_dim),
+  const int64_t tokens = p.tokens(), width = round_up<T>(tokens),
                 group = queries_at_once<T>(tokens, kForwardLogitBytes);
   const bool cosine = in.logit_scale != nullptr;
   Scratch scratch;
@@ -40,14 +40,16 @@ void forward(const Forward& call, int64_t begin, int64_t end) {
                       Window(p, maps, 4, scratch)};  // this window and the one asked for
   Ahead ahead(places[0], sizeof(Token), scratch);
   Softmax<T> softmax(in, scratch);
-  TokenRows<T> query(maps[kQuery], width, cosine, scratch);
-  TokenRows<T> key(maps[kKey], tokens, cosine, scratch);
-  TokenRows<T> value(maps[kValue], tokens, false, scratch);
+  TokenRows<E> query(maps[kQuery], width, cosine, scratch);
+  TokenRows<E> key(maps[kKey], tokens, cosine, scratch);
+  TokenRows<E> value(maps[kValue], tokens, false, scratch);
+  Transposed<A> query_t(width, p.head_dim, scratch);
+  OverTokens<A> value_steps(maps[kValue], tokens, scratch);
+  WeightFactors<A> factors(tokens, group, scratch);
   ResultRows<T> out(maps[kOut], group, false, scratch);
-  T* query_t = scratch.take<T>(depth * width);
-  const T* const* query_t_rows = row_pointers(query_t, width, depth, scratch);
   T* logits = scratch.take<T>(tokens * group);  // (keys, queries)
   T* const* logit_rows = row_pointers(logits, group, tokens, scratch);
+  const Rows<T> weights = {logits, group};
   T* inverse = scratch.take<T>(group);
 
   for (int64_t task = begin; task < end; ++task) {
@@ -63,35 +65,36 @@ void forward(const Forward& call, int64_t begin, int64_t end) {
       places[next % 2].place(p, next / p.windows(), next % p.windows());
       ahead.expect(places[next % 2], (task + 1) % p.heads);
     }
-    if (cosine) {
-      normalise_rows(query, w.end);
-      normalise_rows(key, tokens);
+    if constexpr (A::kPer == 1) {
+      if (cosine) {
+        normalise_rows(query, w.end);
+        normalise_rows(key, tokens);
+      }
     }
-    const int64_t columns = round_up<T>(w.end);
-    transpose<T>(query.rows(), w.end, columns, depth, query_t, width);
-    const int64_t parts = (columns + group - 1) / group;
+    query_t.fill(query, w.end);
+    const auto* value_rows = value_steps.fill(value, 0, tokens);
+    const int64_t parts = (round_up<T>(w.end) + group - 1) / group;
     for (int64_t g = 0; g < parts; ++g) {
       const auto [i0, rows] = part_of<T>(w.end, g, parts);
-      const int64_t part_columns = round_queries<T>(rows);
-      const Rows<T> weights = {logits, group};
-      multiply<T>({.left = {.rows = key.rows()},
-                   .right = {query_t_rows, i0},
-                   .depth = p.head_dim,
+      const int64_t columns = round_queries<T>(rows);
+      multiply<A>({.left = {.rows = over_channels<A>(key)},
+                   .right = {query_t.rows(), i0},
+                   .depth = steps<A>(p.head_dim),
                    .result = logit_rows,
                    .rows = tokens,
-                   .columns = part_columns,
+                   .columns = columns,
                    .factor = factor_of<T>(in, head),
                    .start = softmax.bias(i0)},
                   ahead);
-      softmax.weigh(i0, part_columns, weights, inverse);
+      softmax.weigh(i0, columns, weights, inverse);
       if (in.dropout_p > 0) drop<T>(in, w, head, i0, rows, weights);
       out.template aim<Token>(w, kOut, head, i0, rows);
-      multiply<T>({.left = {.data = logits, .row_stride = 1, .step_stride = group},
-                   .right = {value.rows()},
-                   .depth = tokens,
+      multiply<A>({.left = factors.over_keys(weights, tokens, columns),
+                   .right = {value_rows},
+                   .depth = steps<A>(tokens),
                    .result = out.rows(),
                    .rows = rows,
-                   .columns = value_depth,
+                   .columns = out.width(),
                    .row_factors = inverse},
                   ahead);
       out.template store<Token>(w, kOut, head, i0, rows);

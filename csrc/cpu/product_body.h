@@ -1,24 +1,63 @@
 // Products of small matrices whose result stays in registers over the depth. Included once per
 // instruction set.
 
+// Two neighbours along the depth of a product, for the instructions that multiply both at once.
+struct Pair {
+  BFloat16 low, high;
+};
+
+// What the products of one kernel multiply: numbers one by one,
+template <class T>
+struct Singles {
+  using Sum = T;
+  using Element = T;  // of tokens' rows
+  using Factor = T;   // of one step along the depth
+  static constexpr int64_t kPer = 1;
+};
+// or bf16 numbers two by two, with sums in float.
+struct Pairs {
+  using Sum = float;
+  using Element = BFloat16;
+  using Factor = Pair;
+  static constexpr int64_t kPer = 2;
+};
+
+// sum += x·panel, where the panel holds a factor a lane
+template <class V, class T>
+SWIN_INLINE void multiply_add(V& sum, T x, V panel) {
+  sum += x * panel;
+}
+#if defined(SWIN_BFLOAT16)
+template <class V>
+SWIN_INLINE void multiply_add(V& sum, Pair x, V panel) {
+  int32_t bits;
+  std::memcpy(&bits, &x, sizeof bits);
+  if constexpr (sizeof(V) == 64) {
+    sum = (V)_mm512_dpbf16_ps((__m512)sum, (__m512bh)_mm512_set1_epi32(bits), (__m512bh)panel);
+  } else {
+    sum = (V)_mm256_dpbf16_ps((__m256)sum, (__m256bh)_mm256_set1_epi32(bits), (__m256bh)panel);
+  }
+}
+#endif
+
 constexpr int kMaxRows = 6;
 constexpr int kMaxColumns = SWIN_COLUMN_VECTORS;
 
-// The left factor, read a number at a time: (row, step) at rows[row][step], or, without rows, at
-// data[row·row_stride + step·step_stride], so that a transposed one costs nothing.
-template <class T>
+// The left factor, read a number (or pair) at a time: (row, step) at rows[row][step], or, without
+// rows, at data[row·row_stride + step·step_stride], so that a transposed one costs nothing.
+template <class F>
 struct Left {
-  const T* const* rows = nullptr;
-  const T* data = nullptr;
+  const F* const* rows = nullptr;
+  const F* data = nullptr;
   int64_t row_stride = 0, step_stride = 1;
 
-  const T* row(int64_t r) const { return rows != nullptr ? rows[r] : data + r * row_stride; }
+  const F* row(int64_t r) const { return rows != nullptr ? rows[r] : data + r * row_stride; }
 };
 
 // The right factor, read a vector at a time: step k begins at rows[k] + column.
-template <class T>
+template <class F>
 struct Right {
-  const T* const* rows;
+  const F* const* rows;
   int64_t column = 0;
 };
 
@@ -33,10 +72,12 @@ struct Rows {
 
 // result(rows, columns) = start + factor·left·right, from zero where start has no data; `columns`
 // is a multiple of the lanes. Row r of the result begins at result[r].
-template <class T>
+template <class A>
 struct Product {
-  Left<T> left;
-  Right<T> right;
+  using T = typename A::Sum;
+  using F = typename A::Factor;
+  Left<F> left;
+  Right<F> right;
   int64_t depth;
   T* const* result;
   int64_t rows, columns;
@@ -47,11 +88,13 @@ struct Product {
 };
 
 // What one tile of it reads and writes.
-template <class T>
+template <class A>
 struct Tile {
-  const T* left[kMaxRows];
+  using T = typename A::Sum;
+  using F = typename A::Factor;
+  const F* left[kMaxRows];
   int64_t left_step;
-  const T* const* right;
+  const F* const* right;
   int64_t right_column, depth;
   T* result[kMaxRows];
   T factor[kMaxRows];
@@ -62,12 +105,14 @@ struct Tile {
 
 // R rows and C vectors, and half a one with kTail, in registers over the depth; asks for one of the
 // lines each step.
-template <class T, int R, int C, bool kTail, bool kAsks>
-void product_tile(const Tile<T>& tile) {
+template <class A, int R, int C, bool kTail, bool kAsks>
+void product_tile(const Tile<A>& tile) {
+  using T = typename A::Sum;
+  using F = typename A::Factor;
   constexpr int64_t kCount = Lanes<T>::kCount;
-  const T* left[R];
+  const F* left[R];
   for (int r = 0; r < R; ++r) left[r] = tile.left[r];
-  const T* const* right = tile.right;
+  const F* const* right = tile.right;
   const int64_t left_step = tile.left_step, column = tile.right_column, depth = tile.depth;
   const Lines lines = tile.lines;
   Vec<T> sum[R][C];
@@ -80,18 +125,18 @@ void product_tile(const Tile<T>& tile) {
   }
   for (int64_t k = 0, step = 0; k < depth; ++k, step += left_step) {
     if (kAsks) lines.ask(k);
-    const T* row = right[k] + column;
+    const F* row = right[k] + column;
     Vec<T> panel[C];
     HalfVec<T> panel_tail;
 #pragma GCC unroll 8
-    for (int v = 0; v < C; ++v) panel[v] = load(row + v * kCount);
+    for (int v = 0; v < C; ++v) panel[v] = load_vector<Vec<T>>(row + v * kCount);
     if constexpr (kTail) panel_tail = load_vector<HalfVec<T>>(row + C * kCount);
 #pragma GCC unroll 8
     for (int r = 0; r < R; ++r) {
-      const T x = left[r][step];
+      const F x = left[r][step];
 #pragma GCC unroll 8
-      for (int v = 0; v < C; ++v) sum[r][v] += x * panel[v];
-      if constexpr (kTail) tail[r] += x * panel_tail;
+      for (int v = 0; v < C; ++v) multiply_add(sum[r][v], x, panel[v]);
+      if constexpr (kTail) multiply_add(tail[r], x, panel_tail);
     }
   }
   const auto finish = [&](auto starts, int r, auto sum, int64_t place) {
@@ -116,36 +161,37 @@ void product_tile(const Tile<T>& tile) {
 }
 
 // One with half a vector has fewer whole ones, for want of registers.
-template <class T, bool kTail, bool kAsks, size_t... I>
+template <class A, bool kTail, bool kAsks, size_t... I>
 constexpr auto product_tile_of(int64_t rows, int64_t vectors, std::index_sequence<I...>) {
   constexpr int kMost = kMaxColumns - kTail;
-  constexpr void (*kTable[])(const Tile<T>&) = {
-      &product_tile<T, int(I) / kMost + 1, int(I) % kMost + 1, kTail, kAsks>...};
+  constexpr void (*kTable[])(const Tile<A>&) = {
+      &product_tile<A, int(I) / kMost + 1, int(I) % kMost + 1, kTail, kAsks>...};
   return kTable[(rows - 1) * kMost + vectors - 1];
 }
 
-template <class T, bool kTail>
-void run_tile(const Tile<T>& tile, int64_t rows, int64_t vectors) {
+template <class A, bool kTail>
+void run_tile(const Tile<A>& tile, int64_t rows, int64_t vectors) {
   constexpr auto kTiles = std::make_index_sequence<kMaxRows*(kMaxColumns - kTail)>();
   const auto run = tile.lines.base != nullptr
-                       ? product_tile_of<T, kTail, true>(rows, vectors, kTiles)
-                       : product_tile_of<T, kTail, false>(rows, vectors, kTiles);
+                       ? product_tile_of<A, kTail, true>(rows, vectors, kTiles)
+                       : product_tile_of<A, kTail, false>(rows, vectors, kTiles);
   run(tile);
 }
 
-// Steps that are summed in a register before they are added to c: a chain of 576 roundings errs
-// three times as much as nine of 64.
+// Steps that are summed in a register before they are added to the result: a chain of 576 roundings
+// errs three times as much as nine of 64.
 constexpr int64_t kMaxDepth = 64;
 
 // Tiles are of even size: 49 rows are 9 tiles of 5 or 6, not 8 and a lone row.
-template <class T>
-void multiply(const Product<T>& p, Ahead& ahead) {
+template <class A>
+void multiply(const Product<A>& p, Ahead& ahead) {
+  using T = typename A::Sum;
   constexpr int64_t kCount = Lanes<T>::kCount;
   const int64_t whole = p.columns / kCount, vectors = (p.columns + kCount - 1) / kCount;
   const int64_t row_tiles = (p.rows + kMaxRows - 1) / kMaxRows;
   const int64_t column_tiles = (vectors + kMaxColumns - 1) / kMaxColumns;
   const int64_t depth_tiles = (p.depth + kMaxDepth - 1) / kMaxDepth;
-  Tile<T> tile;
+  Tile<A> tile;
   tile.left_step = p.left.step_stride;
   for (int64_t ct = 0; ct < column_tiles; ++ct) {
     const int64_t v0 = vectors * ct / column_tiles, v1 = vectors * (ct + 1) / column_tiles;
@@ -167,11 +213,11 @@ void multiply(const Product<T>& p, Ahead& ahead) {
         tile.lines = ahead.take(k1 - k0);
         if constexpr (kHalves) {
           if (v1 > whole) {
-            run_tile<T, true>(tile, r1 - r0, v1 - v0 - 1);
+            run_tile<A, true>(tile, r1 - r0, v1 - v0 - 1);
             continue;
           }
         }
-        run_tile<T, false>(tile, r1 - r0, v1 - v0);
+        run_tile<A, false>(tile, r1 - r0, v1 - v0);
       }
     }
   }

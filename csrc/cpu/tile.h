@@ -83,6 +83,7 @@ extern const Kernels kPortable;
 #if defined(__x86_64__)
 extern const Kernels kAvx2;
 extern const Kernels kAvx512;
+extern const Kernels kAvx512Bfloat16;  // of bfloat16 alone
 #endif
 
 }  // namespace swin_kernels::cpu

@@ -28,8 +28,10 @@ SWIN_INLINE uint32_t float_to_bits(float x) {
   return bits;
 }
 
-SWIN_INLINE void convert(const float& from, float& to) { to = from; }
-SWIN_INLINE void convert(const double& from, double& to) { to = from; }
+template <class T>
+SWIN_INLINE void convert(const T& from, T& to) {
+  to = from;
+}
 SWIN_INLINE void convert(const float& from, double& to) { to = from; }
 SWIN_INLINE void convert(const double& from, float& to) { to = float(from); }
 SWIN_INLINE void convert(const BFloat16& from, float& to) {
@@ -124,6 +126,11 @@ template <class T, class Token>
 SWIN_INLINE void store_as(Token* to, Vec<T> v) {
   if constexpr (std::is_same_v<Token, T>) {
     store(to, v);
+#if defined(SWIN_BFLOAT16)
+  } else if constexpr (std::is_same_v<Token, BFloat16> && std::is_same_v<T, float>) {
+    const __m256bh narrow = _mm512_cvtneps_pbh((__m512)v);
+    std::memcpy(to, &narrow, sizeof narrow);
+#endif
   } else if constexpr (std::is_same_v<Token, BFloat16> && std::is_same_v<T, float>) {
     const Wide bits = (Wide)v;
     const Wide rounded = (bits + 0x7FFFu + ((bits >> 16) & 1u)) >> 16;  // to nearest, ties to even
@@ -143,18 +150,16 @@ SWIN_INLINE void store_as(Token* to, Vec<T> v) {
   }
 }
 
-// n elements into Sum, zeros up to `width`.
-template <class Token, class T>
-SWIN_INLINE void load_row(const Token* from, int64_t stride, int64_t n, T* to, int64_t width) {
-  constexpr int64_t kCount = Lanes<T>::kCount;
+// n elements, zeros behind them up to `width`.
+template <class From, class To>
+SWIN_INLINE void load_row(const From* from, int64_t stride, int64_t n, To* to, int64_t width) {
   int64_t i = 0;
-  if (stride == 1) {
-    for (; i + kCount <= n; i += kCount) store(to + i, load_as<T>(from + i));
-    for (; i < n; ++i) convert(from[i], to[i]);
-  } else {
-    for (; i < n; ++i) convert(from[i * stride], to[i]);
+  if constexpr (std::is_floating_point_v<To>) {
+    constexpr int64_t kCount = Lanes<To>::kCount;
+    for (; stride == 1 && i + kCount <= n; i += kCount) store(to + i, load_as<To>(from + i));
   }
-  for (; i < width; ++i) to[i] = 0;
+  for (; i < n; ++i) convert(from[i * stride], to[i]);
+  for (; i < width; ++i) to[i] = To{};
 }
 
 // factor·from
@@ -202,7 +207,7 @@ class Scratch {
   }
 
  private:
-  static constexpr int kMost = 64;  // pieces that one thread takes
+  static constexpr int kMost = 128;  // pieces that one thread takes
   void* pieces_[kMost];
   int used_ = 0;
 };
@@ -321,58 +326,67 @@ struct Window {
   int32_t* side_[kAxes];
 };
 
-// The rows of one map's tokens in a window and head, as Sum and in whole vectors: in the caller's
-// memory where they lie so there, else packed.
-template <class T>
+// The rows of one map's tokens in a window and head, as numbers E and in whole vectors: in the
+// caller's memory where they lie so there, else packed.
+template <class E>
 class TokenRows {
  public:
   // `rows` of them at most; `copies` asks for rows of one's own that may be written to.
   TokenRows(const Map& map, int64_t rows, bool copies, Scratch& scratch)
-      : width_(round_up<T>(map.channels)),
+      : width_(width_of(map)),
         plain_(!copies && map.view->channel == 1 && map.channels == width_),
-        row_(scratch.take<const T*>(rows)),
-        packed_(scratch.take<T>(rows * width_)),
-        zero_(scratch.take<T>(width_)),
+        row_(scratch.take<const E*>(rows)),
+        packed_(scratch.take<E>(rows * width_)),
+        zero_(scratch.take<E>(width_)),
         rows_(rows) {
-    std::memset(zero_, 0, size_t(width_) * sizeof(T));
+    std::memset(zero_, 0, size_t(width_) * sizeof(E));
   }
 
-  // The tokens of the window from the first to `end`, zeros behind them. Padding is `pad` (H, D),
-  // or zeros where that is null.
+  static int64_t width_of(const Map& map) {
+    constexpr int64_t kLanes = SWIN_VECTOR_BYTES / sizeof(E);
+    return (map.channels + kLanes - 1) / kLanes * kLanes;
+  }
+
+  // The tokens of the window from the first to `end`, zeros behind them. Padding is `pad` (H, D) of
+  // Sum, or zeros where that is null.
   template <class Token>
   void read(const Window& w, MapName name, int64_t head, int64_t end, const void* pad) {
+    using T = typename SumOf<Token>::type;
     const int64_t channels = w.map(name).channels, stride = w.map(name).view->channel;
     const Token* home = w.rows<const Token>(name, head);
     const int64_t* offsets = w.offsets(name);
-    const T* pad_row = pad == nullptr ? zero_ : static_cast<const T*>(pad) + head * channels;
-    const bool plain = std::is_same_v<Token, T> && plain_;
+    const T* pad_row = pad == nullptr ? nullptr : static_cast<const T*>(pad) + head * channels;
+    const bool plain = std::is_same_v<Token, E> && plain_;
     const bool whole = w.real == w.tokens();
     if (plain && whole)
-      for (int64_t t = 0; t < end; ++t) row_[t] = reinterpret_cast<const T*>(home + offsets[t]);
+      for (int64_t t = 0; t < end; ++t) row_[t] = reinterpret_cast<const E*>(home + offsets[t]);
     for (int64_t t = plain && whole ? end : 0; t < end; ++t) {
-      T* packed = packed_ + t * width_;
-      if (plain) {
-        row_[t] = w.padding(t) ? pad_row : reinterpret_cast<const T*>(home + offsets[t]);
-      } else if (!w.padding(t)) {
-        load_row(home + offsets[t], stride, channels, packed, width_);
-        row_[t] = packed;
-      } else {
+      E* packed = packed_ + t * width_;
+      row_[t] = packed;
+      if (!w.padding(t)) {
+        if (plain) {
+          row_[t] = reinterpret_cast<const E*>(home + offsets[t]);
+        } else {
+          load_row(home + offsets[t], stride, channels, packed, width_);
+        }
+      } else if (pad_row != nullptr) {
         load_row(pad_row, 1, channels, packed, width_);
-        row_[t] = packed;
+      } else {
+        row_[t] = zero_;
       }
     }
     for (int64_t t = end; t < rows_; ++t) row_[t] = zero_;
   }
 
-  const T* const* rows() const { return row_; }
-  T* packed(int64_t t) { return packed_ + t * width_; }
+  const E* const* rows() const { return row_; }
+  E* packed(int64_t t) { return packed_ + t * width_; }
   int64_t width() const { return width_; }
 
  private:
   int64_t width_;
   bool plain_;
-  const T** row_;
-  T *packed_, *zero_;
+  const E** row_;
+  E *packed_, *zero_;
   int64_t rows_;
 };
 

@@ -38,12 +38,18 @@ const Kernels& choose_kernels() {
   return kPortable;
 }
 
-const Kernels& kernels() {
+// The kernels of tokens of one dtype.
+const Kernels& kernels(Element element) {
   static const Kernels& chosen = choose_kernels();
+#if defined(__x86_64__)
+  static const bool multiplies_bfloat16 =
+      &chosen == &kAvx512 && __builtin_cpu_supports("avx512bf16");
+  if (element == Element::kBFloat16 && multiplies_bfloat16) return kAvx512Bfloat16;
+#endif
   return chosen;
 }
 
-std::string cpu_capability() { return kernels().name; }
+std::string cpu_capability() { return kernels(Element::kFloat).name; }
 
 Tensor empty_tensor(const std::vector<int64_t>& shape, ScalarType dtype) {
   return torch::stable::empty(shape, dtype);
@@ -70,9 +76,9 @@ Tensor forward_as(const Arguments& a, const Problem& p) {
   if (p.batch == 0) return out;
   Buffers<T> buffers;
   Forward call;
-  call.in = operands_of(a, p, kernels().vector_bytes / int64_t(sizeof(T)), buffers);
+  call.in = operands_of(a, p, kernels(element).vector_bytes / int64_t(sizeof(T)), buffers);
   call.out = view_of(out, out.mutable_data_ptr(), -1);
-  const auto run = kernels().forward[int(element)];
+  const auto run = kernels(element).forward[int(element)];
   torch::stable::parallel_for(0, p.batch * p.windows() * p.heads, 1,
                               [&](int64_t begin, int64_t end) { run(call, begin, end); });
   return out;
@@ -173,7 +179,8 @@ using Gradients = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Ten
 template <class T>
 Gradients backward_as(const Tensor& grad_out, const Arguments& a, const Problem& p, int64_t needs) {
   const ScalarType dtype = a.query.scalar_type();
-  const int64_t lanes = kernels().vector_bytes / int64_t(sizeof(T)), n = p.tokens();
+  const Element element = element_of(a.query);
+  const int64_t lanes = kernels(element).vector_bytes / int64_t(sizeof(T)), n = p.tokens();
   const int64_t width = (n + lanes - 1) / lanes * lanes;
   const bool wants_bias = (needs & kNeedsBias) && a.bias.has_value();
   const bool wants_table = (needs & kNeedsTable) && a.bias_table.has_value();
@@ -212,7 +219,7 @@ Gradients backward_as(const Tensor& grad_out, const Arguments& a, const Problem&
   const std::vector<double> logit_scales =
       partial(double(), wants_logit_scale, 1, call.partial_logit_scale);
 
-  const auto run = kernels().backward[int(element_of(a.query))];
+  const auto run = kernels(element).backward[int(element)];
   torch::stable::parallel_for(0, chunks * call.head_groups(), 1,
                               [&](int64_t begin, int64_t end) { run(call, begin, end); });
 
