@@ -43,49 +43,19 @@ class Transposed {
   T* const* rows_;
 };
 
-// The rows of tokens as factors whose steps are tokens: as they are,
+// The rows of tokens as factors whose steps are tokens: as they are, but for pairs.
 template <class A>
 class OverTokens {
  public:
   using Factor = typename A::Factor;
   OverTokens(const Map&, int64_t, Scratch&) {}
-  const Factor* const* fill(const TokenRows<Factor>& tokens, int64_t, int64_t) {
-    return tokens.rows();
+  const Factor* const* fill(const TokenRows<Factor>& tokens, int64_t first, int64_t) {
+    return tokens.rows() + first;
   }
 };
 
-// or channel by channel beside the next token's.
-template <>
-class OverTokens<Pairs> {
- public:
-  OverTokens(const Map& map, int64_t tokens, Scratch& scratch)
-      : width_(TokenRows<BFloat16>::width_of(map)),
-        data_(scratch.take<Pair>(steps<Pairs>(tokens) * width_)),
-        rows_(row_pointers(data_, width_, steps<Pairs>(tokens), scratch)) {}
-
-  // Those from `first` on; every row behind the last token is zeros.
-  const Pair* const* fill(const TokenRows<BFloat16>& tokens, int64_t first, int64_t count) {
-    const BFloat16* const* row = tokens.rows() + first;
-    for (int64_t t = 0; t < count; t += 2)
-      for (int64_t c = 0; c < width_; c += Lanes<float>::kCount) {
-        const Wide low = wide(row[t] + c);
-        const Wide high = t + 1 < count ? wide(row[t + 1] + c) : Wide{};
-        store_vector(rows_[t / 2] + c, Wide(low | high << 16));
-      }
-    return rows_;
-  }
-
- private:
-  static SWIN_INLINE Wide wide(const BFloat16* from) {
-    return __builtin_convertvector(load_vector<Narrow>(from), Wide);
-  }
-
-  int64_t width_;
-  Pair* data_;
-  Pair* const* rows_;
-};
-
-// Weights or their gradients, sums (keys, queries), as left factors: as they are,
+// Weights or their gradients, sums (keys, queries), as left factors: as they are, but for
+// pairs.
 template <class A>
 class WeightFactors {
  public:
@@ -103,7 +73,43 @@ class WeightFactors {
 };
 
 #if defined(SWIN_BFLOAT16)
-// or rounded to pairs of neighbours.
+// (low₀, high₀, low₁, high₁, …) of the two halves (low, high).
+SWIN_INLINE __m512i interleaved(__m512i halves) {
+  const __m512i order = _mm512_set_epi16(31, 15, 30, 14, 29, 13, 28, 12, 27, 11, 26, 10, 25, 9, 24,
+                                         8, 23, 7, 22, 6, 21, 5, 20, 4, 19, 3, 18, 2, 17, 1, 16, 0);
+  return _mm512_maskz_permutexvar_epi16(~__mmask32(0), order, halves);
+}
+
+// Each channel beside the next token's.
+template <>
+class OverTokens<Pairs> {
+ public:
+  OverTokens(const Map& map, int64_t tokens, Scratch& scratch)
+      : width_(TokenRows<BFloat16>::width_of(map)),
+        data_(scratch.take<Pair>(steps<Pairs>(tokens) * width_)),
+        rows_(row_pointers(data_, width_, steps<Pairs>(tokens), scratch)) {}
+
+  // Those from `first` on; every row behind the last token is zeros.
+  const Pair* const* fill(const TokenRows<BFloat16>& tokens, int64_t first, int64_t count) {
+    const BFloat16* const* row = tokens.rows() + first;
+    for (int64_t t = 0; t < count; t += 2)
+      for (int64_t c = 0; c < width_; c += Lanes<float>::kCount) {
+        const __m256i low = load_vector<__m256i>(row[t] + c);
+        const __m256i high =
+            t + 1 < count ? load_vector<__m256i>(row[t + 1] + c) : _mm256_setzero_si256();
+        store_vector(rows_[t / 2] + c, interleaved(_mm512_maskz_inserti64x4(
+                                           ~__mmask8(0), _mm512_castsi256_si512(low), high, 1)));
+      }
+    return rows_;
+  }
+
+ private:
+  int64_t width_;
+  Pair* data_;
+  Pair* const* rows_;
+};
+
+// Rounded, each weight beside its neighbour.
 template <>
 class WeightFactors<Pairs> {
  public:
@@ -118,7 +124,8 @@ class WeightFactors<Pairs> {
       for (int64_t c = 0; c < columns; c += kCount) {
         const Vec<float> low = load(x.data + j * x.stride + c);
         const Vec<float> high = j + 1 < keys ? load(x.data + (j + 1) * x.stride + c) : Vec<float>{};
-        store_vector(over_keys_ + j / 2 * queries_ + c, Wide(bits(low) | bits(high) << 16));
+        const __m512bh halves = _mm512_cvtne2ps_pbh((__m512)high, (__m512)low);
+        store_vector(over_keys_ + j / 2 * queries_ + c, interleaved((__m512i)halves));
       }
     return {.data = over_keys_, .row_stride = 1, .step_stride = queries_};
   }
@@ -132,13 +139,6 @@ class WeightFactors<Pairs> {
   }
 
  private:
-  static SWIN_INLINE Wide bits(Vec<float> v) {
-    const __m256bh narrow = _mm512_cvtneps_pbh((__m512)v);
-    Narrow bits;
-    std::memcpy(&bits, &narrow, sizeof bits);
-    return __builtin_convertvector(bits, Wide);
-  }
-
   int64_t queries_;
   Pair* over_keys_;
   BFloat16* over_queries_;

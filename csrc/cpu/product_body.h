@@ -87,34 +87,27 @@ struct Product {
   bool adds = false;  // the start is the result itself
 };
 
-// What one tile of it reads and writes.
+// Columns and steps of a product that one run of tiles covers; `rows` of it from `row` on, R at a
+// time.
 template <class A>
-struct Tile {
-  using T = typename A::Sum;
-  using F = typename A::Factor;
-  const F* left[kMaxRows];
-  int64_t left_step;
-  const F* const* right;
-  int64_t right_column, depth;
-  T* result[kMaxRows];
-  T factor[kMaxRows];
-  const T* start[kMaxRows];
-  bool starts;
-  Lines lines;
+struct Panel {
+  int64_t column, first_step, depth, row, rows;
+  bool adds;
 };
 
 // R rows and C vectors, and half a one with kTail, in registers over the depth; asks for one of the
 // lines each step.
 template <class A, int R, int C, bool kTail, bool kAsks>
-void product_tile(const Tile<A>& tile) {
+SWIN_INLINE void product_tile(const Product<A>& p, const Panel<A>& panel_of, int64_t row,
+                              Lines lines) {
   using T = typename A::Sum;
   using F = typename A::Factor;
   constexpr int64_t kCount = Lanes<T>::kCount;
+  const int64_t left_step = p.left.step_stride, column = panel_of.column, depth = panel_of.depth;
   const F* left[R];
-  for (int r = 0; r < R; ++r) left[r] = tile.left[r];
-  const F* const* right = tile.right;
-  const int64_t left_step = tile.left_step, column = tile.right_column, depth = tile.depth;
-  const Lines lines = tile.lines;
+  for (int r = 0; r < R; ++r) left[r] = p.left.row(row + r) + panel_of.first_step * left_step;
+  const F* const* right = p.right.rows + panel_of.first_step;
+  const int64_t right_column = p.right.column + column;
   Vec<T> sum[R][C];
   HalfVec<T> tail[R];
 #pragma GCC unroll 8
@@ -125,12 +118,12 @@ void product_tile(const Tile<A>& tile) {
   }
   for (int64_t k = 0, step = 0; k < depth; ++k, step += left_step) {
     if (kAsks) lines.ask(k);
-    const F* row = right[k] + column;
+    const F* from = right[k] + right_column;
     Vec<T> panel[C];
     HalfVec<T> panel_tail;
 #pragma GCC unroll 8
-    for (int v = 0; v < C; ++v) panel[v] = load_vector<Vec<T>>(row + v * kCount);
-    if constexpr (kTail) panel_tail = load_vector<HalfVec<T>>(row + C * kCount);
+    for (int v = 0; v < C; ++v) panel[v] = load_vector<Vec<T>>(from + v * kCount);
+    if constexpr (kTail) panel_tail = load_vector<HalfVec<T>>(from + C * kCount);
 #pragma GCC unroll 8
     for (int r = 0; r < R; ++r) {
       const F x = left[r][step];
@@ -139,86 +132,81 @@ void product_tile(const Tile<A>& tile) {
       if constexpr (kTail) multiply_add(tail[r], x, panel_tail);
     }
   }
-  const auto finish = [&](auto starts, int r, auto sum, int64_t place) {
-    using V = decltype(sum);
-    sum *= tile.factor[r];
-    if constexpr (starts) sum += load_vector<V>(tile.start[r] + place);
-    store_vector(tile.result[r] + place, sum);
-  };
   const auto finish_all = [&](auto starts) {
 #pragma GCC unroll 8
     for (int r = 0; r < R; ++r) {
+      T* result = p.result[row + r] + column;
+      const T* start = panel_of.adds ? result : p.start.data + (row + r) * p.start.stride + column;
+      const T factor = p.row_factors == nullptr ? p.factor : p.factor * p.row_factors[row + r];
+      const auto finish = [&](auto sum, int64_t place) {
+        using V = decltype(sum);
+        sum *= factor;
+        if constexpr (starts) sum += load_vector<V>(start + place);
+        store_vector(result + place, sum);
+      };
 #pragma GCC unroll 8
-      for (int v = 0; v < C; ++v) finish(starts, r, sum[r][v], v * kCount);
-      if constexpr (kTail) finish(starts, r, tail[r], C * kCount);
+      for (int v = 0; v < C; ++v) finish(sum[r][v], v * kCount);
+      if constexpr (kTail) finish(tail[r], C * kCount);
     }
   };
-  if (tile.starts) {
+  if (panel_of.adds || p.start.data != nullptr) {
     finish_all(std::true_type());
   } else {
     finish_all(std::false_type());
   }
 }
 
-// One with half a vector has fewer whole ones, for want of registers.
-template <class A, bool kTail, bool kAsks, size_t... I>
-constexpr auto product_tile_of(int64_t rows, int64_t vectors, std::index_sequence<I...>) {
-  constexpr int kMost = kMaxColumns - kTail;
-  constexpr void (*kTable[])(const Tile<A>&) = {
-      &product_tile<A, int(I) / kMost + 1, int(I) % kMost + 1, kTail, kAsks>...};
-  return kTable[(rows - 1) * kMost + vectors - 1];
+template <class A, int R, int C, bool kTail>
+void product_tiles(const Product<A>& p, const Panel<A>& panel, Ahead& ahead) {
+  for (int64_t row = panel.row; row < panel.row + panel.rows; row += R) {
+    const Lines lines = ahead.take(panel.depth);
+    if (lines.base != nullptr) {
+      product_tile<A, R, C, kTail, true>(p, panel, row, lines);
+    } else {
+      product_tile<A, R, C, kTail, false>(p, panel, row, lines);
+    }
+  }
 }
 
-template <class A, bool kTail>
-void run_tile(const Tile<A>& tile, int64_t rows, int64_t vectors) {
-  constexpr auto kTiles = std::make_index_sequence<kMaxRows*(kMaxColumns - kTail)>();
-  const auto run = tile.lines.base != nullptr
-                       ? product_tile_of<A, kTail, true>(rows, vectors, kTiles)
-                       : product_tile_of<A, kTail, false>(rows, vectors, kTiles);
-  run(tile);
+// One with half a vector has fewer whole ones, for want of registers.
+template <class A, bool kTail, size_t... I>
+void run_tiles(const Product<A>& p, const Panel<A>& panel, int64_t height, int64_t vectors,
+               Ahead& ahead, std::index_sequence<I...>) {
+  constexpr int kMost = kMaxColumns - kTail;
+  constexpr void (*kTable[])(const Product<A>&, const Panel<A>&, Ahead&) = {
+      &product_tiles<A, int(I) / kMost + 1, int(I) % kMost + 1, kTail>...};
+  if (panel.rows > 0) kTable[(height - 1) * kMost + vectors - 1](p, panel, ahead);
 }
 
 // Steps that are summed in a register before they are added to the result: a chain of 576 roundings
 // errs three times as much as nine of 64.
 constexpr int64_t kMaxDepth = 64;
 
-// Tiles are of even size: 49 rows are 9 tiles of 5 or 6, not 8 and a lone row.
+// Tiles are of even size: 49 rows are 4 tiles of 6 and 5 of 5, not 8 and a lone row.
 template <class A>
 void multiply(const Product<A>& p, Ahead& ahead) {
-  using T = typename A::Sum;
-  constexpr int64_t kCount = Lanes<T>::kCount;
+  constexpr int64_t kCount = Lanes<typename A::Sum>::kCount;
   const int64_t whole = p.columns / kCount, vectors = (p.columns + kCount - 1) / kCount;
   const int64_t row_tiles = (p.rows + kMaxRows - 1) / kMaxRows;
+  const int64_t height = row_tiles > 0 ? (p.rows + row_tiles - 1) / row_tiles : 1;
+  const int64_t tall = p.rows - row_tiles * (height - 1);  // tiles of that height; others are less
   const int64_t column_tiles = (vectors + kMaxColumns - 1) / kMaxColumns;
   const int64_t depth_tiles = (p.depth + kMaxDepth - 1) / kMaxDepth;
-  Tile<A> tile;
-  tile.left_step = p.left.step_stride;
   for (int64_t ct = 0; ct < column_tiles; ++ct) {
     const int64_t v0 = vectors * ct / column_tiles, v1 = vectors * (ct + 1) / column_tiles;
-    tile.right_column = p.right.column + v0 * kCount;
     for (int64_t dt = 0; dt < depth_tiles; ++dt) {
       const int64_t k0 = p.depth * dt / depth_tiles, k1 = p.depth * (dt + 1) / depth_tiles;
-      tile.right = p.right.rows + k0;
-      tile.depth = k1 - k0;
-      const bool adds = p.adds || dt > 0;
-      tile.starts = adds || p.start.data != nullptr;
-      for (int64_t rt = 0; rt < row_tiles; ++rt) {
-        const int64_t r0 = p.rows * rt / row_tiles, r1 = p.rows * (rt + 1) / row_tiles;
-        for (int64_t r = r0, i = 0; r < r1; ++r, ++i) {
-          tile.left[i] = p.left.row(r) + k0 * p.left.step_stride;
-          tile.result[i] = p.result[r] + v0 * kCount;
-          tile.start[i] = adds ? tile.result[i] : p.start.data + r * p.start.stride + v0 * kCount;
-          tile.factor[i] = p.row_factors == nullptr ? p.factor : p.factor * p.row_factors[r];
-        }
-        tile.lines = ahead.take(k1 - k0);
+      const auto run = [&](int64_t row, int64_t rows, int64_t height) {
+        const Panel<A> panel = {v0 * kCount, k0, k1 - k0, row, rows, p.adds || dt > 0};
         if constexpr (kHalves) {
-          if (v1 > whole) {
-            run_tile<A, true>(tile, r1 - r0, v1 - v0 - 1);
-            continue;
-          }
+          constexpr auto kTiles = std::make_index_sequence<kMaxRows*(kMaxColumns - 1)>();
+          if (v1 > whole) return run_tiles<A, true>(p, panel, height, v1 - v0 - 1, ahead, kTiles);
         }
-        run_tile<A, false>(tile, r1 - r0, v1 - v0);
-      }
+        constexpr auto kTiles = std::make_index_sequence<kMaxRows * kMaxColumns>();
+        run_tiles<A, false>(p, panel, height, v1 - v0, ahead, kTiles);
+      };
+      run(0, tall * height, height);
+      run(tall * height, p.rows - tall * height, height - 1);
     }
   }
 }
