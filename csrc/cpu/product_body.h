@@ -1,6 +1,9 @@
 // Products of small matrices whose result stays in registers over the depth. Included once per
 // instruction set.
 
+constexpr int kMaxRows = 6;
+constexpr int kMaxColumns = SWIN_COLUMN_VECTORS;
+
 // Two neighbours along the depth of a product, for the instructions that multiply both at once.
 struct Pair {
   BFloat16 low, high;
@@ -22,26 +25,37 @@ struct Pairs {
   static constexpr int64_t kPer = 2;
 };
 
-// sum += x·panel, where the panel holds a factor a lane
-template <class V, class T>
-SWIN_INLINE void multiply_add(V& sum, T x, V panel) {
-  sum += x * panel;
+// A factor in every lane.
+template <class T>
+SWIN_INLINE Vec<T> broadcast(const T* x) {
+  return splat(*x);
 }
+
+// sum += x·panel, lane by lane
+template <class A, class V>
+SWIN_INLINE void multiply_add(V& sum, V x, V panel) {
+  if constexpr (A::kPer == 1) {
+    sum += x * panel;
 #if defined(SWIN_BFLOAT16)
-template <class V>
-SWIN_INLINE void multiply_add(V& sum, Pair x, V panel) {
-  int32_t bits;
-  std::memcpy(&bits, &x, sizeof bits);
-  if constexpr (sizeof(V) == 64) {
-    sum = (V)_mm512_dpbf16_ps((__m512)sum, (__m512bh)_mm512_set1_epi32(bits), (__m512bh)panel);
+  } else if constexpr (sizeof(V) == 64) {
+    sum = (V)_mm512_dpbf16_ps((__m512)sum, (__m512bh)x, (__m512bh)panel);
   } else {
-    sum = (V)_mm256_dpbf16_ps((__m256)sum, (__m256bh)_mm256_set1_epi32(bits), (__m256bh)panel);
+    sum = (V)_mm256_dpbf16_ps((__m256)sum, (__m256bh)x, (__m256bh)panel);
+#endif
   }
+}
+
+#if defined(SWIN_BFLOAT16)
+SWIN_INLINE Vec<float> broadcast(const Pair* x) {
+  return (Vec<float>)_mm512_maskz_broadcastss_ps(0xFFFF,
+                                                 _mm_load_ss(reinterpret_cast<const float*>(x)));
 }
 #endif
 
-constexpr int kMaxRows = 6;
-constexpr int kMaxColumns = SWIN_COLUMN_VECTORS;
+template <class T, size_t... I>
+SWIN_INLINE HalfVec<T> low_half(Vec<T> v, std::index_sequence<I...>) {
+  return __builtin_shufflevector(v, v, int(I)...);
+}
 
 // The left factor, read a number (or pair) at a time: (row, step) at rows[row][step], or, without
 // rows, at data[row·row_stride + step·step_stride], so that a transposed one costs nothing.
@@ -126,10 +140,12 @@ SWIN_INLINE void product_tile(const Product<A>& p, const Panel<A>& panel_of, int
     if constexpr (kTail) panel_tail = load_vector<HalfVec<T>>(from + C * kCount);
 #pragma GCC unroll 8
     for (int r = 0; r < R; ++r) {
-      const F x = left[r][step];
+      const Vec<T> x = broadcast(left[r] + step);
 #pragma GCC unroll 8
-      for (int v = 0; v < C; ++v) multiply_add(sum[r][v], x, panel[v]);
-      if constexpr (kTail) multiply_add(tail[r], x, panel_tail);
+      for (int v = 0; v < C; ++v) multiply_add<A>(sum[r][v], x, panel[v]);
+      if constexpr (kTail)
+        multiply_add<A>(tail[r], low_half<T>(x, std::make_index_sequence<kCount / 2>()),
+                        panel_tail);
     }
   }
   const auto finish_all = [&](auto starts) {

@@ -81,6 +81,16 @@ SWIN_INLINE T sum_of(Vec<T> v) {
   }
 }
 
+// x > y ? x : y, lane by lane, which compilers do not take for the instruction that does it.
+template <class V>
+SWIN_INLINE V larger(V x, V y) {
+#if SWIN_VECTOR_BYTES == 64
+  if constexpr (std::is_same_v<V, Vec<float>>)
+    return (V)_mm512_maskz_max_ps(0xFFFF, (__m512)x, (__m512)y);
+#endif
+  return x > y ? x : y;
+}
+
 // exp(x) for x <= 0, 0 where the result would be near or among the subnormal numbers: −100 of a
 // shift mask would otherwise make every product with it several times slower. 2^n·2^r with |r| <=
 // 1/2; the polynomial is fitted to the least relative error (2e-9) of 2^r = 1 + r·(…), and errs by

@@ -55,9 +55,8 @@ void weigh_vectors(int64_t keys, Rows<T> s, const T* const* mask, int64_t i0, T*
         x += load_vector<V>(mask[j] + i0 + v * kCount);
         store_vector(row + v * kCount, x);
       }
-      const auto larger = x > most[v];
-      most[v] = larger ? x : most[v];
-      if (kGrad) top[v] = larger ? dp(j, v) : top[v];
+      if (kGrad) top[v] = x > most[v] ? dp(j, v) : top[v];
+      most[v] = larger(x, most[v]);
     }
   }
   for (int v = 0; v < C; ++v) {
@@ -130,15 +129,25 @@ class Softmax {
              const GradSums<T>& grad = {}) const {
     constexpr int64_t kCount = Lanes<T>::kCount;
     int64_t c = 0;
-    for (; c + kMaxColumns * kCount <= columns; c += kMaxColumns * kCount)
-      weigh_some<Vec<T>, kMaxColumns>({s.data + c, s.stride}, i0 + c, inverse + c, grad.from(c));
-    for (; c + kCount <= columns; c += kCount)
-      weigh_some<Vec<T>, 1>({s.data + c, s.stride}, i0 + c, inverse + c, grad.from(c));
+    while (c + kCount <= columns)
+      c += weigh_whole((columns - c) / kCount, {s.data + c, s.stride}, i0 + c, inverse + c,
+                       grad.from(c));
     if (c < columns)
       weigh_some<HalfVec<T>, 1>({s.data + c, s.stride}, i0 + c, inverse + c, grad.from(c));
   }
 
  private:
+  // As many vectors as are left and fit in registers, side by side as each is a chain of maxima;
+  // returns their queries.
+  template <int C = kMaxColumns>
+  int64_t weigh_whole(int64_t left, Rows<T> s, int64_t i0, T* inverse,
+                      const GradSums<T>& grad) const {
+    if constexpr (C > 1)
+      if (left < C) return weigh_whole<C - 1>(left, s, i0, inverse, grad);
+    weigh_some<Vec<T>, C>(s, i0, inverse, grad);
+    return C * Lanes<T>::kCount;
+  }
+
   template <class V, int C>
   void weigh_some(Rows<T> s, int64_t i0, T* inverse, const GradSums<T>& grad) const {
     const auto weigh = grad.dp.data == nullptr ? (masked_ ? &weigh_vectors<V, C, true, false, T>
