@@ -55,27 +55,34 @@ class Budget:
         return f"skipped: {share:.0%} of {self.seconds:.0f} s were spent"
 
 
+class Checked(NamedTuple):
+    """A warm loop, with what was found before it is timed, by direction."""
+
+    loop: Loop | Replayed
+    errors: dict[str, float]  # as multiples of the unfused path's own
+    peaks: dict[str, float]  # MB of one call
+
+
 def loops_of(
     name: str, case: Case, device: Device, providers: Sequence[Provider], book: Book
-) -> dict[str, tuple[Loop | Replayed, float | None]]:
-    """Checked, warm loops, each with the peak of one call in MB; what fails goes into the book."""
+) -> dict[str, Checked]:
+    """The loop of each provider; what fails goes into the book."""
     sets = [make_inputs(case, device, 10 * i) for i in range(count_of_sets(case, device))]
     gate = Gate(case, device, sets[0])
-    loops: dict[str, tuple[Loop | Replayed, float | None]] = {}
+    loops: dict[str, Checked] = {}
     for provider in providers:
         print(f"{name}: {provider.name}", flush=True)
         try:
             attend = provider.make(case, device)
-            gate.check(attend, provider.factor)
-            single = Loop(attend, sets[:1])
-            peak = None if provider.graph else device.peak_bytes(single.warm) / 1e6
-            loop = Loop(attend, sets)
-            loops[provider.name] = (Replayed(loop, device) if provider.graph else loop, peak)
-            loops[provider.name][0].warm()
+            errors = gate.check(attend, provider.factor)
+            peaks = {} if provider.graph else Loop(attend, sets[:1]).peaks(device)
+            loop: Loop | Replayed = Loop(attend, sets)
+            loop = Replayed(loop, device) if provider.graph else loop
+            loop.warm()
             device.wait()
+            loops[provider.name] = Checked(loop, errors, peaks)
         except Exception as error:  # one provider's end is not that of the others
             traceback.print_exc()
-            loops.pop(provider.name, None)
             for direction in DIRECTIONS:
                 book.add(Row(name, provider.name, direction, note=reason_of(error)))
             if device.broken():
@@ -99,7 +106,7 @@ def measure_case(
     if not loops or device.broken():
         return
     passes = passes_of(case, device, count_of_sets(case, device), rates[0])
-    timed = {who: Timed(loop, device, passes) for who, (loop, _) in loops.items()}
+    timed = {who: Timed(x.loop, device, passes) for who, x in loops.items()}
     wrong = sample_in_turn(list(timed.values()), rounds, limit)
     for (who, one), reason in zip(timed.items(), wrong):
         for direction, samples in one.samples.items():
@@ -109,9 +116,9 @@ def measure_case(
             median, low, high = quantiles(samples)
             floor = floor_bytes(case)[direction] / rates[0] * 1e6
             share = flops(case)[direction] / (median * 1e-6 * rates[1])
-            peak = loops[who][1] if direction == "forward + backward" else None
             times = (median, low, high, len(samples))
-            book.add(Row(name, who, direction, *times, floor, floor / median, share, peak))
+            found = loops[who].peaks.get(direction), loops[who].errors.get(direction)
+            book.add(Row(name, who, direction, *times, floor, floor / median, share, *found))
 
 
 class Suite(NamedTuple):
@@ -133,6 +140,7 @@ class Run:
         self.rates = copy_rate(self.device), matrix_rate(self.device)
         self.device.release()
         facts = facts_of(self.device) | {
+            "command": options.command,
             "copy_gb_s": f"{self.rates[0] * 1e-9:.3g}",
             "matrix_tflop_s": f"{self.rates[1] * 1e-12:.3g}",
         }

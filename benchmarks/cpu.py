@@ -19,7 +19,7 @@ from benchmarks.attention import RESULTS, Run, Suite, add_options
 from benchmarks.cases import cpu_cases, larger_cpu_cases
 from benchmarks.device import Cpu
 from benchmarks.providers import PROVIDERS
-from benchmarks.rows import facts_of, file_name
+from benchmarks.rows import command_of, facts_of, file_name
 
 # no graphs here, and FlexAttention has no backward
 CPU_PROVIDERS = tuple(p for p in PROVIDERS if not p.graph and p.name != "flex")
@@ -30,6 +30,7 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     add_options(parser, budget=600)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--cases", nargs="*", help="of these alone, and no model")
+    parser.set_defaults(command=command_of("benchmarks.cpu", arguments))
     return parser.parse_args(arguments)
 
 

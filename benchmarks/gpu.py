@@ -21,6 +21,7 @@ from benchmarks.attention import TRY_AGAIN, Run, Suite, add_options
 from benchmarks.cases import other_cases, swin_cases, toy_cases
 from benchmarks.device import Cuda, Rehearsal
 from benchmarks.providers import PROVIDERS
+from benchmarks.rows import command_of
 from benchmarks.timing import Loop, make_inputs, reason_of
 
 
@@ -64,6 +65,7 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     add_options(parser, budget=300)
     parser.add_argument("--rehearse", action="store_true", help="toy sizes on a CPU")
     parser.add_argument("--warm", metavar="I/N", help="compile a part of the work, time nothing")
+    parser.set_defaults(command=command_of("benchmarks.gpu", arguments))
     return parser.parse_args(arguments)
 
 

@@ -17,6 +17,7 @@ from swin_kernels.demo.measure import STEPS, Outcome, run_once
 
 GATE_IMAGES = 8
 COMPILED_FACTOR = 10  # of the error rule: a compiler rounds every layer its own way
+JUDGED = {"inference": "logits", "training step": "gradients"}
 FORMS = ("stock", "patched", "stock, compiled", "patched, compiled")
 
 
@@ -56,10 +57,13 @@ def _flat(outcome: Outcome, sizes: dict[str, float]) -> Tensor:
     return torch.cat([outcome.grads[n].double().flatten() / size for n, size in sizes.items()])
 
 
-def check_errors(patched: Outcome, stock: Outcome, exact: Outcome, factor: float = 2.0) -> None:
+def check_errors(
+    patched: Outcome, stock: Outcome, exact: Outcome, factor: float = 2.0
+) -> dict[str, float]:
     """The error rule for root mean squares: of the logits, and of all gradients, each to its size.
 
-    Behind a whole model the largest error is a throw of dice.
+    Behind a whole model the largest error is a throw of dice. Returns patched's errors as multiples
+    of stock's.
     """
     eps = torch.finfo(patched.logits.dtype).eps
     sizes = {n: _rms(g) for n, g in exact.grads.items()}
@@ -68,9 +72,12 @@ def check_errors(patched: Outcome, stock: Outcome, exact: Outcome, factor: float
     compared = {"logits": [x.logits for x in (patched, stock, exact)]}
     if sizes:
         compared["gradients"] = [_flat(x, sizes) for x in (patched, stock, exact)]
+    ratios = {}
     for what, (ours, theirs, best) in compared.items():
         error, allowed = _rms(ours.double() - best), _rms(theirs.double() - best)
         assert error <= factor * allowed + eps * _rms(best), f"{what}: {error=:.3e} {allowed=:.3e}"
+        ratios[what] = error / allowed if allowed else 1.0
+    return ratios
 
 
 class Models:
@@ -91,19 +98,18 @@ class Models:
         images = torch.randn(shape, device=device.device, generator=generator)
         self.images = images.to(device.dtype)
 
-    def check(self, form: str) -> None:
-        """AssertionError where outputs or gradients are wrong."""
+    def check(self, form: str) -> dict[str, float]:
+        """Errors as multiples of stock's; AssertionError where outputs or gradients are wrong."""
         module, few = self.forms[form], self.images[:GATE_IMAGES]
         exact = run_once(self.exact, few)
         stock = run_once(self.forms["stock"], few)
         if not form.endswith("compiled"):
-            check_errors(run_once(module, few), stock, exact)
-            return
+            return check_errors(run_once(module, few), stock, exact)
         # another batch would be compiled again: the logits of the whole one
         with torch.inference_mode():
             logits = module(self.images)[:GATE_IMAGES]
         outcomes = (Outcome(x, {}) for x in (logits, stock.logits, exact.logits))
-        check_errors(*outcomes, COMPILED_FACTOR)
+        return check_errors(*outcomes, COMPILED_FACTOR)
 
     def warm(self, form: str) -> None:
         for step, function in STEPS.items():
@@ -129,12 +135,12 @@ def rows_of(
     """Rows of the model; `forms` has a reason for each that is to be left out."""
     made = Models(name, device, models)
     label = f"{name}, batch {made.images.shape[0]}"
-    wrong = dict(forms)
+    wrong, errors = dict(forms), {}
     for form, reason in wrong.items():
         if reason is None:
             print(f"{label}: {form}", flush=True)
             try:
-                made.check(form)
+                errors[form] = made.check(form)
                 made.warm(form)
             except Exception as error:  # one form's end is not that of the others
                 wrong[form] = reason_of(error)
@@ -155,4 +161,6 @@ def rows_of(
                 yield Row(label, form, step, note=reason)
                 continue
             median, low, high = quantiles(samples[form])
-            yield Row(label, form, step, median, low, high, rounds, peak_mb=peaks[form])
+            times = (median, low, high, rounds)
+            error = errors[form].get(JUDGED[step])
+            yield Row(label, form, step, *times, peak_mb=peaks[form], error=error)

@@ -7,7 +7,9 @@ import datetime
 import importlib.util
 import os
 import re
+import shlex
 import subprocess
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -29,6 +31,7 @@ class Row(NamedTuple):
     of_floor: float | None = None  # floor ÷ median
     of_matrix_rate: float | None = None  # of the bf16 rate of this run
     peak_mb: float | None = None
+    error: float | None = None  # against float64, as a multiple of the unfused path's own
     note: str = ""  # why there is no time, or what to know of it
 
 
@@ -48,6 +51,15 @@ def commit() -> str:
     except OSError:  # no git
         answer = ""
     return answer.strip() or "unknown"
+
+
+def command_of(module: str, arguments: Sequence[str] | None = None) -> str:
+    """The command line that measures the same, without the file of its rows."""
+    parts = list(sys.argv[1:] if arguments is None else arguments)
+    while (place := next((i for i, x in enumerate(parts) if x == "--csv"), None)) is not None:
+        del parts[place : place + 2]
+    kept = (x for x in parts if x != "--resume" and not x.startswith("--csv="))
+    return shlex.join(["python", "-m", module, *kept])
 
 
 def facts_of(device: Device) -> dict[str, str]:
@@ -74,37 +86,48 @@ class Book:
 
     def __init__(self, path: Path, facts: dict[str, str], resume: bool = False) -> None:
         self.path, self.facts, self.rows = path, facts, []
+        self.columns = [*Row._fields, *facts]
         if resume and path.exists():
+            self.rows, _ = read(path)
             with path.open(newline="") as file:
-                self.rows = [_read(line) for line in csv.DictReader(file)]
+                self.columns = next(csv.reader(file))  # an older file has fewer
             return
         path.parent.mkdir(parents=True, exist_ok=True)
         with path.open("w", newline="") as file:
-            csv.writer(file).writerow([*Row._fields, *facts])
+            csv.writer(file).writerow(self.columns)
 
     rows: list[Row]
 
     def add(self, row: Row) -> None:
         self.rows.append(row)
-        shown = ["" if x is None else f"{x:.4g}" if isinstance(x, float) else x for x in row]
+        shown = {
+            name: "" if x is None else f"{x:.4g}" if isinstance(x, float) else x
+            for name, x in row._asdict().items()
+        }
         with self.path.open("a", newline="") as file:
-            csv.writer(file).writerow([*shown, *self.facts.values()])
+            writer = csv.DictWriter(file, self.columns, extrasaction="ignore")
+            writer.writerow(shown | self.facts)
 
     def has(self, case: str, provider: str) -> bool:
         return any((r.case, r.provider) == (case, provider) for r in self.rows)
 
 
-def _read(line: dict[str, str]) -> Row:
+def read(path: Path) -> tuple[list[Row], dict[str, str]]:
+    """The rows of a file and what all of them are kept with; a column it lacks is None."""
+    with path.open(newline="") as file:
+        lines = list(csv.DictReader(file))
+    facts = {k: v for k, v in lines[0].items() if k not in Row._fields} if lines else {}
+    return [_row(line) for line in lines], facts
+
+
+def _row(line: dict[str, str]) -> Row:
+    words = ("case", "provider", "direction", "note")
     numbers = {
-        name: float(line[name]) if line[name] else None
+        name: float(line[name]) if line.get(name) else None
         for name in Row._fields
-        if name.endswith("_us") or name.startswith("of_") or name == "peak_mb"
+        if name not in (*words, "samples")
     }
-    return Row(
-        **{name: line[name] for name in ("case", "provider", "direction", "note")},
-        samples=int(line["samples"]),
-        **numbers,
-    )
+    return Row(**{x: line[x] for x in words}, samples=int(line["samples"]), **numbers)
 
 
 def _number(x: float | None) -> str:

@@ -14,7 +14,14 @@ from benchmarks.device import Device, random
 from benchmarks.providers import Attend
 from swin_kernels.position_bias import table_length
 from swin_kernels.problem import Operands
-from swin_kernels.testing import Case, Result, assert_within_error_rule, run_exact, run_unfused
+from swin_kernels.testing import (
+    Case,
+    Result,
+    assert_within_error_rule,
+    error_ratio,
+    run_exact,
+    run_unfused,
+)
 
 GATE_IMAGES = 3
 MOST_PASSES = 20
@@ -99,17 +106,29 @@ class Gate:
         self.eager = run_unfused(few, operands, grad_out)
         self.exact = run_exact(few, operands, grad_out)
 
-    def check(self, attend: Attend, factor: float) -> None:
-        """AssertionError says how the rule is broken; `factor` 2 is the rule."""
+    def check(self, attend: Attend, factor: float) -> dict[str, float]:
+        """Error ratios by direction; AssertionError where the rule, `factor` 2, is broken."""
         out = attend(*self.inputs[:3])
         grads = torch.autograd.grad(out, self.inputs.leaves, self.grad_out)
+        return self.judge(out.detach(), grads, factor)
+
+    def judge(self, out: Tensor, grads: Sequence[Tensor], factor: float) -> dict[str, float]:
+        """`check` of an output and of the gradients of all leaves."""
         names = [n for n in ("query", "bias_table", "logit_scale") if n in self.exact.grads]
         found = dict(zip(names, grads))
         spilt = int(found["query"].flatten(1).any(1)[self.others].sum())
         assert spilt == 0, f"{spilt} images have a gradient, though that of their output is 0"
         found["query"] = found["query"][self.images]
-        actual = Result(out.detach()[self.images], found)
+        actual = Result(out[self.images], found)
         assert_within_error_rule(actual, self.eager, self.exact, factor)
+        of_grads = (
+            error_ratio(grad, self.eager.grads[name], self.exact.grads[name])
+            for name, grad in found.items()
+        )
+        return {
+            "forward": error_ratio(actual.out, self.eager.out, self.exact.out),
+            "backward": max(of_grads),
+        }
 
 
 class Loop:
@@ -140,10 +159,25 @@ class Loop:
         ]
         self.outs = []
 
-    def warm(self) -> None:
-        self.forward()
+    def training(self) -> None:
         self.training_forward()
         self.training_backward()
+
+    def warm(self) -> None:
+        self.forward()
+        self.training()
+
+    def peaks(self, device: Device) -> dict[str, float]:
+        """Megabytes that each direction adds at its peak; the gate has called it with gradients."""
+        self.forward()
+        found = {}
+        for direction, function in (
+            ("forward", self.forward),
+            ("forward + backward", self.training),
+        ):
+            self.results = []  # else what is freed would hide a part
+            found[direction] = device.peak_bytes(function) / 1e6
+        return found
 
 
 class Replayed:

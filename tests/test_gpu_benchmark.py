@@ -147,6 +147,17 @@ def test_peers_agree_on_every_toy_case():
         torch.testing.assert_close(found, expected)
 
 
+def test_gate_tells_the_errors_as_multiples_of_the_unfused_path():
+    case, device = toy(), Fp32Rehearsal()
+    inputs = make_inputs(case, device, 0)
+    gate = Gate(case, device, inputs)
+    found = gate.check(providers.unfused(case, device), 2)
+    assert 0.2 < found["forward"] <= 2
+    assert 0.2 < found["backward"] <= 2.5
+    again = gate.check(lambda *leaves: providers.unfused(case, device)(*leaves) * (1 + 1e-6), 100)
+    assert again["forward"] > 2 * found["forward"]
+
+
 @pytest.mark.parametrize(
     "wrong, complaint",
     [

@@ -18,6 +18,7 @@ from swin_kernels.testing.rule import (
     assert_no_worse_than_eager,
     assert_within_error_rule,
     check,
+    error_ratio,
     repetitions,
 )
 from swin_kernels.testing.runs import (
@@ -45,6 +46,7 @@ __all__ = [
     "call",
     "check",
     "differentiate",
+    "error_ratio",
     "make_grad_out",
     "make_operands",
     "repetitions",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 
 import torch
@@ -61,6 +62,14 @@ def assert_no_worse_than_eager(
             f"{name}: {kind} {error=:.3e} exceeds {factor} x {allowed=:.3e} + {ulp=:.3e} "
             f"({DTYPE_NAMES[actual.dtype]}, shape {tuple(actual.shape)})"
         )
+
+
+def error_ratio(actual: Tensor, eager: Tensor, exact: Tensor) -> float:
+    """Largest error against float64, as a multiple of the unfused path's own."""
+    error, allowed = (float((x.double() - exact).abs().max()) for x in (actual, eager))
+    if allowed == 0:
+        return 1.0 if error == 0 else math.inf
+    return error / allowed
 
 
 def assert_within_error_rule(

@@ -1,0 +1,54 @@
+"""Rows of measurements and the file that keeps them."""
+
+from __future__ import annotations
+
+import csv
+
+import pytest
+
+from benchmarks.rows import Book, Row, command_of, read
+
+FACTS = {"machine": "a, b", "commit": "c0ffee", "date": "2000-01-01"}
+TIMED = Row("T1", "ours", "forward", 2.0, 1.5, 2.5, 7, 1.0, 0.5, 0.25, 12.0, 1.25)
+FAILED = Row("T1", "flex", "forward", note="RuntimeError: no, such kernel")
+
+
+def test_rows_and_facts_come_back_from_the_file(tmp_path):
+    book = Book(tmp_path / "rows.csv", FACTS)
+    for row in (TIMED, FAILED):
+        book.add(row)
+    assert read(book.path) == ([TIMED, FAILED], FACTS)
+
+
+def test_file_without_a_newer_column_is_read_and_gone_on_with(tmp_path):
+    book = Book(tmp_path / "rows.csv", FACTS)
+    book.add(TIMED)
+    with book.path.open(newline="") as file:
+        lines = list(csv.DictReader(file))
+    older = [name for name in lines[0] if name != "error"]
+    with book.path.open("w", newline="") as file:
+        writer = csv.DictWriter(file, older, extrasaction="ignore")
+        writer.writeheader()
+        writer.writerows(lines)
+    resumed = Book(book.path, FACTS | {"command": "newer"}, resume=True)
+    assert resumed.rows == [TIMED._replace(error=None)]
+    resumed.add(FAILED)
+    assert read(book.path) == ([TIMED._replace(error=None), FAILED], FACTS)
+
+
+def test_empty_file_has_no_rows(tmp_path):
+    book = Book(tmp_path / "rows.csv", FACTS)
+    assert read(book.path) == ([], {})
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["--threads", "2", "--csv", "x.csv"],
+        ["--csv=x.csv", "--threads", "2", "--resume"],
+        ["--resume", "--threads", "2"],
+    ],
+    ids=" ".join,
+)
+def test_command_says_what_was_measured_and_not_where_it_went(arguments):
+    assert command_of("benchmarks.cpu", arguments) == "python -m benchmarks.cpu --threads 2"
