@@ -36,6 +36,7 @@ from swin_kernels.testing import Case
 
 RESULTS = Path(__file__).with_name("results")
 TRY_AGAIN = 75  # as EX_TEMPFAIL of sysexits.h
+OTHER_FUNCTION = "computes another function: no error gate"
 
 
 class Budget:
@@ -74,16 +75,17 @@ def loops_of(
         print(f"{name}: {provider.name}", flush=True)
         try:
             attend = provider.make(case, device)
-            errors = gate.check(attend, provider.factor)
-            peaks = {} if provider.graph else Loop(attend, sets[:1]).peaks(device)
-            loop: Loop | Replayed = Loop(attend, sets)
+            errors = gate.check(attend, provider.factor) if provider.same else {}
+            single = Loop(attend, sets[:1], provider.directions)
+            peaks = {} if provider.graph else single.peaks(device)
+            loop: Loop | Replayed = Loop(attend, sets, provider.directions)
             loop = Replayed(loop, device) if provider.graph else loop
             loop.warm()
             device.wait()
             loops[provider.name] = Checked(loop, errors, peaks)
         except Exception as error:  # one provider's end is not that of the others
             traceback.print_exc()
-            for direction in DIRECTIONS:
+            for direction in provider.directions:
                 book.add(Row(name, provider.name, direction, note=reason_of(error)))
             if device.broken():
                 break
@@ -115,10 +117,12 @@ def measure_case(
                 continue
             median, low, high = quantiles(samples)
             floor = floor_bytes(case)[direction] / rates[0] * 1e6
-            share = flops(case)[direction] / (median * 1e-6 * rates[1])
+            same = bool(loops[who].errors)  # else its products are others
+            share = flops(case)[direction] / (median * 1e-6 * rates[1]) if same else None
             times = (median, low, high, len(samples))
             found = loops[who].peaks.get(direction), loops[who].errors.get(direction)
-            book.add(Row(name, who, direction, *times, floor, floor / median, share, *found))
+            note = "" if same else OTHER_FUNCTION
+            book.add(Row(name, who, direction, *times, floor, floor / median, share, *found, note))
 
 
 class Suite(NamedTuple):
@@ -154,7 +158,7 @@ class Run:
             if (reason := self.budget.refuses(provider, share)) is None:
                 wanted.append(provider)
                 continue
-            for direction in DIRECTIONS:
+            for direction in provider.directions:
                 self.book.add(Row(name, provider.name, direction, note=reason))
         if not wanted:
             return
@@ -174,7 +178,7 @@ class Run:
             traceback.print_exc()
             for provider in wanted:
                 if not self.book.has(name, provider.name):
-                    for direction in DIRECTIONS:
+                    for direction in provider.directions:
                         self.book.add(Row(name, provider.name, direction, note=reason_of(error)))
         self._stop_if_broken()
         self.device.release()
@@ -240,13 +244,14 @@ class Run:
         print_table(*table_of(core, [p.name for p in self.suite.providers]))
         if whole:
             print_table(*table_of(whole, models.FORMS))
-        for row in dict.fromkeys((r.case, r.provider, r.note) for r in rows if r.note):
+        untimed = [r for r in rows if r.median_us is None]
+        for row in dict.fromkeys((r.case, r.provider, r.note) for r in untimed):
             print("no time for " + ": ".join(row))
         print(f"\n{self.book.path}")
 
 
 def _is_a_failure_of_ours(row: Row) -> bool:
-    untimed = bool(row.note) and not row.note.startswith("skipped")
+    untimed = row.median_us is None and not row.note.startswith("skipped")
     return untimed and row.provider.startswith(("ours", "patched"))
 
 

@@ -1,10 +1,13 @@
 """Swin's attention on a CPU: checked, then timed beside its peers and the rates of the machine.
 
     python -m benchmarks.cpu [--threads 2] [--budget 600] [--csv FILE] [--resume]
+    python -m benchmarks.cpu --sweep batch|resolution|window
 
 The same rows as `benchmarks.gpu`, in fp32: Swin-T's stages at a batch of 8, windows of 256 and 343
 tokens, and timm's Swin-T. Bytes are told against a copy, products against sgemm of the same run.
-Exit code: 0; 1 where our results failed.
+A sweep varies one size of the first stage alone; that of resolution times attention over all
+tokens as well, forward, which has no error gate, as it computes another function. Exit code: 0;
+1 where our results failed.
 """
 
 from __future__ import annotations
@@ -20,6 +23,7 @@ from benchmarks.cases import cpu_cases, larger_cpu_cases
 from benchmarks.device import Cpu
 from benchmarks.providers import PROVIDERS
 from benchmarks.rows import command_of, facts_of, file_name
+from benchmarks.sweeps import ALTERNATIVES, UNITS, sweeps
 
 # no graphs here, and FlexAttention has no backward
 CPU_PROVIDERS = tuple(p for p in PROVIDERS if not p.graph and p.name != "flex")
@@ -29,7 +33,9 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     add_options(parser, budget=600)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
-    parser.add_argument("--cases", nargs="*", help="of these alone, and no model")
+    chosen = parser.add_mutually_exclusive_group()
+    chosen.add_argument("--cases", nargs="*", help="of these alone, and no model")
+    chosen.add_argument("--sweep", choices=UNITS, help="this size varied, and nothing else")
     parser.set_defaults(command=command_of("benchmarks.cpu", arguments))
     return parser.parse_args(arguments)
 
@@ -39,14 +45,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
     torch.set_num_threads(options.threads)
     device = Cpu()
     if options.csv is None:
-        options.csv = RESULTS / file_name(facts_of(device), "cpu")
+        kind = f"cpu-{options.sweep}" if options.sweep else "cpu"
+        options.csv = RESULTS / file_name(facts_of(device), kind)
     cases, others, known_models = cpu_cases(), larger_cpu_cases(), models.CPU_MODELS
     if options.cases is not None:
         known = cases | others
         if unknown := set(options.cases) - known.keys():
             raise SystemExit(f"no case {sorted(unknown)}; there are {list(known)}")
         cases, others, known_models = {name: known[name] for name in options.cases}, {}, {}
-    suite = Suite(device, cases, others, known_models, CPU_PROVIDERS)
+    providers = CPU_PROVIDERS
+    if options.sweep is not None:
+        cases, others, known_models = sweeps()[options.sweep], {}, {}
+        providers += ALTERNATIVES if options.sweep == "resolution" else ()
+    suite = Suite(device, cases, others, known_models, providers)
     return Run(suite, options).measure()
 
 

@@ -1,4 +1,4 @@
-"""The ways to attend within shifted windows that `benchmarks.gpu` compares.
+"""The ways to attend within shifted windows that benchmarks compare.
 
 Each takes qkv (B, *S, 3, H, D), a table of biases and, for cosine attention, scales of logits; and
 gives (B, *S, H, D). What a model makes once (index, mask, regions) is made once here too. The
@@ -20,6 +20,7 @@ from swin_kernels.position_bias import relative_position_index
 from swin_kernels.problem import Operands
 from swin_kernels.testing import Case, call
 
+DIRECTIONS = ("forward", "backward", "forward + backward")
 Attend = Callable[[Tensor, Tensor, Tensor | None], Tensor]
 
 
@@ -154,6 +155,11 @@ class Provider(NamedTuple):
     graph: bool = False  # timed as replays of a CUDA graph
     slow: bool = False  # seconds of compilation: left out first where time is short
     factor: float = 10.0  # of the error rule: that a peer computes the same thing is enough
+    same: bool = True  # False: it computes another function, so no gate, and forward alone
+
+    @property
+    def directions(self) -> tuple[str, ...]:
+        return DIRECTIONS if self.same else DIRECTIONS[:1]
 
 
 PROVIDERS = (

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.device import Device, random
-from benchmarks.providers import Attend
+from benchmarks.providers import DIRECTIONS, Attend
 from swin_kernels.position_bias import table_length
 from swin_kernels.problem import Operands
 from swin_kernels.testing import (
@@ -76,9 +76,6 @@ def flops(case: Case) -> dict[str, int]:
     return {"forward": 2 * one, "backward": 5 * one, "forward + backward": 7 * one}
 
 
-DIRECTIONS = ("forward", "backward", "forward + backward")
-
-
 class Gate:
     """The error rule on a few images of a whole batch.
 
@@ -138,8 +135,10 @@ class Loop:
     cache, and never reach memory.
     """
 
-    def __init__(self, attend: Attend, sets: Sequence[Inputs]) -> None:
-        self.attend, self.sets = attend, sets
+    def __init__(
+        self, attend: Attend, sets: Sequence[Inputs], directions: Sequence[str] = DIRECTIONS
+    ) -> None:
+        self.attend, self.sets, self.directions = attend, sets, directions
         self.outs: list[Tensor] = []
         self.results: list[list[Tensor]] = []
 
@@ -165,7 +164,8 @@ class Loop:
 
     def warm(self) -> None:
         self.forward()
-        self.training()
+        if "backward" in self.directions:
+            self.training()
 
     def peaks(self, device: Device) -> dict[str, float]:
         """Megabytes that each direction adds at its peak; the gate has called it with gradients."""
@@ -175,8 +175,9 @@ class Loop:
             ("forward", self.forward),
             ("forward + backward", self.training),
         ):
-            self.results = []  # else what is freed would hide a part
-            found[direction] = device.peak_bytes(function) / 1e6
+            if direction in self.directions:
+                self.results = []  # else what is freed would hide a part
+                found[direction] = device.peak_bytes(function) / 1e6
         return found
 
 
@@ -186,7 +187,7 @@ class Replayed:
     def __init__(self, loop: Loop, device: Device) -> None:
         loop.warm()
         expected = [x.clone() for x in loop.results[0]]
-        self.sets = loop.sets
+        self.sets, self.directions = loop.sets, loop.directions
         (self.forward,) = device.capture(loop.forward)
         self.kept = loop.results  # what its replays write
         both = device.capture(loop.training_forward, loop.training_backward)
@@ -213,7 +214,7 @@ class Timed:
 
     def __init__(self, loop: Loop | Replayed, device: Device, passes: dict[str, int]) -> None:
         self.loop, self.device, self.passes = loop, device, passes
-        self.samples: dict[str, list[float]] = {d: [] for d in DIRECTIONS}
+        self.samples: dict[str, list[float]] = {d: [] for d in loop.directions}
 
     def sample(self) -> None:
         device, loop = self.device, self.loop
@@ -224,6 +225,8 @@ class Timed:
         device.wait()
         calls = self.passes["forward"] * len(loop.sets)
         self.samples["forward"].append(device.seconds(first, last) / calls)
+        if "backward" not in loop.directions:
+            return
         marks = [device.mark()]
         for _ in range(self.passes["forward + backward"]):
             loop.training_forward()

@@ -1,0 +1,74 @@
+"""Batch, resolution or window varied alone on a CPU, with attention over all tokens beside windows.
+
+A case is named after what is varied and its value: `batch 8`, `resolution 56` (tokens a side of
+the map), `window 7`.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+
+from benchmarks import alternatives
+from benchmarks.cases import cpu_cases
+from benchmarks.device import Device
+from benchmarks.providers import Attend, Provider
+from swin_kernels.testing import Case
+
+BATCHES = (1, 2, 4, 8, 16, 32)
+RESOLUTIONS = (28, 42, 56, 70, 84, 98, 112)
+WINDOWS = (4, 7, 8, 14, 28)  # those that 56 is a multiple of
+UNITS = {
+    "batch": "images a batch",
+    "resolution": "tokens a side of the map",
+    "window": "tokens a side of a window",
+}
+
+
+def sweeps() -> dict[str, dict[str, Case]]:
+    """Around Swin-T's first stage, shifted; of many tokens in a window, fewer images."""
+    stage = cpu_cases()["T1 shift 3"]
+    return {
+        "batch": {f"batch {n}": stage.but(batch=n) for n in BATCHES},
+        "resolution": {f"resolution {n}": stage.but(batch=1, size=(n, n)) for n in RESOLUTIONS},
+        "window": {
+            f"window {n}": stage.but(batch=4, window=(n, n), shift=(n // 2, n // 2))
+            for n in WINDOWS
+        },
+    }
+
+
+def varied(name: str) -> tuple[str, int] | None:
+    """What a case of a sweep varies and its value; None for any other case."""
+    found = re.fullmatch(rf"({'|'.join(UNITS)}) (\d+)", name)
+    return None if found is None else (found[1], int(found[2]))
+
+
+def global_attention(case: Case, device: Device) -> Attend:
+    return lambda qkv, *_: alternatives.global_attention(qkv)
+
+
+def linformer(case: Case, device: Device) -> Attend:
+    projection = alternatives.projection(math.prod(case.size)).to(device.device, case.dtype)
+    return lambda qkv, *_: alternatives.linformer(qkv, projection)
+
+
+def performer(case: Case, device: Device) -> Attend:
+    directions = alternatives.directions(case.head_dim).to(device.device, case.dtype)
+    return lambda qkv, *_: alternatives.performer(qkv, directions)
+
+
+def routing(case: Case, device: Device) -> Attend:
+    """√T clusters of √T tokens, which the paper has as the best."""
+    tokens = math.prod(case.size)
+    clusters = round(math.sqrt(tokens))
+    centroids = alternatives.centroids(case.head_dim, clusters).to(device.device, case.dtype)
+    return lambda qkv, *_: alternatives.routing(qkv, centroids, math.ceil(tokens / clusters))
+
+
+ALTERNATIVES = (
+    Provider("global", global_attention, same=False),
+    Provider("linformer", linformer, same=False),
+    Provider("performer", performer, same=False),
+    Provider("routing", routing, same=False),
+)
