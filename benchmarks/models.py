@@ -100,6 +100,8 @@ class Models:
 
     def check(self, form: str) -> dict[str, float]:
         """Errors as multiples of stock's; AssertionError where outputs or gradients are wrong."""
+        for each in self.forms.values():
+            each.eval()  # a timed training step leaves stochastic depth on
         module, few = self.forms[form], self.images[:GATE_IMAGES]
         exact = run_once(self.exact, few)
         stock = run_once(self.forms["stock"], few)
