@@ -3,35 +3,36 @@
 from __future__ import annotations
 
 import pytest
-import torch
 
-from benchmarks.stages import STAGES, WINDOW, core_functions, seconds
+from benchmarks.attention import loops_of
+from benchmarks.cases import cpu_cases
+from benchmarks.device import Cpu
+from benchmarks.providers import PROVIDERS
+from benchmarks.rows import Book
+from benchmarks.timing import Timed, sample_in_turn
 
 ROUNDS, TRIES = 7, 4
-SHIFTED = [(s, shift) for s, (size, _) in enumerate(STAGES) for shift in (0, 3) if size > WINDOW]
+PAIR = [p for p in PROVIDERS if p.name in ("ours", "unfused")]
+STAGES = {name: case.but(batch=2) for name, case in cpu_cases().items()}
 
 
-@pytest.mark.parametrize(("stage", "shift"), [*SHIFTED, (3, 0)])
-@pytest.mark.parametrize("direction", ["forward", "training"])
-def test_stage_is_not_slower_than_unfused(cpu_kernels, stage, shift, direction):
-    size, heads = STAGES[stage]
-    torch.manual_seed(0)
-    leaves, (stock, ours, _) = core_functions(size, heads, shift, batch=2)
-    grad_out = torch.ones(stock().shape)
-
-    def step(form):
-        if direction == "forward":
-            with torch.no_grad():
-                return form()
-        return torch.autograd.grad(form(), leaves, grad_out)
-
-    # the fastest of calls in turn: what a shared machine adds is not the code's
-    fastest = [float("inf")] * 2
+@pytest.mark.parametrize("name", STAGES)
+def test_stage_is_not_slower_than_unfused(cpu_kernels, name, tmp_path):
+    device = Cpu()
+    book = Book(tmp_path / "rows.csv", {})
+    loops = loops_of(name, STAGES[name], device, PAIR, book)
+    assert not book.rows, book.rows  # what broke the error rule
+    timed = {
+        who: Timed(x.loop, device, {"forward": 1, "forward + backward": 1})
+        for who, x in loops.items()
+    }
     for _ in range(TRIES):
-        for _ in range(ROUNDS):
-            fastest = [
-                min(best, seconds(lambda f=f: step(f))) for best, f in zip(fastest, (stock, ours))
-            ]
-        if fastest[1] <= fastest[0]:
+        assert sample_in_turn(list(timed.values()), ROUNDS, 60) == [None, None]
+        # the fastest of calls in turn: what a shared machine adds is not the code's
+        fastest = {
+            direction: [min(timed[who].samples[direction]) for who in ("ours", "unfused")]
+            for direction in ("forward", "forward + backward")
+        }
+        if all(ours <= unfused for ours, unfused in fastest.values()):
             return
-    pytest.fail(f"unfused {fastest[0] * 1e3:.2f} ms, fused {fastest[1] * 1e3:.2f} ms")
+    pytest.fail(f"seconds of ours and unfused: {fastest}")
