@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
-from swin_kernels.demo.run import processor
+from swin_kernels.demo.command import processor
 from swin_kernels.kernels.native import cpu_capability
 
 

@@ -18,9 +18,9 @@ import re
 import torch
 
 import swin_kernels
+from swin_kernels.demo.command import processor
 from swin_kernels.demo.inputs import load_model
 from swin_kernels.demo.measure import run_once
-from swin_kernels.demo.run import processor
 from swin_kernels.kernels.native import cpu_capability
 
 MODELS = (

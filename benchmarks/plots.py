@@ -22,6 +22,7 @@ from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter, NullLoca
 from benchmarks.providers import DIRECTIONS
 from benchmarks.rows import Row, read
 from benchmarks.sweeps import UNITS, varied
+from swin_kernels.demo.command import three_digits
 
 RESULTS = Path(__file__).with_name("results")
 IMAGES = Path(__file__).resolve().parent.parent / "docs" / "images"
@@ -92,10 +93,6 @@ def base_of(row: Row, rows: Iterable[Row]) -> Row | None:
         ),
         None,
     )
-
-
-def three_digits(x: float) -> str:
-    return f"{x:.0f}" if x >= 100 else f"{x:#.3g}"
 
 
 def _ticks(axis: Axis, limits: tuple[float, float]) -> None:

@@ -28,10 +28,10 @@ from benchmarks.plots import (
     image_of,
     in_order,
     measured,
-    three_digits,
 )
 from benchmarks.rows import Row
 from benchmarks.sweeps import UNITS, sweeps
+from swin_kernels.demo.command import three_digits
 
 PAGE = Path(__file__).resolve().parent.parent / "docs" / "performance.md"
 TEMPLATE = Path(__file__).with_name("performance.md.in")

@@ -182,6 +182,32 @@ def spread_out(module: nn.Module, seed: int = 0) -> None:
             p.add_(0.02 * torch.randn(p.shape, generator=generator))
 
 
+def create(name: str, size: tuple[int, int] | None = None) -> nn.Module:
+    """The timm model called `name` with fresh weights, for images of another size if one is given.
+
+    ValueError for a size that it cannot have.
+    """
+    import timm
+
+    if size is None:
+        return timm.create_model(name, pretrained=False)
+    try:
+        return timm.create_model(name, pretrained=False, img_size=size)
+    except (TypeError, ValueError, RuntimeError, AssertionError) as error:
+        cause = str(error).partition("\n")[0]
+        raise ValueError(
+            f"--size: {name} cannot be made for {size[0]}×{size[1]}: {cause}"
+        ) from error
+
+
+def fresh_model(name: str, size: tuple[int, int] | None = None) -> nn.Module:
+    """`create` with the same weights every time, spread out."""
+    torch.manual_seed(0)
+    module = create(name, size)
+    spread_out(module)
+    return module
+
+
 def load_model(name: str) -> Model:
     """The timm model called `name` in evaluation mode, pretrained if the weights can be had.
 
@@ -194,9 +220,7 @@ def load_model(name: str) -> Model:
         module = _with_pretrained_weights(name)
         pretrained, weights = True, "pretrained weights"
     except Exception as error:  # of whatever kind: the demo runs without them
-        torch.manual_seed(0)
-        module = timm.create_model(name, pretrained=False)
-        spread_out(module)
+        module = fresh_model(name)
         cause = str(error).strip().partition("\n")[0].partition(". ")[0]
         pretrained, weights = False, f"random weights; no pretrained ones: {cause}"
     facts: dict[str, Any] = timm.data.resolve_data_config(model=module)

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import json
 import math
 import os
-import statistics
 import subprocess
 import sys
 import time
@@ -20,6 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from swin_kernels.ops.dispatch import BACKENDS
+from swin_kernels.patch import PatchReport, patch
 from swin_kernels.testing import assert_no_worse_than_eager
 
 
@@ -144,6 +145,20 @@ def compare(patched: Outcome, stock: Outcome, exact: Outcome) -> list[Difference
     ]
 
 
+def compare_logits(name: str, patched: Tensor, stock: Tensor, exact: Tensor) -> Difference:
+    """Differences of logits alone."""
+    return _difference(name, patched, stock, exact)
+
+
+def patched_copy(module: nn.Module, images: Tensor) -> tuple[nn.Module, PatchReport, str]:
+    """A patched copy, its report and the name of the backend that ran when it saw the images."""
+    patched = copy.deepcopy(module)
+    report = patch(patched)
+    with counted_backends() as calls:
+        inference_step(patched, images)
+    return patched, report, " and ".join(calls) or "none"
+
+
 def inference_step(module: nn.Module, images: Tensor) -> None:
     with torch.inference_mode():
         module(images)
@@ -177,8 +192,8 @@ def time_in_turn(
     images: Tensor,
     rounds: int,
     tick: Callable[[], None],
-) -> dict[str, float]:
-    """Median seconds of a step for each module: A B A B …, after one call of each to warm up."""
+) -> dict[str, list[float]]:
+    """Seconds of each call of a step, by module: A B A B …, after one call of each to warm up."""
     times: dict[str, list[float]] = {name: [] for name in modules}
     for module in modules.values():
         module.train(step == "training step")
@@ -190,12 +205,34 @@ def time_in_turn(
             tick()
     for module in modules.values():
         module.eval()
-    return {name: statistics.median(seconds) for name, seconds in times.items()}
+    return times
 
 
-def peak_memory(
-    model: str, variants: Sequence[str], batch: int, threads: int, device: str
-) -> dict[str, dict[str, int]]:
+class Spec(NamedTuple):
+    """What another process needs to take the same steps."""
+
+    model: str  # by timm's name
+    size: tuple[int, int] | None  # height and width that it is made for; None: its own
+    batch: int
+    threads: int
+    device: str
+    dtype: str
+    compiled: bool
+
+    @classmethod
+    def of(
+        cls,
+        model: str,
+        images: Tensor,
+        size: tuple[int, int] | None = None,
+        compiled: bool = False,
+    ) -> Spec:
+        dtype = str(images.dtype).removeprefix("torch.")
+        where = torch.get_num_threads(), str(images.device)
+        return cls(model, size, len(images), *where, dtype, compiled)
+
+
+def peak_memory(spec: Spec, variants: Sequence[str]) -> dict[str, dict[str, int]]:
     """Bytes that each step of each variant adds, at its peak, to what its process held before.
 
     Each variant in a process of its own: what this one has freed and kept would hide part of the
@@ -211,7 +248,7 @@ def peak_memory(
     }
     children = {}
     for variant in variants:
-        wanted = json.dumps([model, variant, batch, threads, device])
+        wanted = json.dumps([variant, *spec])
         command = [sys.executable, "-m", "swin_kernels.demo.memory", wanted]
         pipe = subprocess.PIPE
         children[variant] = subprocess.Popen(

@@ -10,7 +10,8 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from swin_kernels.demo.measure import STEPS
+from swin_kernels.demo import inputs
+from swin_kernels.demo.measure import STEPS, Spec
 
 _STATUS = Path("/proc/self/status")
 _CLEAR = Path("/proc/self/clear_refs")
@@ -23,10 +24,13 @@ def _resident(field: str) -> int:
     return int(found[1]) * 1024
 
 
-def peak_of(step: str, module: nn.Module, images: Tensor) -> int:
-    """Bytes that a step adds at its peak; OSError where the system does not tell."""
+def peak_of(step: str, module: nn.Module, images: Tensor, first: Tensor) -> int:
+    """Bytes that a step adds at its peak; OSError where the system does not tell.
+
+    It is taken on `first` before: libraries load, and keep, what they need once.
+    """
     module.train(step == "training step")
-    STEPS[step](module, images[:1])  # libraries load, and keep, what they need once
+    STEPS[step](module, first)
     if images.is_cuda:
         torch.cuda.synchronize(images.device)
         torch.cuda.reset_peak_memory_stats(images.device)
@@ -44,14 +48,20 @@ def main() -> None:
 
     from swin_kernels.patch import patch
 
-    name, variant, batch, threads, device = json.loads(sys.argv[1])
-    torch.set_num_threads(threads)
-    module = timm.create_model(name, pretrained=False).to(device)
+    variant, *wanted = json.loads(sys.argv[1])
+    spec = Spec(*wanted)
+    torch.set_num_threads(spec.threads)
+    dtype = getattr(torch, spec.dtype)
+    module = inputs.create(spec.model, spec.size).to(spec.device, dtype)
     if variant == "patched":
         patch(module)
-    _, height, width = timm.data.resolve_data_config(model=module)["input_size"]
-    images = torch.zeros(batch, 3, height, width, device=device)
-    print(json.dumps({step: peak_of(step, module, images) for step in STEPS}))
+    size = spec.size or timm.data.resolve_data_config(model=module)["input_size"][1:]
+    images = torch.zeros(spec.batch, 3, *size, device=spec.device, dtype=dtype)
+    if spec.compiled:
+        module.compile()
+    # another batch would be compiled again
+    first = images if spec.compiled else images[:1]
+    print(json.dumps({step: peak_of(step, module, images, first) for step in STEPS}))
 
 
 if __name__ == "__main__":

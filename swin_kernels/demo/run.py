@@ -4,20 +4,15 @@ from __future__ import annotations
 
 import argparse
 import copy
-import importlib.util
-import os
-import platform
-import sys
+import statistics
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
 
-import swin_kernels
-from swin_kernels.demo import inputs, measure
-from swin_kernels.kernels import native
-from swin_kernels.patch import PatchReport, patch
+from swin_kernels.demo import command, inputs, measure
+from swin_kernels.patch import PatchReport
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -41,49 +36,10 @@ class Prepared(NamedTuple):
     picture: Path
 
 
-def _positive(text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"expected a whole number of at least 1, got {text!r}")
-    return int(text)
-
-
-def _threads(text: str) -> int:
-    # OpenMP crashes the process when the system refuses it a thread
-    threads, most = _positive(text), os.cpu_count() or 1
-    if threads > most:
-        raise argparse.ArgumentTypeError(
-            f"expected at most {most}, the CPUs of this machine, got {text!r}"
-        )
-    return threads
-
-
 def add_options(parser: argparse.ArgumentParser) -> None:
-    model = "swin_tiny_patch4_window7_224"
-    parser.add_argument("--model", default=model, help=f"a Swin of timm by name ({model})")
+    command.add_options(parser)
     parser.add_argument("--image", metavar="PATH", help="a photo of your own")
-    parser.add_argument("--batch", type=_positive, default=4, help="images at once (4)")
-    parser.add_argument("--rounds", type=_positive, default=7, help="timed calls of each (7)")
-    parser.add_argument("--threads", type=_threads, help="CPU threads (torch's choice)")
-    parser.add_argument("--device", default="cpu", help="cpu or cuda (cpu)")
     parser.add_argument("--out", metavar="DIR", default="out", help="where the PNG goes (out)")
-
-
-def _check_packages() -> None:
-    missing = [pip for name, pip in NEEDS.items() if importlib.util.find_spec(name) is None]
-    if missing:
-        raise ImportError(f"the demo needs {', '.join(missing)}: pip install {' '.join(missing)}")
-
-
-def _device(name: str) -> torch.device:
-    try:
-        device = torch.device(name)
-        torch.zeros(1, device=device)
-    except (RuntimeError, AssertionError) as error:
-        cause = str(error).partition("\n")[0]
-        raise ValueError(f"--device: cannot use {name!r}: {cause}") from error
-    if device.type not in ("cpu", "cuda"):
-        raise ValueError(f"--device: expected cpu or cuda, got {name!r}")
-    return device
 
 
 def prepare(options: argparse.Namespace) -> Prepared:
@@ -91,9 +47,9 @@ def prepare(options: argparse.Namespace) -> Prepared:
 
     ValueError, OSError, ImportError or NotImplementedError says what is wrong and how to mend it.
     """
-    _check_packages()
+    command.check_packages(NEEDS, "the demo")
     inputs.check_name(options.model)
-    device = _device(options.device)
+    device = command.usable_device(options.device)
     if options.threads:
         torch.set_num_threads(options.threads)
     photo = inputs.find_photo(options.image)
@@ -103,11 +59,7 @@ def prepare(options: argparse.Namespace) -> Prepared:
     model = inputs.load_model(options.model)
     model = model._replace(module=model.module.to(device))
     images = inputs.make_batch(pixels, model, options.batch).to(device)
-    patched = copy.deepcopy(model.module)
-    report = patch(patched)
-    with measure.counted_backends() as calls:
-        measure.inference_step(patched, images[:1])
-    backend = " and ".join(calls) or "none"
+    patched, report, backend = measure.patched_copy(model.module, images[:1])
     picture = folder / f"{options.model}.png"
     return Prepared(
         options.model,
@@ -121,50 +73,6 @@ def prepare(options: argparse.Namespace) -> Prepared:
         options.rounds,
         picture,
     )
-
-
-def processor() -> str:
-    """The name of the CPU, as the system tells it."""
-    cpuinfo = Path("/proc/cpuinfo")
-    if cpuinfo.exists():
-        for line in cpuinfo.read_text().splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    return platform.processor() or platform.machine()
-
-
-def _machine(p: Prepared) -> str:
-    threads = torch.get_num_threads()
-    where = [f"{processor()}, {os.cpu_count()} CPUs"]
-    if p.images.is_cuda:
-        where.append(torch.cuda.get_device_name(p.images.device))
-    vector = f" ({native.cpu_capability()})" if p.backend == "cpu" else ""
-    return " · ".join(
-        [
-            *where,
-            f"{threads} thread{'s' if threads > 1 else ''}",
-            f"torch {torch.__version__}",
-            f"swin_kernels {swin_kernels.__version__}",
-            f"backend {p.backend}{vector}",
-        ]
-    )
-
-
-def _numbers_table(differences: list[measure.Difference]) -> Table:
-    from rich import box
-    from rich.table import Table
-
-    table = Table(box=box.MARKDOWN)
-    table.add_column("difference")
-    for title in ("patched − stock", "stock − float64", "patched − float64"):
-        table.add_column(title, justify="right")
-    for d in differences:
-        values = (d.patched_stock, d.stock_exact, d.patched_exact)
-        cells = [
-            f"{x:.1e}" if d.largest == 1.0 else f"{x:.1e} ({x / d.largest:.1e})" for x in values
-        ]
-        table.add_row(d.name, *cells, style="red" if d.complaint else None)
-    return table
 
 
 def _cost_table(costs: dict[str, dict[str, float]]) -> Table:
@@ -218,42 +126,29 @@ class Results(NamedTuple):
 
 
 def _measure(p: Prepared, console: Console) -> Results:
-    from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
-
-    columns = (TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn())
     steps = 3 + len(measure.STEPS) * 2 * (p.rounds + 1) + 1
     modules = {"stock": p.model.module, "patched": p.patched}
-    # a thread that redraws would take time from what is measured
-    with Progress(*columns, console=console, transient=True, auto_refresh=False) as progress:
-        bar = progress.add_task("", total=steps)
-
-        def say(what: str) -> None:
-            progress.update(bar, description=f"{what:<26}")
-            progress.refresh()
-
-        def tick() -> None:
-            progress.advance(bar)
-            progress.refresh()
-
+    with command.progress(console, steps) as bar:
         outcomes = {}
         for name, module in modules.items():
-            say(f"gradients, {name}")
+            bar.say(f"gradients, {name}")
             outcomes[name] = measure.run_once(module, p.images)
-            tick()
-        say("gradients in float64")
+            bar.tick()
+        bar.say("gradients in float64")
         exact = measure.run_once(copy.deepcopy(p.model.module).double(), p.images)
-        tick()
+        bar.tick()
         differences = measure.compare(outcomes["patched"], outcomes["stock"], exact)
         del outcomes, exact
 
         costs, remark = {}, None
         for step in measure.STEPS:
-            say(f"time, {step}")
-            costs[step] = measure.time_in_turn(step, modules, p.images, p.rounds, tick)
-        say("peak memory")
-        where = len(p.images), torch.get_num_threads(), str(p.images.device)
+            bar.say(f"time, {step}")
+            samples = measure.time_in_turn(step, modules, p.images, p.rounds, bar.tick)
+            costs[step] = {name: statistics.median(x) for name, x in samples.items()}
+        bar.say("peak memory")
+        spec = measure.Spec.of(p.name, p.images)
         try:
-            peaks = measure.peak_memory(p.name, tuple(modules), *where)
+            peaks = measure.peak_memory(spec, tuple(modules))
         except RuntimeError as error:
             remark = f"Peak memory could not be measured: {error}"
         else:
@@ -264,12 +159,8 @@ def _measure(p: Prepared, console: Console) -> Results:
 
 def run(p: Prepared) -> int:
     """Prints the comparison and writes the picture; 0, or 1 if the numbers break the error rule."""
-    from rich.console import Console
-
-    # wide enough for the tables where the output is a file
-    width = None if sys.stdout.isatty() else 120
-    console = Console(width=width, highlight=False, markup=False)
-    console.print(_machine(p), style="bold", soft_wrap=True)
+    console = command.make_console()
+    console.print(command.machine(p.images, p.backend), style="bold", soft_wrap=True)
     batch, _, *size = p.images.shape
     console.print(f"photo: {p.photo.name}, batch of {batch} crops, {size[0]}×{size[1]}, float32")
     console.print(f"model: {p.name}, {p.model.weights}", soft_wrap=True)
@@ -283,7 +174,7 @@ def run(p: Prepared) -> int:
     differences, costs, remark = _measure(p, console)
 
     console.print("The same numbers", style="bold")
-    console.print(_numbers_table(differences))
+    console.print(command.numbers_table(differences))
     parameters = sum(1 for _ in p.patched.parameters())
     console.print(
         "Largest difference (relative to the largest value): of the logits; of the gradients of "

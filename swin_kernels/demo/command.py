@@ -1,0 +1,152 @@
+"""What the commands that measure share: checks of options, the machine in words, a progress bar."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import importlib.util
+import os
+import platform
+import sys
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+import swin_kernels
+from swin_kernels.demo import measure
+from swin_kernels.kernels import native
+
+if TYPE_CHECKING:
+    from rich.console import Console
+    from rich.table import Table
+
+
+def positive(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"expected a whole number of at least 1, got {text!r}")
+    return int(text)
+
+
+def threads(text: str) -> int:
+    # OpenMP crashes the process when the system refuses it a thread
+    count, most = positive(text), os.cpu_count() or 1
+    if count > most:
+        raise argparse.ArgumentTypeError(
+            f"expected at most {most}, the CPUs of this machine, got {text!r}"
+        )
+    return count
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """Those that the commands have in common."""
+    model = "swin_tiny_patch4_window7_224"
+    parser.add_argument("--model", default=model, help=f"a Swin of timm by name ({model})")
+    parser.add_argument("--batch", type=positive, default=4, help="images at once (4)")
+    parser.add_argument("--rounds", type=positive, default=7, help="timed calls of each (7)")
+    parser.add_argument("--threads", type=threads, help="CPU threads (torch's choice)")
+    parser.add_argument("--device", default="cpu", help="cpu or cuda (cpu)")
+
+
+def check_packages(needs: Mapping[str, str], command: str) -> None:
+    """ImportError says which of `needs`, pip's names by what is imported, are missing."""
+    missing = [pip for name, pip in needs.items() if importlib.util.find_spec(name) is None]
+    if missing:
+        raise ImportError(f"{command} needs {', '.join(missing)}: pip install {' '.join(missing)}")
+
+
+def usable_device(name: str) -> torch.device:
+    try:
+        device = torch.device(name)
+        torch.zeros(1, device=device)
+    except (RuntimeError, AssertionError) as error:
+        cause = str(error).partition("\n")[0]
+        raise ValueError(f"--device: cannot use {name!r}: {cause}") from error
+    if device.type not in ("cpu", "cuda"):
+        raise ValueError(f"--device: expected cpu or cuda, got {name!r}")
+    return device
+
+
+def processor() -> str:
+    """The name of the CPU, as the system tells it."""
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.exists():
+        for line in cpuinfo.read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()
+
+
+def machine(images: Tensor, backend: str) -> str:
+    """What the figures were measured with, in a line; `backend` is the one that ran."""
+    threads = torch.get_num_threads()
+    where = [f"{processor()}, {os.cpu_count()} CPUs"]
+    if images.is_cuda:
+        where.append(torch.cuda.get_device_name(images.device))
+    vector = f" ({native.cpu_capability()})" if backend == "cpu" else ""
+    return " · ".join(
+        [
+            *where,
+            f"{threads} thread{'s' if threads > 1 else ''}",
+            f"torch {torch.__version__}",
+            f"swin_kernels {swin_kernels.__version__}",
+            f"backend {backend}{vector}",
+        ]
+    )
+
+
+def three_digits(x: float) -> str:
+    return f"{x:.0f}" if x >= 100 else f"{x:#.3g}"
+
+
+def make_console() -> Console:
+    """As wide as the tables where the output is a file."""
+    from rich.console import Console
+
+    width = None if sys.stdout.isatty() else 120
+    return Console(width=width, highlight=False, markup=False)
+
+
+class Bar:
+    """A progress bar drawn when told to: a thread would take time from what is measured."""
+
+    def __init__(self, console: Console, steps: int) -> None:
+        from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+
+        columns = (TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn())
+        self.progress = Progress(*columns, console=console, transient=True, auto_refresh=False)
+        self.task = self.progress.add_task("", total=steps)
+
+    def say(self, what: str) -> None:
+        self.progress.update(self.task, description=f"{what:<26}")
+        self.progress.refresh()
+
+    def tick(self) -> None:
+        self.progress.advance(self.task)
+        self.progress.refresh()
+
+
+@contextlib.contextmanager
+def progress(console: Console, steps: int) -> Iterator[Bar]:
+    bar = Bar(console, steps)
+    with bar.progress:
+        yield bar
+
+
+def numbers_table(differences: list[measure.Difference]) -> Table:
+    from rich import box
+    from rich.table import Table
+
+    table = Table(box=box.MARKDOWN)
+    table.add_column("difference")
+    for title in ("patched − stock", "stock − float64", "patched − float64"):
+        table.add_column(title, justify="right")
+    for d in differences:
+        values = (d.patched_stock, d.stock_exact, d.patched_exact)
+        cells = [
+            f"{x:.1e}" if d.largest == 1.0 else f"{x:.1e} ({x / d.largest:.1e})" for x in values
+        ]
+        table.add_row(d.name, *cells, style="red" if d.complaint else None)
+    return table
