@@ -1,4 +1,4 @@
-"""The command line: `python -m swin_kernels demo | explain | picture`."""
+"""The command line: `python -m swin_kernels demo | bench | explain | picture`."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import os
 import re
 import sys
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import NoReturn
 
 BAD_INPUT = 2
 _FLOAT32_MAX = (2 - 2**-23) * 2.0**127  # a mask is float32
@@ -19,12 +19,6 @@ class _Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         self.exit(BAD_INPUT, f"{self.prog}: {message}\n")
-
-
-def _run_demo(prepared: Any) -> int:
-    from swin_kernels.demo import run
-
-    return run.run(prepared)
 
 
 def _print(text: str) -> int:
@@ -84,14 +78,18 @@ def _picture(options: argparse.Namespace) -> str:
 
 
 def _parser() -> argparse.ArgumentParser:
-    from swin_kernels.demo.run import add_options, prepare
+    from swin_kernels.demo import bench, run
 
     parser = _Parser(prog="python -m swin_kernels", description="Fused shifted-window attention.")
     commands = parser.add_subparsers(required=True, metavar="command")
 
     demo = commands.add_parser("demo", help="a timm Swin on a photograph, patched against stock")
-    add_options(demo)
-    demo.set_defaults(prepare=prepare, run=_run_demo)
+    run.add_options(demo)
+    demo.set_defaults(prepare=run.prepare, run=run.run)
+
+    times = commands.add_parser("bench", help="a timm Swin at a size of your own, timed")
+    bench.add_options(times)
+    times.set_defaults(prepare=bench.prepare, run=bench.run)
 
     explain = commands.add_parser("explain", help="backends, and why one cannot run")
     explain.set_defaults(prepare=_explanation, run=_print)
