@@ -2,9 +2,11 @@
 
     python -m benchmarks.cpu [--threads 2] [--budget 600] [--csv FILE] [--resume]
     python -m benchmarks.cpu --sweep batch|resolution|window
+    python -m benchmarks.cpu --dtype bf16
 
-The same rows as `benchmarks.gpu`, in fp32: Swin-T's stages at a batch of 8, windows of 256 and 343
-tokens, and timm's Swin-T. Bytes are told against a copy, products against sgemm of the same run.
+The same rows as `benchmarks.gpu`, in fp32 if not told otherwise: Swin-T's stages at a batch of 8,
+windows of 256 and 343 tokens, and timm's Swin-T. Bytes are told against a copy, products against a
+large matrix product of the same run and dtype.
 A sweep varies one size of the first stage alone; that of resolution times attention over all
 tokens as well, forward, which has no error gate, as it computes another function. Exit code: 0;
 1 where our results failed.
@@ -24,7 +26,9 @@ from benchmarks.device import Cpu
 from benchmarks.providers import PROVIDERS
 from benchmarks.rows import command_of, facts_of, file_name
 from benchmarks.sweeps import ALTERNATIVES, UNITS, sweeps
+from swin_kernels.testing.cases import DTYPE_NAMES
 
+DTYPES = {name: dtype for dtype, name in DTYPE_NAMES.items() if dtype != torch.float64}
 # no graphs here, and FlexAttention has no backward
 CPU_PROVIDERS = tuple(p for p in PROVIDERS if not p.graph and p.name != "flex")
 
@@ -36,6 +40,7 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     chosen = parser.add_mutually_exclusive_group()
     chosen.add_argument("--cases", nargs="*", help="of these alone, and no model")
     chosen.add_argument("--sweep", choices=UNITS, help="this size varied, and nothing else")
+    parser.add_argument("--dtype", choices=DTYPES, default="fp32", help="other than fp32: no model")
     parser.set_defaults(command=command_of("benchmarks.cpu", arguments))
     return parser.parse_args(arguments)
 
@@ -43,11 +48,14 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
 def main(arguments: Sequence[str] | None = None) -> int:
     options = parse(arguments)
     torch.set_num_threads(options.threads)
-    device = Cpu()
+    device = Cpu(DTYPES[options.dtype])
     if options.csv is None:
-        kind = f"cpu-{options.sweep}" if options.sweep else "cpu"
-        options.csv = RESULTS / file_name(facts_of(device), kind)
+        what = [options.sweep] if options.sweep else []
+        what += [options.dtype] if device.dtype != torch.float32 else []
+        options.csv = RESULTS / file_name(facts_of(device), "-".join(["cpu", *what]))
     cases, others, known_models = cpu_cases(), larger_cpu_cases(), models.CPU_MODELS
+    if device.dtype != torch.float32:
+        known_models = {}
     if options.cases is not None:
         known = cases | others
         if unknown := set(options.cases) - known.keys():
@@ -57,6 +65,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if options.sweep is not None:
         cases, others, known_models = sweeps()[options.sweep], {}, {}
         providers += ALTERNATIVES if options.sweep == "resolution" else ()
+    cases, others = (
+        {name: case.but(dtype=device.dtype) for name, case in x.items()} for x in (cases, others)
+    )
     suite = Suite(device, cases, others, known_models, providers)
     return Run(suite, options).measure()
 

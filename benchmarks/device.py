@@ -166,10 +166,14 @@ class Cpu(Rehearsal):
     """A CPU with its own kernels."""
 
     backend = "cpu"
-    dtype = torch.float32
+    dtype: torch.dtype = torch.float32
     cache_bytes = 2e6  # of a core: what lies in a shared cache between layers stays there
     copied_bytes, matrix_size = 2**29, 2048
     shortest_sample = 2e-3
+
+    def __init__(self, dtype: torch.dtype = torch.float32) -> None:
+        super().__init__()
+        self.dtype = dtype
 
     def machine(self) -> str:
         threads, vector_code = torch.get_num_threads(), cpu_capability()

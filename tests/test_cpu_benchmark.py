@@ -60,6 +60,19 @@ def test_every_case_has_times_errors_checked_and_peaks(cpu_kernels, toys, tmp_pa
     assert "toy tiles" in capsys.readouterr().out
 
 
+def test_another_dtype_is_that_of_every_case_and_leaves_models_out(
+    cpu_kernels, toys, tmp_path, monkeypatch
+):
+    made = []
+    monkeypatch.setattr(cpu.Run, "measure", lambda run: made.append(run.suite) or 0)
+    path = tmp_path / "rows.csv"
+    assert cpu.main(["--dtype", "bf16", "--threads", "1", "--csv", str(path)]) == 0
+    (suite,) = made
+    dtypes = {case.dtype for case in (suite.cases | suite.others).values()}
+    assert dtypes == {torch.bfloat16} == {suite.device.dtype}
+    assert not suite.models
+
+
 def test_an_unknown_case_is_named_before_anything_runs():
     with pytest.raises(SystemExit, match=r"no case \['T9'\]; there are \['T1 shift 3'"):
         cpu.main(["--cases", "T1 shift 3", "T9"])
