@@ -188,7 +188,7 @@ void backward_queries(const Backward& call, const Window& w, const Softmax<T>& s
                .columns = t.grad_query.width(),
                .factor = outer},
               ahead);
-  multiply<A>({.left = t.grad_factors.over_queries(t.grad_logits, t.tokens, columns),
+  multiply<A>({.left = t.grad_factors.over_queries(t.grad_logits, t.tokens, rows),
                .right = {t.query_steps.fill(t.query, i0, rows)},
                .depth = steps<A>(rows),
                .result = t.grad_key.rows(),
@@ -197,7 +197,7 @@ void backward_queries(const Backward& call, const Window& w, const Softmax<T>& s
                .factor = outer,
                .adds = i0 > 0},
               ahead);
-  multiply<A>({.left = t.weight_factors.over_queries(t.weights, t.tokens, columns),
+  multiply<A>({.left = t.weight_factors.over_queries(t.weights, t.tokens, rows),
                .right = {t.grad_out_steps.fill(t.grad_out, i0, rows)},
                .depth = steps<A>(rows),
                .result = t.grad_value.rows(),

@@ -63,11 +63,11 @@ class WeightFactors {
   WeightFactors(int64_t, int64_t, Scratch&) {}
 
   // Row i a query; steps are keys.
-  Left<T> over_keys(Rows<const T> x, int64_t, int64_t) {
+  Left<T> over_keys(Rows<const T> x, int64_t /*keys*/, int64_t /*columns*/) {
     return {.data = x.data, .row_stride = 1, .step_stride = x.stride};
   }
   // Row j a key; steps are queries.
-  Left<T> over_queries(Rows<const T> x, int64_t, int64_t) {
+  Left<T> over_queries(Rows<const T> x, int64_t /*keys*/, int64_t /*queries*/) {
     return {.data = x.data, .row_stride = x.stride};
   }
 };
@@ -130,11 +130,14 @@ class WeightFactors<Pairs> {
     return {.data = over_keys_, .row_stride = 1, .step_stride = queries_};
   }
 
-  Left<Pair> over_queries(Rows<const float> x, int64_t keys, int64_t columns) {
+  Left<Pair> over_queries(Rows<const float> x, int64_t keys, int64_t queries) {
     constexpr int64_t kCount = Lanes<float>::kCount;
-    for (int64_t j = 0; j < keys; ++j)
-      for (int64_t c = 0; c < columns; c += kCount)
-        store_as<float>(over_queries_ + j * queries_ + c, load(x.data + j * x.stride + c));
+    for (int64_t j = 0; j < keys; ++j) {
+      BFloat16* row = over_queries_ + j * queries_;
+      for (int64_t c = 0; c < queries; c += kCount)
+        store_as<float>(row + c, load(x.data + j * x.stride + c));
+      if (queries % 2 != 0) row[queries] = BFloat16{};  // what lies there may be NaN, times zero
+    }
     return {.data = reinterpret_cast<const Pair*>(over_queries_), .row_stride = queries_ / 2};
   }
 
