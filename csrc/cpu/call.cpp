@@ -123,7 +123,7 @@ std::vector<T> bias_rows(const Arguments& a, const Problem& p, int64_t lanes,
   if (!a.bias.has_value() && !a.bias_table.has_value()) return {};
   std::vector<T> rows(size_t(p.heads * n * width));
   const std::vector<T> table = copy_of<T>(a.bias_table);  // (T, H)
-  torch::stable::parallel_for(0, p.heads, 1, [&](int64_t begin, int64_t end) {
+  torch::stable::parallel_for(0, p.heads, heads_at_once(n), [&](int64_t begin, int64_t end) {
     if (a.bias.has_value()) {
       visit(*a.bias, begin, end, [&](int64_t h, int64_t i, int64_t j, auto x) {
         rows[size_t((h * n + j) * width + i)] = static_cast<T>(x);

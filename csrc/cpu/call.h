@@ -35,6 +35,12 @@ struct Buffers {
   std::vector<int32_t> bias_index;
 };
 
+// Heads whose (N, N) biases are little enough work for one thread: waking another takes longer.
+inline int64_t heads_at_once(int64_t tokens) {
+  constexpr int64_t kNumbers = 1 << 15;
+  return tokens * tokens < kNumbers ? kNumbers / (tokens * tokens) : 1;
+}
+
 // Throws, with what came and what was expected, before anything is computed.
 Problem checked_problem(const Arguments& a);
 

@@ -104,7 +104,7 @@ std::vector<T> summed_to_table(const std::vector<T>& bias, const std::vector<int
                                const Problem& p, int64_t width, int64_t rows) {
   const int64_t n = p.tokens();
   std::vector<T> table(size_t(rows * p.heads));
-  torch::stable::parallel_for(0, p.heads, 1, [&](int64_t begin, int64_t end) {
+  torch::stable::parallel_for(0, p.heads, heads_at_once(n), [&](int64_t begin, int64_t end) {
     std::vector<T> column(static_cast<size_t>(rows));
     for (int64_t h = begin; h < end; ++h) {
       std::fill(column.begin(), column.end(), T(0));
