@@ -18,6 +18,7 @@ from swin_kernels.testing import (
     Case,
     assert_within_error_rule,
     call,
+    check,
     make_grad_out,
     make_operands,
     run,
@@ -124,6 +125,28 @@ def test_each_vector_code_matches_float64_and_is_the_one_asked_for(capability):
     if not _runs_here(capability):
         pytest.skip(f"this processor has no {capability}")
     assert _in_another_process(_CHECK_CAPABILITY, ATEN_CPU_CAPABILITY=capability) == capability
+
+
+@pytest.mark.parametrize(
+    "case",
+    [
+        Case(8, (9, 9), (8, 8), heads=2, head_dim=16, pads=True),
+        Case(8, (33, 33), (16, 16), heads=2, head_dim=32, pads=True, bias="table"),
+    ],
+    ids=str,
+)
+def test_rows_of_padding_that_are_all_alike_sum_without_a_drift(case):
+    check(case, "cpu")
+
+
+@pytest.mark.parametrize("bits", [0x7FFFFFFF, 0x7FC00001, -1])
+def test_a_nan_with_any_payload_stays_one(bits):
+    nan = torch.tensor([bits], dtype=torch.int32).view(torch.float32)
+    case = Case(1, (4, 4), (4, 4), heads=1, head_dim=8)
+    operands = make_operands(case)
+    operands.key[0, 1, 1] = nan
+    out = call(case, operands, "cpu")
+    assert out.isnan().all()
 
 
 def test_a_thousand_calls_do_not_grow_memory(threads):

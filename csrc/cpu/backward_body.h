@@ -89,15 +89,15 @@ struct BackwardTiles {
 // no such gradient.
 template <class T>
 struct Partials {
-  T *bias, *pad_key, *pad_value;
-  double* logit_scale;
+  T* bias;
+  double *pad_key, *pad_value, *logit_scale;
 
   Partials(const Backward& call, int64_t chunk, int64_t head) {
     const Problem& p = call.in.problem;
     const int64_t place = chunk * p.heads + head, tokens = p.tokens();
     bias = at<T>(call.partial_bias, place, tokens * round_up<T>(tokens));
-    pad_key = at<T>(call.partial_pad_key, place, p.head_dim);
-    pad_value = at<T>(call.partial_pad_value, place, p.value_dim);
+    pad_key = at<double>(call.partial_pad_key, place, p.head_dim);
+    pad_value = at<double>(call.partial_pad_value, place, p.value_dim);
     logit_scale = at<double>(call.partial_logit_scale, place, 1);
   }
 
@@ -231,7 +231,7 @@ void finish_keys(const Backward& call, const Window& w, BackwardTiles<Token, A>&
   t.grad_key.template store<Token>(w, kGradKey, head, 0, t.tokens);
   t.grad_value.template store<Token>(w, kGradValue, head, 0, t.tokens);
   if (w.real == t.tokens) return;
-  const auto add = [](const T* from, int64_t n, T* to) {
+  const auto add = [](const T* from, int64_t n, double* to) {
     for (int64_t i = 0; to != nullptr && i < n; ++i) to[i] += from[i];
   };
   for (int64_t j = 0; j < t.tokens; ++j) {

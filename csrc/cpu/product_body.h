@@ -26,9 +26,17 @@ struct Pairs {
 };
 
 // A factor in every lane.
-template <class T>
-SWIN_INLINE Vec<T> broadcast(const T* x) {
-  return splat(*x);
+template <class A>
+SWIN_INLINE Vec<typename A::Sum> broadcast(const typename A::Factor* x) {
+  if constexpr (A::kPer == 1) {
+    return splat(*x);
+#if defined(SWIN_BFLOAT16)
+  } else {
+    float bits;
+    std::memcpy(&bits, x, sizeof bits);
+    return (Vec<float>)_mm512_maskz_broadcastss_ps(0xFFFF, _mm_set_ss(bits));
+#endif
+  }
 }
 
 // sum += x·panel, lane by lane
@@ -44,13 +52,6 @@ SWIN_INLINE void multiply_add(V& sum, V x, V panel) {
 #endif
   }
 }
-
-#if defined(SWIN_BFLOAT16)
-SWIN_INLINE Vec<float> broadcast(const Pair* x) {
-  return (Vec<float>)_mm512_maskz_broadcastss_ps(0xFFFF,
-                                                 _mm_load_ss(reinterpret_cast<const float*>(x)));
-}
-#endif
 
 template <class T, size_t... I>
 SWIN_INLINE HalfVec<T> low_half(Vec<T> v, std::index_sequence<I...>) {
@@ -140,7 +141,7 @@ SWIN_INLINE void product_tile(const Product<A>& p, const Panel<A>& panel_of, int
     if constexpr (kTail) panel_tail = load_vector<HalfVec<T>>(from + C * kCount);
 #pragma GCC unroll 8
     for (int r = 0; r < R; ++r) {
-      const Vec<T> x = broadcast(left[r] + step);
+      const Vec<T> x = broadcast<A>(left[r] + step);
 #pragma GCC unroll 8
       for (int v = 0; v < C; ++v) multiply_add<A>(sum[r][v], x, panel[v]);
       if constexpr (kTail)

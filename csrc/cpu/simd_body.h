@@ -109,9 +109,9 @@ SWIN_INLINE V exp_flushed_float(V x) {
   p = p * r + 2.4022648e-1f;
   p = p * r + 6.931472e-1f;
   p = p * r + 1.0f;
-  // kRound leaves nothing above n in the low bits, and n goes into the exponent; a NaN stays one,
-  // as it adds 0
-  const V result = (V)((Int)p + ((Int)rounded << 23));
+  // kRound leaves nothing above n in the low bits; a NaN stays one through the product
+  const Int power = ((Int)rounded << 23) + (127 << 23);
+  const V result = p * (V)power;
   return x < kLowest ? V{} : result;
 }
 

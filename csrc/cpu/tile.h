@@ -50,10 +50,11 @@ struct Backward {
   Operands in;
   TokenView grad_out, grad_query, grad_key, grad_value;
   int64_t windows_per_chunk = 1, heads_per_task = 1;
-  void* partial_bias = nullptr;         // (chunks, H, keys, queries rounded up to lanes)
+  void* partial_bias = nullptr;  // (chunks, H, keys, queries rounded up to lanes)
+  // in double, as one row sums over every token of padding, all alike where there is no bias
   void* partial_pad_key = nullptr;      // (chunks, H, D)
   void* partial_pad_value = nullptr;    // (chunks, H, Dv)
-  void* partial_logit_scale = nullptr;  // (chunks, H), double: one number sums over every token
+  void* partial_logit_scale = nullptr;  // (chunks, H): over every token
 
   int64_t head_groups() const { return (in.problem.heads + heads_per_task - 1) / heads_per_task; }
 

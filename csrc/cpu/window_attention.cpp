@@ -213,9 +213,10 @@ Gradients backward_as(const Tensor& grad_out, const Arguments& a, const Problem&
   const bool wants_pad_value = (needs & kNeedsPadValue) && a.pad_value.has_value();
   const bool wants_logit_scale = (needs & kNeedsLogitScale) && a.logit_scale.has_value();
   const std::vector<T> biases = partial(T(), bias_size > 0, bias_size, call.partial_bias);
-  const std::vector<T> pad_keys = partial(T(), wants_pad_key, p.head_dim, call.partial_pad_key);
-  const std::vector<T> pad_values =
-      partial(T(), wants_pad_value, p.value_dim, call.partial_pad_value);
+  const std::vector<double> pad_keys =
+      partial(double(), wants_pad_key, p.head_dim, call.partial_pad_key);
+  const std::vector<double> pad_values =
+      partial(double(), wants_pad_value, p.value_dim, call.partial_pad_value);
   const std::vector<double> logit_scales =
       partial(double(), wants_logit_scale, 1, call.partial_logit_scale);
 
