@@ -9,6 +9,7 @@ measured. A test holds the page to what this writes.
 from __future__ import annotations
 
 import argparse
+import re
 import string
 import textwrap
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -67,6 +68,12 @@ def suites() -> list[Suite]:
     ]
 
 
+def _dtype(source: Measured) -> str | None:
+    """The dtype that the command named; None where it is that of the suite."""
+    found = re.search(r"--dtype (\w+)", source.facts.get("command", ""))
+    return found and found[1]
+
+
 def _filled(text: str, indent: str = "") -> str:
     return textwrap.fill(
         text, 108, subsequent_indent=indent, break_long_words=False, break_on_hyphens=False
@@ -79,7 +86,7 @@ def unmeasured(sources: Sequence[Measured]) -> Iterator[str]:
         timed = {
             r.case.partition(", batch ")[0]
             for source in sources
-            if source.path.name.startswith(suite.kind)
+            if source.path.name.startswith(suite.kind) and _dtype(source) is None
             for r in source.rows
             if base_of(r, [r]) is not None
         }
@@ -145,6 +152,8 @@ def section(source: Measured) -> str:
     facts = source.facts
     kinds = list(source.sweeps)
     title = f"Cost against {' and '.join(kinds)}" if kinds else "Stages and whole models"
+    if dtype := _dtype(source):
+        title = f"{title}, {dtype}"
     rates = {"copy_gb_s": "a copy moves {} GB/s", "matrix_tflop_s": "a matrix product {} TFLOP/s"}
     told = [text.format(facts[x]) for x, text in rates.items() if facts.get(x)]
     name = source.path.name

@@ -117,6 +117,13 @@ def test_what_the_suites_name_and_no_row_has_is_not_measured(stages, resolution,
     assert "A GPU (`make gpu`), all of it: T1 shift 3" in some  # which a CPU has rows of
 
 
+def test_rows_in_another_dtype_say_so_and_do_not_stand_for_the_suite(stages, tmp_path):
+    facts = stages.facts | {"command": "python -m benchmarks.cpu --dtype bf16"}
+    other = written(tmp_path, "cpu-bf16-none.csv", stages.rows, facts)
+    assert "whole models, bf16: " in report.section(other).splitlines()[0]
+    assert list(report.unmeasured([other])) == list(report.unmeasured([]))
+
+
 def test_page_claims_nothing_of_a_gpu_until_there_are_rows(stages, tmp_path):
     assert "Nothing on a GPU is measured yet" in report.page([stages])
     on_gpu = written(tmp_path, "gpu-a.csv", [timed("T1 shift 3", "ours", "forward", 1.0)])
