@@ -8,7 +8,13 @@ namespace {
 // in the order in which each uses the one before
 #include "cpu/simd_body.h"
 
-#include "cpu/tokens_body.h"
+#include "cpu/elements_body.h"
+
+#include "cpu/window_body.h"
+
+#include "cpu/rows_body.h"
+
+#include "cpu/ahead_body.h"
 
 #include "cpu/product_body.h"
 
