@@ -158,7 +158,8 @@ def rows_of(
         for _ in range(rounds):
             for form in running:
                 samples[form].append(made.sample(form, step))
-        for form, reason in wrong.items():
+        # ours first, as the others' rows have their ratio to it
+        for form, reason in sorted(wrong.items(), key=lambda item: item[0] != "patched"):
             if reason is not None:
                 yield Row(label, form, step, note=reason)
                 continue

@@ -20,7 +20,7 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter, NullLocator
 
 from benchmarks.providers import DIRECTIONS
-from benchmarks.rows import Row, read
+from benchmarks.rows import Row, base_of, read
 from benchmarks.sweeps import UNITS, varied
 from swin_kernels.demo.command import three_digits
 
@@ -78,21 +78,6 @@ def measured(path: Path) -> Measured:
 def digest(path: Path) -> str:
     """What a figure keeps of the file that it was drawn from."""
     return hashlib.sha256(path.read_bytes()).hexdigest()
-
-
-def base_of(row: Row, rows: Iterable[Row]) -> Row | None:
-    """The row of ours that `row` is compared with, if it was timed."""
-    ours = ("ours", "patched")
-    return next(
-        (
-            r
-            for r in rows
-            if r.provider in ours
-            and (r.case, r.direction) == (row.case, row.direction)
-            and r.median_us is not None
-        ),
-        None,
-    )
 
 
 def _ticks(axis: Axis, limits: tuple[float, float]) -> None:

@@ -23,14 +23,13 @@ from benchmarks.plots import (
     PANELS,
     RESULTS,
     Measured,
-    base_of,
     draw,
     figures_of,
     image_of,
     in_order,
     measured,
 )
-from benchmarks.rows import Row
+from benchmarks.rows import Row, base_of
 from benchmarks.sweeps import UNITS, sweeps
 from swin_kernels.demo.command import three_digits
 

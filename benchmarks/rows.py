@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import csv
 import datetime
+import importlib
 import importlib.util
 import os
+import platform
 import re
 import shlex
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -35,6 +37,25 @@ class Row(NamedTuple):
     note: str = ""  # why there is no time, or what to know of it
 
 
+RATIO = "ratio_to_ours"  # median ÷ that of our row, in the file alone: it follows from the rows
+WHERE = ("machine", "torch", "triton", "timm", "python", "commit")  # what one file's rows share
+
+
+def base_of(row: Row, rows: Iterable[Row]) -> Row | None:
+    """The row of ours that `row` is compared with, if it was timed."""
+    ours = ("ours", "patched")
+    return next(
+        (
+            r
+            for r in rows
+            if r.provider in ours
+            and (r.case, r.direction) == (row.case, row.direction)
+            and r.median_us is not None
+        ),
+        None,
+    )
+
+
 def quantiles(seconds: Sequence[float]) -> tuple[float, float, float]:
     """Median, 20th and 80th percentile, in microseconds."""
     x = torch.tensor(seconds, dtype=torch.float64) * 1e6
@@ -47,7 +68,9 @@ def commit() -> str:
         return known
     command = ["git", "describe", "--always", "--dirty"]
     try:
-        answer = subprocess.run(command, capture_output=True, text=True, check=False).stdout
+        here = Path(__file__).parent  # whatever folder the benchmark is run from
+        done = subprocess.run(command, cwd=here, capture_output=True, text=True, check=False)
+        answer = done.stdout
     except OSError:  # no git
         answer = ""
     return answer.strip() or "unknown"
@@ -64,13 +87,15 @@ def command_of(module: str, arguments: Sequence[str] | None = None) -> str:
 
 def facts_of(device: Device) -> dict[str, str]:
     """What every row is kept with."""
-    triton = "none"
-    if importlib.util.find_spec("triton") is not None:
-        triton = __import__("triton").__version__
+    versions = {}
+    for name in ("triton", "timm"):
+        installed = importlib.util.find_spec(name) is not None
+        versions[name] = importlib.import_module(name).__version__ if installed else "none"
     return {
         "machine": device.machine(),
         "torch": torch.__version__,
-        "triton": triton,
+        **versions,
+        "python": platform.python_version(),
         "commit": commit(),
         "date": datetime.date.today().isoformat(),
     }
@@ -86,9 +111,15 @@ class Book:
 
     def __init__(self, path: Path, facts: dict[str, str], resume: bool = False) -> None:
         self.path, self.facts, self.rows = path, facts, []
-        self.columns = [*Row._fields, *facts]
+        self.columns = [*Row._fields, RATIO, *facts]
         if resume and path.exists():
-            self.rows, _ = read(path)
+            self.rows, before = read(path)
+            for name in WHERE:
+                if before.get(name, facts.get(name)) != facts.get(name):
+                    raise ValueError(
+                        f"{path} has rows of {name} {before[name]}, this is {facts.get(name)}: "
+                        "measure into another file"
+                    )
             with path.open(newline="") as file:
                 self.columns = next(csv.reader(file))  # an older file has fewer
             return
@@ -100,9 +131,12 @@ class Book:
 
     def add(self, row: Row) -> None:
         self.rows.append(row)
+        base = base_of(row, self.rows)
+        timed = base is not None and row.median_us is not None
+        ratio = row.median_us / base.median_us if timed else None
         shown = {
             name: "" if x is None else f"{x:.4g}" if isinstance(x, float) else x
-            for name, x in row._asdict().items()
+            for name, x in (row._asdict() | {RATIO: ratio}).items()
         }
         with self.path.open("a", newline="") as file:
             writer = csv.DictWriter(file, self.columns, extrasaction="ignore")
@@ -116,7 +150,7 @@ def read(path: Path) -> tuple[list[Row], dict[str, str]]:
     """The rows of a file and what all of them are kept with; a column it lacks is None."""
     with path.open(newline="") as file:
         lines = list(csv.DictReader(file))
-    facts = {k: v for k, v in lines[0].items() if k not in Row._fields} if lines else {}
+    facts = {k: v for k, v in lines[0].items() if k not in (*Row._fields, RATIO)} if lines else {}
     return [_row(line) for line in lines], facts
 
 

@@ -36,6 +36,22 @@ def test_file_without_a_newer_column_is_read_and_gone_on_with(tmp_path):
     assert read(book.path) == ([TIMED._replace(error=None), FAILED], FACTS)
 
 
+def test_file_has_each_median_beside_ours(tmp_path):
+    book = Book(tmp_path / "rows.csv", FACTS)
+    peer = TIMED._replace(provider="sdpa", median_us=5.0)
+    for row in (TIMED, peer, FAILED, peer._replace(case="T2")):  # of T2 there is none of ours
+        book.add(row)
+    with book.path.open(newline="") as file:
+        assert [line["ratio_to_ours"] for line in csv.DictReader(file)] == ["1", "2.5", "", ""]
+
+
+def test_rows_of_another_commit_are_not_gone_on_with(tmp_path):
+    book = Book(tmp_path / "rows.csv", FACTS)
+    book.add(TIMED)
+    with pytest.raises(ValueError, match="commit c0ffee, this is decaf: measure into another"):
+        Book(book.path, FACTS | {"commit": "decaf"}, resume=True)
+
+
 def test_empty_file_has_no_rows(tmp_path):
     book = Book(tmp_path / "rows.csv", FACTS)
     assert read(book.path) == ([], {})
