@@ -75,7 +75,7 @@ def loops_of(
         print(f"{name}: {provider.name}", flush=True)
         try:
             attend = provider.make(case, device)
-            errors = gate.check(attend, provider.factor) if provider.same else {}
+            errors = gate.check(attend, provider.factor, provider.backward) if provider.same else {}
             single = Loop(attend, sets[:1], provider.directions)
             peaks = {} if provider.graph else single.peaks(device)
             loop: Loop | Replayed = Loop(attend, sets, provider.directions)

@@ -18,7 +18,7 @@ import torch
 from benchmarks.cases import cpu_cases, larger_cpu_cases, other_cases, swin_cases, toy_cases
 from benchmarks.cpu import CPU_PROVIDERS
 from benchmarks.device import Cpu, Cuda, Device
-from benchmarks.providers import DIRECTIONS, PROVIDERS
+from benchmarks.providers import PROVIDERS
 from benchmarks.timing import Gate, Inputs, Loop, Replayed, count_of_sets, make_inputs
 
 ROUNDS = 25  # of a backward, before each of which there is a forward
@@ -47,14 +47,14 @@ def loop_of(name: str, provider: str) -> tuple[Loop | Replayed, dict[str, float]
     gate, sets = gate_of(name)
     chosen = next(p for p in CHOSEN if p.name == provider)
     attend = chosen.make(CASES[name], DEVICE)
-    errors = gate.check(attend, chosen.factor)
-    loop: Loop | Replayed = Loop(attend, sets)
+    errors = gate.check(attend, chosen.factor, chosen.backward)
+    loop: Loop | Replayed = Loop(attend, sets, chosen.directions)
     loop = Replayed(loop, DEVICE) if chosen.graph else loop
     loop.warm()
     return loop, errors
 
 
-WANTED = [(c, p.name, d) for c in CASES for p in CHOSEN for d in DIRECTIONS]
+WANTED = [(c, p.name, d) for c in CASES for p in CHOSEN for d in p.directions]
 
 
 @pytest.mark.parametrize(("case", "provider", "direction"), WANTED, ids=map("-".join, WANTED))

@@ -14,10 +14,13 @@ def _case(batch: int, size: int | tuple[int, ...], window, shift, heads, head_di
 
 
 def swin_cases() -> dict[str, Case]:
-    """T1 to T4, B1 to B4 and L1 as the papers have them; the important ones first."""
-    stages = {f"T{i + 1}": (56 >> i, 3 << i) for i in range(4)}
-    stages |= {f"B{i + 1}": (56 >> i, 4 << i) for i in range(4)}
-    stages["L1"] = (56, 6)
+    """The stages of Swin-T, B and L at 224²; those of S are T's. The important ones first."""
+    first_heads = {"T": 3, "B": 4, "L": 6}
+    stages = {
+        f"{model}{i + 1}": (56 >> i, heads << i)
+        for model, heads in first_heads.items()
+        for i in range(4)
+    }
     cases = {
         f"{name} shift {shift}": _case(128, size, 7, shift, heads)
         for shift in (3, 0)
@@ -37,6 +40,7 @@ def other_cases() -> dict[str, Case]:
         "V2 w24 stage 1": _case(32, 96, 24, 12, 4, cosine=True),
         "V2 w24 stage 2": _case(32, 48, 24, 12, 8, cosine=True),
         "3-D (8,7,7)": _case(8, (16, 56, 56), (8, 7, 7), (4, 3, 3), 3),
+        "3-D (7,7,7)": _case(8, (14, 56, 56), 7, 3, 3),
         "SwinIR w8 d30": _case(32, 64, 8, 4, 6, 30),
     }
 

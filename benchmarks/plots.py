@@ -30,10 +30,11 @@ IMAGES = Path(__file__).resolve().parent.parent / "docs" / "images"
 STYLES = {
     "ours": ("#D55E00", "o"),
     "ours, graph": ("#CC79A7", "P"),
+    "reference": ("#999933", "*"),
     "unfused": ("#0072B2", "s"),
     "sdpa": ("#009E73", "^"),
     "compiled unfused": ("#56B4E9", "D"),
-    "flex": ("#E69F00", "v"),
+    "flex": ("#882255", "<"),
     "global": ("#000000", "X"),
     "linformer": ("#E69F00", "v"),
     "performer": ("#CC79A7", "P"),

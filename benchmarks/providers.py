@@ -82,6 +82,15 @@ def ours(case: Case, device: Device) -> Attend:
     return attend
 
 
+def reference(case: Case, device: Device) -> Attend:
+    """Our own fallback, in plain PyTorch."""
+
+    def attend(qkv: Tensor, table: Tensor, logit_scale: Tensor | None) -> Tensor:
+        return call(case, Operands(qkv, bias_table=table, logit_scale=logit_scale), "reference")
+
+    return attend
+
+
 def unfused(case: Case, device: Device) -> Attend:
     """As timm without fused attention: a pass over memory a step, softmax in the tokens' dtype."""
     windows = Windows(case, device.device)
@@ -155,16 +164,18 @@ class Provider(NamedTuple):
     graph: bool = False  # timed as replays of a CUDA graph
     slow: bool = False  # seconds of compilation: left out first where time is short
     factor: float = 10.0  # of the error rule: that a peer computes the same thing is enough
-    same: bool = True  # False: it computes another function, so no gate, and forward alone
+    same: bool = True  # False: it computes another function, so no gate
+    backward: bool = True  # False: forward alone
 
     @property
     def directions(self) -> tuple[str, ...]:
-        return DIRECTIONS if self.same else DIRECTIONS[:1]
+        return DIRECTIONS if self.backward else DIRECTIONS[:1]
 
 
 PROVIDERS = (
     Provider("ours", ours, factor=2.0),
     Provider("ours, graph", ours, graph=True, factor=2.0),
+    Provider("reference", reference, factor=2.0),
     Provider("unfused", unfused),
     Provider("sdpa", sdpa),
     Provider("compiled unfused", compiled, slow=True),

@@ -67,8 +67,8 @@ def routing(case: Case, device: Device) -> Attend:
 
 
 ALTERNATIVES = (
-    Provider("global", global_attention, same=False),
-    Provider("linformer", linformer, same=False),
-    Provider("performer", performer, same=False),
-    Provider("routing", routing, same=False),
+    Provider("global", global_attention, same=False, backward=False),
+    Provider("linformer", linformer, same=False, backward=False),
+    Provider("performer", performer, same=False, backward=False),
+    Provider("routing", routing, same=False, backward=False),
 )

@@ -17,6 +17,7 @@ from swin_kernels.problem import Operands
 from swin_kernels.testing import (
     Case,
     Result,
+    assert_no_worse_than_eager,
     assert_within_error_rule,
     error_ratio,
     run_exact,
@@ -103,11 +104,20 @@ class Gate:
         self.eager = run_unfused(few, operands, grad_out)
         self.exact = run_exact(few, operands, grad_out)
 
-    def check(self, attend: Attend, factor: float) -> dict[str, float]:
+    def check(self, attend: Attend, factor: float, backward: bool = True) -> dict[str, float]:
         """Error ratios by direction; AssertionError where the rule, `factor` 2, is broken."""
+        if not backward:
+            with torch.no_grad():
+                return self.judge_output(attend(*self.inputs[:3]), factor)
         out = attend(*self.inputs[:3])
         grads = torch.autograd.grad(out, self.inputs.leaves, self.grad_out)
         return self.judge(out.detach(), grads, factor)
+
+    def judge_output(self, out: Tensor, factor: float) -> dict[str, float]:
+        """`check` of an output alone."""
+        actual, eager, exact = out[self.images], self.eager.out, self.exact.out
+        assert_no_worse_than_eager(actual, eager, exact, factor, "output")
+        return {"forward": error_ratio(actual, eager, exact)}
 
     def judge(self, out: Tensor, grads: Sequence[Tensor], factor: float) -> dict[str, float]:
         """`check` of an output and of the gradients of all leaves."""

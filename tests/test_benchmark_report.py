@@ -203,7 +203,7 @@ def test_every_provider_and_form_has_a_style_of_its_own_on_a_figure():
     from benchmarks.sweeps import ALTERNATIVES
 
     core = [p.name for p in PROVIDERS]
-    windows = [n for n in core if n not in ("ours, graph", "flex")]  # on a CPU
+    windows = [n for n in core if n != "ours, graph"]  # on a CPU
     for names in (core, [*windows, *(p.name for p in ALTERNATIVES)], FORMS):
         assert len({plots.STYLES[name] for name in names}) == len(names)
 
