@@ -174,7 +174,7 @@ def check(case: Case, sides: Sequence[Side], folder: Path) -> int:
     torch.save(
         {
             "options": case.options | {"backend": device.backend},
-            "sets": [[None if x is None else x.detach() for x in s[:3]] for s in sets],
+            "sets": [s.plain for s in sets],
             "grads_out": [s.grad_out for s in sets],
             "gate": gate.grad_out,
         },

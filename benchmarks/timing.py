@@ -40,6 +40,11 @@ class Inputs(NamedTuple):
     def leaves(self) -> list[Tensor]:
         return [x for x in self[:3] if x is not None]
 
+    @property
+    def plain(self) -> list[Tensor | None]:
+        """Detached: a view of a leaf requires grad where it is compiled, even under no_grad."""
+        return [None if x is None else x.detach() for x in self[:3]]
+
     def with_grad(self) -> Inputs:
         """The same memory, as leaves that require grad."""
         leaves = (None if x is None else x.detach().requires_grad_() for x in self[:3])
@@ -108,7 +113,7 @@ class Gate:
         """Error ratios by direction; AssertionError where the rule, `factor` 2, is broken."""
         if not backward:
             with torch.no_grad():
-                return self.judge_output(attend(*self.inputs[:3]), factor)
+                return self.judge_output(attend(*self.inputs.plain), factor)
         out = attend(*self.inputs[:3])
         grads = torch.autograd.grad(out, self.inputs.leaves, self.grad_out)
         return self.judge(out.detach(), grads, factor)
@@ -149,13 +154,14 @@ class Loop:
         self, attend: Attend, sets: Sequence[Inputs], directions: Sequence[str] = DIRECTIONS
     ) -> None:
         self.attend, self.sets, self.directions = attend, sets, directions
+        self.plain = [s.plain for s in sets]
         self.outs: list[Tensor] = []
         self.results: list[list[Tensor]] = []
 
     def forward(self) -> None:
         self.results = []
         with torch.no_grad():
-            self.results = [[self.attend(*s[:3])] for s in self.sets]
+            self.results = [[self.attend(*tokens)] for tokens in self.plain]
 
     def training_forward(self) -> None:
         self.results = []
