@@ -92,19 +92,19 @@ struct Partials {
   T* bias;
   double *pad_key, *pad_value, *logit_scale;
 
-  Partials(const Backward& call, int64_t chunk, int64_t head) {
+  Partials(const Backward& call, int64_t chunk, int64_t head, bool clears) {
     const Problem& p = call.in.problem;
     const int64_t place = chunk * p.heads + head, tokens = p.tokens();
-    bias = at<T>(call.partial_bias, place, tokens * round_up<T>(tokens));
-    pad_key = at<double>(call.partial_pad_key, place, p.head_dim);
-    pad_value = at<double>(call.partial_pad_value, place, p.value_dim);
-    logit_scale = at<double>(call.partial_logit_scale, place, 1);
-  }
-
- private:
-  template <class S>
-  static S* at(void* buffer, int64_t place, int64_t n) {
-    return buffer == nullptr ? nullptr : static_cast<S*>(buffer) + place * n;
+    const auto at = [&]<class S>(S, void* buffer, int64_t n) -> S* {
+      if (buffer == nullptr) return nullptr;
+      S* sums = static_cast<S*>(buffer) + place * n;
+      if (clears) std::memset(sums, 0, size_t(n) * sizeof(S));
+      return sums;
+    };
+    bias = at(T(), call.partial_bias, tokens * round_up<T>(tokens));
+    pad_key = at(double(), call.partial_pad_key, p.head_dim);
+    pad_value = at(double(), call.partial_pad_value, p.value_dim);
+    logit_scale = at(double(), call.partial_logit_scale, 1);
   }
 };
 
@@ -264,7 +264,7 @@ void backward(const Backward& call, int64_t begin, int64_t end) {
       Window& w = places[window % 2];
       w.place(p, window / p.windows(), window % p.windows());
       for (int64_t head = first_head; head < last_head; ++head) {
-        const Partials<T> partials(call, chunk, head);
+        const Partials<T> partials(call, chunk, head, window == first_window);
         softmax.place(w, head);
         t.query.template read<Token>(w, kQuery, head, w.end, nullptr);
         t.key.template read<Token>(w, kKey, head, t.tokens, in.pad_key);

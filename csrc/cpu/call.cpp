@@ -117,16 +117,16 @@ std::vector<int32_t> bias_index_of(const Arguments& a, const Problem& p) {
 
 // (H, keys, queries rounded up to lanes): a key a row, as the kernels keep their logits.
 template <class T>
-std::vector<T> bias_rows(const Arguments& a, const Problem& p, int64_t lanes,
-                         const std::vector<int32_t>& index) {
+Numbers<T> bias_rows(const Arguments& a, const Problem& p, int64_t lanes,
+                     const std::vector<int32_t>& index) {
   const int64_t n = p.tokens(), width = (n + lanes - 1) / lanes * lanes;
   if (!a.bias.has_value() && !a.bias_table.has_value()) return {};
-  std::vector<T> rows(size_t(p.heads * n * width));
+  Numbers<T> rows(p.heads * n * width);
   const std::vector<T> table = copy_of<T>(a.bias_table);  // (T, H)
   torch::stable::parallel_for(0, p.heads, heads_at_once(n), [&](int64_t begin, int64_t end) {
     if (a.bias.has_value()) {
       visit(*a.bias, begin, end, [&](int64_t h, int64_t i, int64_t j, auto x) {
-        rows[size_t((h * n + j) * width + i)] = static_cast<T>(x);
+        rows[(h * n + j) * width + i] = static_cast<T>(x);
       });
     } else {
       std::vector<T> column(size_t(a.bias_table->size(0)));
@@ -135,9 +135,11 @@ std::vector<T> bias_rows(const Arguments& a, const Problem& p, int64_t lanes,
           column[t] = table[t * size_t(p.heads) + size_t(h)];
         for (int64_t j = 0; j < n; ++j)
           for (int64_t i = 0; i < n; ++i)
-            rows[size_t((h * n + j) * width + i)] = column[size_t(index[size_t(j * n + i)])];
+            rows[(h * n + j) * width + i] = column[size_t(index[size_t(j * n + i)])];
       }
     }
+    for (int64_t row = begin * n; row < end * n; ++row)
+      std::fill(&rows[row * width + n], &rows[row * width] + width, T(0));
   });
   return rows;
 }
@@ -278,7 +280,7 @@ Operands operands_of(const Arguments& a, const Problem& p, int64_t lanes, Buffer
   in.query = view_of(a.query, const_cast<void*>(a.query.const_data_ptr()), a.packed() ? 0 : -1);
   in.key = view_of(key, const_cast<void*>(key.const_data_ptr()), a.packed() ? 1 : -1);
   in.value = view_of(value, const_cast<void*>(value.const_data_ptr()), a.packed() ? 2 : -1);
-  in.bias = buffers.bias.empty() ? nullptr : buffers.bias.data();
+  in.bias = buffers.bias.data();
   in.pad_key = buffers.pad_key.empty() ? nullptr : buffers.pad_key.data();
   in.pad_value = buffers.pad_value.empty() ? nullptr : buffers.pad_value.data();
   in.logit_scale = buffers.logit_scale.empty() ? nullptr : buffers.logit_scale.data();

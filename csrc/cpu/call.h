@@ -2,6 +2,7 @@
 // read.
 #pragma once
 
+#include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 
 #include <cstdint>
@@ -28,10 +29,32 @@ struct Arguments {
   bool packed() const { return !key.has_value(); }
 };
 
-// Buffers of Sum that a call's operands point into.
+// Numbers in memory that torch's allocator knows of, so that its record of what a call holds is
+// whole. They begin with whatever lies there.
+template <class T>
+class Numbers {
+ public:
+  Numbers() = default;
+  explicit Numbers(int64_t count) {
+    if (count == 0) return;
+    memory_ =
+        torch::stable::empty({count * int64_t(sizeof(T))}, torch::headeronly::ScalarType::Byte);
+    data_ = static_cast<T*>(memory_->mutable_data_ptr());
+  }
+
+  T* data() const { return data_; }
+  T& operator[](int64_t i) const { return data_[i]; }
+
+ private:
+  MaybeTensor memory_;
+  T* data_ = nullptr;
+};
+
+// What a call's operands point into.
 template <class T>
 struct Buffers {
-  std::vector<T> bias, pad_key, pad_value, logit_scale;
+  Numbers<T> bias;
+  std::vector<T> pad_key, pad_value, logit_scale;
   std::vector<int32_t> bias_index;
 };
 

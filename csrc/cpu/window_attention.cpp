@@ -89,18 +89,19 @@ constexpr int64_t kNeedsBias = 1, kNeedsTable = 2, kNeedsPadKey = 4, kNeedsPadVa
 
 // Sums over chunks, added up in order: (chunks, n) -> (n).
 template <class T>
-std::vector<T> summed(const std::vector<T>& partials, int64_t chunks, int64_t n) {
-  std::vector<T> total(size_t(n), T(0));
+Numbers<T> summed(const Numbers<T>& partials, int64_t chunks, int64_t n) {
+  Numbers<T> total(n);
   torch::stable::parallel_for(0, n, 4096, [&](int64_t begin, int64_t end) {
+    std::fill(&total[begin], &total[begin] + (end - begin), T(0));
     for (int64_t c = 0; c < chunks; ++c)
-      for (int64_t i = begin; i < end; ++i) total[size_t(i)] += partials[size_t(c * n + i)];
+      for (int64_t i = begin; i < end; ++i) total[i] += partials[c * n + i];
   });
   return total;
 }
 
 // The gradient of a bias (H, keys, queries rounded up to `width`) summed into its table (rows, H).
 template <class T>
-std::vector<T> summed_to_table(const std::vector<T>& bias, const std::vector<int32_t>& index,
+std::vector<T> summed_to_table(const Numbers<T>& bias, const std::vector<int32_t>& index,
                                const Problem& p, int64_t width, int64_t rows) {
   const int64_t n = p.tokens();
   std::vector<T> table(size_t(rows * p.heads));
@@ -110,7 +111,7 @@ std::vector<T> summed_to_table(const std::vector<T>& bias, const std::vector<int
       std::fill(column.begin(), column.end(), T(0));
       for (int64_t j = 0; j < n; ++j)
         for (int64_t i = 0; i < n; ++i)
-          column[size_t(index[size_t(j * n + i)])] += bias[size_t((h * n + j) * width + i)];
+          column[size_t(index[size_t(j * n + i)])] += bias[(h * n + j) * width + i];
       for (int64_t r = 0; r < rows; ++r) table[size_t(r * p.heads + h)] = column[size_t(r)];
     }
   });
@@ -205,29 +206,29 @@ Gradients backward_as(const Tensor& grad_out, const Arguments& a, const Problem&
   share_out(call, p.heads * bias_size * int64_t(sizeof(T)));
   const int64_t chunks = (windows + call.windows_per_chunk - 1) / call.windows_per_chunk;
   const auto partial = [&]<class Sum>(Sum, bool wanted, int64_t size, void*& pointer) {
-    std::vector<Sum> sums(wanted ? size_t(chunks * p.heads * size) : 0);  // zeros
-    pointer = wanted ? sums.data() : nullptr;
-    return sums;  // moved, so the pointer holds
+    Numbers<Sum> sums(wanted ? chunks * p.heads * size : 0);
+    pointer = sums.data();
+    return sums;
   };
   const bool wants_pad_key = (needs & kNeedsPadKey) && a.pad_key.has_value();
   const bool wants_pad_value = (needs & kNeedsPadValue) && a.pad_value.has_value();
   const bool wants_logit_scale = (needs & kNeedsLogitScale) && a.logit_scale.has_value();
-  const std::vector<T> biases = partial(T(), bias_size > 0, bias_size, call.partial_bias);
-  const std::vector<double> pad_keys =
+  const Numbers<T> biases = partial(T(), bias_size > 0, bias_size, call.partial_bias);
+  const Numbers<double> pad_keys =
       partial(double(), wants_pad_key, p.head_dim, call.partial_pad_key);
-  const std::vector<double> pad_values =
+  const Numbers<double> pad_values =
       partial(double(), wants_pad_value, p.value_dim, call.partial_pad_value);
-  const std::vector<double> logit_scales =
+  const Numbers<double> logit_scales =
       partial(double(), wants_logit_scale, 1, call.partial_logit_scale);
 
   const auto run = kernels(element).backward[int(element)];
   torch::stable::parallel_for(0, chunks * call.head_groups(), 1,
                               [&](int64_t begin, int64_t end) { run(call, begin, end); });
 
-  const std::vector<T> bias = summed(biases, chunks, p.heads * bias_size);
+  const Numbers<T> bias = summed(biases, chunks, p.heads * bias_size);
   const auto grad_bias = [&] {
     return filled_like(*a.bias, [&](int64_t i) {  // (H, queries, keys) from (H, keys, queries)
-      return bias[size_t((i / (n * n) * n + i % n) * width + i / n % n)];
+      return bias[(i / (n * n) * n + i % n) * width + i / n % n];
     });
   };
   const auto grad_table = [&] {
@@ -241,7 +242,7 @@ Gradients backward_as(const Tensor& grad_out, const Arguments& a, const Problem&
     const auto total = summed(partials, chunks, p.heads * size);
     return filled_like(*like, [&](int64_t i) { return element(total, i); });
   };
-  const auto as_it_is = [](const auto& total, int64_t i) { return total[size_t(i)]; };
+  const auto as_it_is = [](const auto& total, int64_t i) { return total[i]; };
   const std::vector<bool> held = rows_held_finite(a, buffers.pad_key, p);
   return {grad_query,
           grad_key,
@@ -250,8 +251,8 @@ Gradients backward_as(const Tensor& grad_out, const Arguments& a, const Problem&
           wants_table ? grad_table() : empty_tensor({0}, dtype),
           finish(wants_pad_key, a.pad_key, pad_keys, p.head_dim,
                  [&](const auto& total, int64_t i) {
-                   const T x = total[size_t(i)];
-                   return held[size_t(i / p.head_dim)] ? std::clamp(x, T(-65504), T(65504)) : x;
+                   const double x = total[i];
+                   return held[size_t(i / p.head_dim)] ? std::clamp(x, -65504.0, 65504.0) : x;
                  }),
           finish(wants_pad_value, a.pad_value, pad_values, p.value_dim, as_it_is),
           finish(wants_logit_scale, a.logit_scale, logit_scales, 1, as_it_is)};
