@@ -135,10 +135,9 @@ def flex(case: Case, device: Device) -> Attend:
     regions, mask_value = windows.regions, case.mask_value
     count = math.prod(windows.counts)
 
-    def attend(qkv: Tensor, table: Tensor, logit_scale: Tensor | None) -> Tensor:
+    def attend_with(qkv: Tensor, bias: Tensor, logit_scale: Tensor | None) -> Tensor:
         q, k, v = windows.split_heads(qkv)
         q, k = windows.scaled(q, k, logit_scale)
-        bias = windows.bias(table)
 
         def biased(score, window, head, i, j):
             return score + bias[head, i, j]
@@ -151,7 +150,14 @@ def flex(case: Case, device: Device) -> Attend:
         score_mod = biased if regions is None else masked
         return windows.merge(flex_attention(q, k, v, score_mod=score_mod, scale=1.0))
 
-    return device.compiled(attend)
+    bias_of = windows.bias
+    if device.device.type == "cpu":  # where a graph that computes the bias does not compile
+        bias_of, attend_with = device.compiled(bias_of), device.compiled(attend_with)
+
+    def attend(qkv: Tensor, table: Tensor, logit_scale: Tensor | None) -> Tensor:
+        return attend_with(qkv, bias_of(table), logit_scale)
+
+    return attend if device.device.type == "cpu" else device.compiled(attend)
 
 
 def compiled(case: Case, device: Device) -> Attend:

@@ -37,6 +37,8 @@ class Row(NamedTuple):
     note: str = ""  # why there is no time, or what to know of it
 
 
+ROOT = Path(__file__).resolve().parents[1]  # whatever folder a benchmark is run from
+TIMED = ("swin_kernels", "csrc", "setup.py", "benchmarks/*.py")  # what can change a time
 RATIO = "ratio_to_ours"  # median ÷ that of our row, in the file alone: it follows from the rows
 WHERE = ("machine", "torch", "triton", "timm", "python", "commit")  # what one file's rows share
 
@@ -63,17 +65,21 @@ def quantiles(seconds: Sequence[float]) -> tuple[float, float, float]:
     return float(median), float(low), float(high)
 
 
-def commit() -> str:
+def commit(root: Path = ROOT) -> str:
+    """That of the code; "-dirty" where what can change a time has changed since."""
     if known := os.environ.get("SWIN_KERNELS_COMMIT"):
         return known
-    command = ["git", "describe", "--always", "--dirty"]
+
+    def git(*arguments: str) -> subprocess.CompletedProcess:
+        command = ["git", *arguments]
+        return subprocess.run(command, cwd=root, capture_output=True, text=True, check=False)
+
     try:
-        here = Path(__file__).parent  # whatever folder the benchmark is run from
-        done = subprocess.run(command, cwd=here, capture_output=True, text=True, check=False)
-        answer = done.stdout
+        name = git("describe", "--always").stdout.strip()
+        changed = git("diff", "--quiet", "HEAD", "--", *TIMED).returncode
     except OSError:  # no git
-        answer = ""
-    return answer.strip() or "unknown"
+        return "unknown"
+    return name + ("-dirty" if changed else "") if name else "unknown"
 
 
 def command_of(module: str, arguments: Sequence[str] | None = None) -> str:

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import csv
+import subprocess
 
 import pytest
 
-from benchmarks.rows import Book, Row, command_of, read
+from benchmarks.rows import Book, Row, command_of, commit, read
 
 FACTS = {"machine": "a, b", "commit": "c0ffee", "date": "2000-01-01"}
 TIMED = Row("T1", "ours", "forward", 2.0, 1.5, 2.5, 7, 1.0, 0.5, 0.25, 12.0, 1.25)
@@ -68,3 +69,27 @@ def test_empty_file_has_no_rows(tmp_path):
 )
 def test_command_says_what_was_measured_and_not_where_it_went(arguments):
     assert command_of("benchmarks.cpu", arguments) == "python -m benchmarks.cpu --threads 2"
+
+
+def test_commit_is_dirty_only_by_what_can_change_a_time(tmp_path, monkeypatch):
+    monkeypatch.delenv("SWIN_KERNELS_COMMIT", raising=False)
+
+    def git(*arguments):
+        who = ("-c", "user.name=a", "-c", "user.email=a@b.c")
+        subprocess.run(["git", *who, *arguments], cwd=tmp_path, check=True, capture_output=True)
+
+    assert commit(tmp_path) == "unknown"  # no repository
+    (tmp_path / "benchmarks" / "results").mkdir(parents=True)
+    (tmp_path / "csrc").mkdir()
+    code, rows = tmp_path / "csrc" / "a.h", tmp_path / "benchmarks" / "results" / "a.csv"
+    code.write_text("1")
+    rows.write_text("1")
+    git("init", "-q")
+    git("add", ".")
+    git("commit", "-qm", "a")
+    clean = commit(tmp_path)
+    assert clean not in ("", "unknown")
+    rows.write_text("2")
+    assert commit(tmp_path) == clean
+    code.write_text("2")
+    assert commit(tmp_path) == f"{clean}-dirty"

@@ -9,11 +9,11 @@ import torch
 
 pytest.importorskip("timm", reason="whole models are timm's")
 
-from benchmarks import cpu
+from benchmarks import cpu, providers
 from benchmarks.cases import cpu_cases, larger_cpu_cases, toy_cases
 from benchmarks.device import Cpu
 from benchmarks.models import TOYS
-from benchmarks.timing import DIRECTIONS
+from benchmarks.timing import DIRECTIONS, Gate, make_inputs
 
 
 @pytest.fixture
@@ -58,6 +58,14 @@ def test_every_case_has_times_errors_checked_and_peaks(cpu_kernels, toys, tmp_pa
             limit = 2.5 if line["provider"] in ("ours", "patched") else 10  # an ulp more than 2
             assert 0.1 < float(line["error"]) < limit
     assert "toy tiles" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("name", ["toy", "toy unshifted, d30"])
+def test_flex_attention_compiles_for_a_cpu_and_agrees(name):
+    case, device = toy_cases()[name].but(dtype=torch.float32), Cpu()
+    torch._dynamo.reset()
+    gate = Gate(case, device, make_inputs(case, device, 0))
+    assert gate.check(providers.flex(case, device), 10, backward=False).keys() == {"forward"}
 
 
 def test_another_dtype_is_that_of_every_case_and_leaves_models_out(
