@@ -15,7 +15,7 @@ from typing import NamedTuple
 import torch
 
 from benchmarks import models
-from benchmarks.device import Device, copy_rate, matrix_rate
+from benchmarks.device import Device, Yardsticks, rates_of
 from benchmarks.providers import Provider
 from benchmarks.rows import Book, Row, facts_of, file_name, print_table, quantiles, table_of
 from benchmarks.timing import (
@@ -98,7 +98,7 @@ def measure_case(
     device: Device,
     providers: Sequence[Provider],
     book: Book,
-    rates: tuple[float, float],
+    copy_rate: float,
     rounds: int,
     limit: float,
 ) -> None:
@@ -107,18 +107,20 @@ def measure_case(
     loops = loops_of(name, case, device, providers, book)
     if not loops or device.broken():
         return
-    passes = passes_of(case, device, count_of_sets(case, device), rates[0])
+    passes = passes_of(case, device, count_of_sets(case, device), copy_rate)
     timed = {who: Timed(x.loop, device, passes) for who, x in loops.items()}
-    wrong = sample_in_turn(list(timed.values()), rounds, limit)
+    yardsticks = Yardsticks(device)  # in turn with the providers, as clocks drift
+    wrong = sample_in_turn([yardsticks, *timed.values()], rounds, limit)[1:]
+    bytes_rate, flop_rate = yardsticks.rates()
     for (who, one), reason in zip(timed.items(), wrong):
         for direction, samples in one.samples.items():
             if reason is not None:
                 book.add(Row(name, who, direction, note=reason))
                 continue
             median, low, high = quantiles(samples)
-            floor = floor_bytes(case)[direction] / rates[0] * 1e6
+            floor = floor_bytes(case)[direction] / bytes_rate * 1e6
             same = bool(loops[who].errors)  # else its products are others
-            share = flops(case)[direction] / (median * 1e-6 * rates[1]) if same else None
+            share = flops(case)[direction] / (median * 1e-6 * flop_rate) if same else None
             times = (median, low, high, len(samples))
             found = loops[who].peaks.get(direction), loops[who].errors.get(direction)
             note = "" if same else OTHER_FUNCTION
@@ -141,12 +143,12 @@ class Run:
     def __init__(self, suite: Suite, options: argparse.Namespace) -> None:
         self.suite, self.options, self.device = suite, options, suite.device
         self.budget = Budget(options.budget)
-        self.rates = copy_rate(self.device), matrix_rate(self.device)
+        self.copy_rate, product_rate = rates_of(self.device)
         self.device.release()
         facts = facts_of(self.device) | {
             "command": options.command,
-            "copy_gb_s": f"{self.rates[0] * 1e-9:.3g}",
-            "matrix_tflop_s": f"{self.rates[1] * 1e-12:.3g}",
+            "copy_gb_s": f"{self.copy_rate * 1e-9:.3g}",
+            "matrix_tflop_s": f"{product_rate * 1e-12:.3g}",
         }
         self.book = Book(options.csv or RESULTS / file_name(facts), facts, options.resume)
 
@@ -170,7 +172,7 @@ class Run:
                 self.device,
                 wanted,
                 self.book,
-                self.rates,
+                self.copy_rate,
                 options.rounds,
                 options.limit,
             )

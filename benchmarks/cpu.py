@@ -6,7 +6,7 @@
 
 The same rows as `benchmarks.gpu`, in fp32 if not told otherwise: Swin-T's stages at a batch of 8,
 windows of 256 and 343 tokens, and timm's Swin-T. Bytes are told against a copy, products against a
-large matrix product of the same run and dtype.
+large matrix product of the same dtype, timed in turn with the calls.
 A sweep varies one size of the first stage alone; that of resolution times attention over all
 tokens as well, forward, which has no error gate, as it computes another function. Exit code: 0;
 1 where our results failed.

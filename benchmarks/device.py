@@ -196,33 +196,44 @@ class Cpu(Rehearsal):
 Device = Cuda | Rehearsal
 
 
-def median_seconds(device: Device, function: Callable[[], object], rounds: int = 10) -> float:
-    """Of one call, after two to warm up."""
-    function(), function()
-    seconds = []
+class Yardsticks:
+    """What the device can do: a copy in its memory and a square product of its dtype, timed."""
+
+    def __init__(self, device: Device) -> None:
+        self.device, size = device, device.matrix_size
+        source = torch.randn(device.copied_bytes // 4, device=device.device)
+        target = torch.empty_like(source)
+        a, b = (torch.randn(size, size, device=device.device).to(device.dtype) for _ in "ab")
+        self.calls: tuple[Callable[[], object], ...] = (
+            lambda: target.copy_(source),
+            lambda: a @ b,
+        )
+        self.work = 2 * device.copied_bytes, 2 * size**3
+        self.samples: tuple[list[float], ...] = [], []
+        for call in self.calls:
+            call(), call()  # to warm up
+
+    def sample(self) -> None:
+        """One more time of each."""
+        for call, seconds in zip(self.calls, self.samples):
+            first = self.device.mark()
+            call()
+            last = self.device.mark()
+            self.device.wait()
+            seconds.append(self.device.seconds(first, last))
+
+    def rates(self) -> tuple[float, float]:
+        """Bytes a second, read and written, of the copy; FLOP a second of the product."""
+        copy, product = (work / statistics.median(x) for work, x in zip(self.work, self.samples))
+        return copy, product
+
+
+def rates_of(device: Device, rounds: int = 10) -> tuple[float, float]:
+    """Those of `Yardsticks`, sampled now."""
+    yardsticks = Yardsticks(device)
     for _ in range(rounds):
-        first = device.mark()
-        function()
-        last = device.mark()
-        device.wait()
-        seconds.append(device.seconds(first, last))
-    return statistics.median(seconds)
-
-
-def copy_rate(device: Device) -> float:
-    """Bytes a second, read and written, of a copy within the device's memory."""
-    source = torch.randn(device.copied_bytes // 4, device=device.device)
-    target = torch.empty_like(source)
-    seconds = median_seconds(device, lambda: target.copy_(source))
-    return 2 * device.copied_bytes / seconds
-
-
-def matrix_rate(device: Device) -> float:
-    """FLOP a second of a square matrix product in the device's half precision, on random data."""
-    size = device.matrix_size
-    a, b = (torch.randn(size, size, device=device.device).to(device.dtype) for _ in "ab")
-    seconds = median_seconds(device, lambda: a @ b)
-    return 2 * size**3 / seconds
+        yardsticks.sample()
+    return yardsticks.rates()
 
 
 def random(shape: tuple[int, ...], device: Device, seed: int) -> Tensor:

@@ -29,9 +29,9 @@ class Row(NamedTuple):
     p20_us: float | None = None
     p80_us: float | None = None
     samples: int = 0
-    floor_us: float | None = None  # the bytes that must move, at the copy rate of this run
+    floor_us: float | None = None  # the bytes that must move, at the rate of a copy timed in turn
     of_floor: float | None = None  # floor ÷ median
-    of_matrix_rate: float | None = None  # of the bf16 rate of this run
+    of_matrix_rate: float | None = None  # of a product timed in turn
     peak_mb: float | None = None
     error: float | None = None  # against float64, as a multiple of the unfused path's own
     note: str = ""  # why there is no time, or what to know of it

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -272,7 +272,11 @@ def passes_of(case: Case, device: Device, sets: int, rate: float) -> dict[str, i
     }
 
 
-def sample_in_turn(timed: Sequence[Timed], rounds: int, limit: float) -> list[str | None]:
+class Sampled(Protocol):
+    def sample(self) -> None: ...
+
+
+def sample_in_turn(timed: Sequence[Sampled], rounds: int, limit: float) -> list[str | None]:
     """A sample of each, again and again, so that drift cancels; ends after `limit` seconds.
 
     What went wrong, for each, or None.

@@ -11,7 +11,7 @@ pytest.importorskip("timm", reason="whole models are timm's")
 
 from benchmarks import cpu, providers
 from benchmarks.cases import cpu_cases, larger_cpu_cases, toy_cases
-from benchmarks.device import Cpu
+from benchmarks.device import Cpu, Yardsticks
 from benchmarks.models import TOYS
 from benchmarks.timing import DIRECTIONS, Gate, make_inputs
 
@@ -107,3 +107,14 @@ def test_peak_is_of_what_is_held_at_once():
         return second, torch.empty(1_000_000)
 
     assert Cpu().peak_bytes(allocate) == 12_000_000
+
+
+def test_yardsticks_tell_bytes_and_flop_a_second_of_the_median_sample(monkeypatch):
+    monkeypatch.setattr(Cpu, "copied_bytes", 1024)
+    monkeypatch.setattr(Cpu, "matrix_size", 8)
+    ends = iter([0.5, 8.0, 0.25, 2.0, 1.0, 4.0])  # seconds of copy, product, copy, …
+    monkeypatch.setattr(Cpu, "seconds", lambda self, first, last: next(ends))
+    yardsticks = Yardsticks(Cpu())
+    for _ in range(3):
+        yardsticks.sample()
+    assert yardsticks.rates() == (2 * 1024 / 0.5, 2 * 8**3 / 4.0)

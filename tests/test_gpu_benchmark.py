@@ -179,7 +179,7 @@ def test_failed_provider_is_a_row_and_others_go_on(tmp_path):
 
     book = Book(tmp_path / "rows.csv", FACTS)
     wanted = [providers.Provider("bad", failing), providers.Provider("good", providers.unfused)]
-    attention.measure_case("toy", toy(), Fp32Rehearsal(), wanted, book, (1e9, 1e9), 1, 1.0)
+    attention.measure_case("toy", toy(), Fp32Rehearsal(), wanted, book, 1e9, 1, 1.0)
     assert {r.note for r in book.rows if r.provider == "bad"} == {"RuntimeError: no such kernel"}
     assert all(r.median_us for r in book.rows if r.provider == "good")
     resumed = Book(book.path, FACTS, resume=True)
