@@ -22,7 +22,7 @@ import torch
 from benchmarks import models
 from benchmarks.attention import RESULTS, Run, Suite, add_options
 from benchmarks.cases import cpu_cases, larger_cpu_cases
-from benchmarks.device import Cpu
+from benchmarks.device import Cpu, keep_freed_memory
 from benchmarks.providers import PROVIDERS
 from benchmarks.rows import command_of, facts_of, file_name
 from benchmarks.sweeps import ALTERNATIVES, UNITS, sweeps
@@ -75,4 +75,5 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
+    keep_freed_memory()
     raise SystemExit(main())

@@ -7,6 +7,7 @@ where there is no GPU; there the Triton kernels run under TRITON_INTERPRET=1.
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import gc
 import itertools
 import platform
@@ -194,6 +195,16 @@ class Cpu(Rehearsal):
 
 
 Device = Cuda | Rehearsal
+
+
+def keep_freed_memory() -> bool:
+    """Tells glibc to give no page back, so that no call pays for fresh ones; False elsewhere.
+
+    Else the same call takes up to twice as long where calls before it moved a threshold.
+    """
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    trim_threshold, mmap_max = -1, -4  # malloc.h
+    return mallopt is not None and bool(mallopt(trim_threshold, -1) and mallopt(mmap_max, 0))
 
 
 class Yardsticks:

@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import csv
+import platform
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -14,6 +18,9 @@ from benchmarks.cases import cpu_cases, larger_cpu_cases, toy_cases
 from benchmarks.device import Cpu, Yardsticks
 from benchmarks.models import TOYS
 from benchmarks.timing import DIRECTIONS, Gate, make_inputs
+
+
+ROOT = Path(__file__).resolve().parents[1]
 
 
 @pytest.fixture
@@ -118,3 +125,22 @@ def test_yardsticks_tell_bytes_and_flop_a_second_of_the_median_sample(monkeypatc
     for _ in range(3):
         yardsticks.sample()
     assert yardsticks.rates() == (2 * 1024 / 0.5, 2 * 8**3 / 4.0)
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="mallopt is glibc's")
+def test_freed_memory_is_kept_and_not_asked_for_again():
+    code = """if True:
+        import resource, sys
+        import torch
+        from benchmarks.device import keep_freed_memory
+
+        assert keep_freed_memory()
+        before = 0
+        for call in range(4):
+            before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+            torch.ones(16 << 20)
+        print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+    """
+    command = [sys.executable, "-c", code]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
+    assert int(done.stdout) < 100  # of the 16,384 pages that a call writes
