@@ -19,7 +19,6 @@ from benchmarks.device import Cpu, Yardsticks
 from benchmarks.models import TOYS
 from benchmarks.timing import DIRECTIONS, Gate, make_inputs
 
-
 ROOT = Path(__file__).resolve().parents[1]
 
 
