@@ -6,6 +6,7 @@ What `benchmarks.gpu` and `benchmarks.cpu` share. Rows go into a CSV as they are
 from __future__ import annotations
 
 import argparse
+import math
 import time
 import traceback
 from collections.abc import Sequence
@@ -32,6 +33,7 @@ from benchmarks.timing import (
     reason_of,
     sample_in_turn,
 )
+from swin_kernels.demo.command import positive
 from swin_kernels.testing import Case
 
 RESULTS = Path(__file__).with_name("results")
@@ -124,7 +126,9 @@ def measure_case(
             times = (median, low, high, len(samples))
             found = loops[who].peaks.get(direction), loops[who].errors.get(direction)
             note = "" if same else OTHER_FUNCTION
-            book.add(Row(name, who, direction, *times, floor, floor / median, share, *found, note))
+            row = Row(name, who, direction, *times, floor, floor / median, share, *found, note)
+            rates = {"copy_gb_s": bytes_rate * 1e-9, "matrix_tflop_s": flop_rate * 1e-12}
+            book.add(row._replace(**rates))
 
 
 class Suite(NamedTuple):
@@ -143,12 +147,10 @@ class Run:
     def __init__(self, suite: Suite, options: argparse.Namespace) -> None:
         self.suite, self.options, self.device = suite, options, suite.device
         self.budget = Budget(options.budget)
-        self.copy_rate, product_rate = rates_of(self.device)
+        self.copy_rate, _ = rates_of(self.device)  # for how long a sample is to be
         self.device.release()
         facts = facts_of(self.device) | {
             "command": options.command,
-            "copy_gb_s": f"{self.copy_rate * 1e-9:.3g}",
-            "matrix_tflop_s": f"{product_rate * 1e-12:.3g}",
         }
         self.book = Book(options.csv or RESULTS / file_name(facts), facts, options.resume)
 
@@ -257,11 +259,24 @@ def _is_a_failure_of_ours(row: Row) -> bool:
     return untimed and row.provider.startswith(("ours", "patched"))
 
 
-def add_options(parser: argparse.ArgumentParser, budget: float) -> None:
+def _seconds(text: str) -> float:
+    """Of an option: a number that is not negative."""
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not 0 <= value < math.inf:
+        raise argparse.ArgumentTypeError(f"expected seconds, 0 or more, got {text!r}")
+    return value
+
+
+def add_options(parser: argparse.ArgumentParser, budget: float, limit: float) -> None:
     """Those of both programs."""
-    parser.add_argument("--budget", type=float, default=budget, help="seconds for all of it")
-    parser.add_argument("--rounds", type=int, default=25, help="samples of each provider")
-    parser.add_argument("--limit", type=float, default=3, help="seconds of samples a case")
-    parser.add_argument("--model-rounds", type=int, default=8)
+    parser.add_argument("--budget", type=_seconds, default=budget, help="seconds for all of it")
+    parser.add_argument("--rounds", type=positive, default=25, help="samples of each provider")
+    parser.add_argument(
+        "--limit", type=_seconds, default=limit, help="seconds of samples a case; then no more"
+    )
+    parser.add_argument("--model-rounds", type=positive, default=8)
     parser.add_argument("--csv", type=Path, help="where the rows go; else benchmarks/results")
     parser.add_argument("--resume", action="store_true", help="leave out what the CSV has")

@@ -15,12 +15,14 @@ from functools import lru_cache
 import pytest
 import torch
 
-from benchmarks.cases import cpu_cases, larger_cpu_cases, other_cases, swin_cases, toy_cases
+from benchmarks.cases import cpu_cases, other_cases, other_cpu_cases, swin_cases, toy_cases
 from benchmarks.cpu import CPU_PROVIDERS
-from benchmarks.device import Cpu, Cuda, Device
-from benchmarks.providers import PROVIDERS
+from benchmarks.device import Cpu, Cuda, Device, keep_freed_memory
+from benchmarks.providers import GPU_PROVIDERS
 from benchmarks.timing import Gate, Inputs, Loop, Replayed, count_of_sets, make_inputs
+from swin_kernels.demo.command import keep_compiled_apart
 
+keep_compiled_apart()
 ROUNDS = 25  # of a backward, before each of which there is a forward
 DEVICE: Device
 if os.environ.get("SWIN_KERNELS_REHEARSE"):
@@ -28,9 +30,10 @@ if os.environ.get("SWIN_KERNELS_REHEARSE"):
     CASES = {name: case.but(dtype=Cpu.dtype) for name, case in toy_cases().items()}
     DEVICE.cache_bytes = 1e3  # else there are thousands of sets
 elif torch.cuda.is_available():
-    DEVICE, CASES, CHOSEN = Cuda(), swin_cases() | other_cases(), PROVIDERS
+    DEVICE, CASES, CHOSEN = Cuda(), swin_cases() | other_cases(), GPU_PROVIDERS
 else:
-    DEVICE, CASES, CHOSEN = Cpu(), cpu_cases() | larger_cpu_cases(), CPU_PROVIDERS
+    keep_freed_memory()
+    DEVICE, CASES, CHOSEN = Cpu(), cpu_cases() | other_cpu_cases(), CPU_PROVIDERS
 
 
 @lru_cache(maxsize=1)  # those of one case at a time

@@ -56,11 +56,14 @@ def cpu_cases() -> dict[str, Case]:
     }
 
 
-def larger_cpu_cases() -> dict[str, Case]:
-    """Windows of more tokens than a tile."""
+def other_cpu_cases() -> dict[str, Case]:
+    """Larger windows, 3-D ones, cosine attention, and channels that no vector divides."""
     cases = {
         "w16": _case(2, 64, 16, 8, 3),
         "3-D (7,7,7)": _case(1, (14, 28, 28), 7, 3, 3),
+        "3-D (8,7,7)": _case(1, (16, 28, 28), (8, 7, 7), (4, 3, 3), 3),
+        "V2 w8": _case(8, 64, 8, 4, 3, cosine=True),
+        "SwinIR w8 d30": _case(4, 64, 8, 4, 6, 30),
     }
     return {name: case.but(dtype=Cpu.dtype) for name, case in cases.items()}
 

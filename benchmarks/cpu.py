@@ -21,11 +21,12 @@ import torch
 
 from benchmarks import models
 from benchmarks.attention import RESULTS, Run, Suite, add_options
-from benchmarks.cases import cpu_cases, larger_cpu_cases
+from benchmarks.cases import cpu_cases, other_cpu_cases
 from benchmarks.device import Cpu, keep_freed_memory
 from benchmarks.providers import PROVIDERS
 from benchmarks.rows import command_of, facts_of, file_name
 from benchmarks.sweeps import ALTERNATIVES, UNITS, sweeps
+from swin_kernels.demo.command import keep_compiled_apart, threads
 from swin_kernels.testing.cases import DTYPE_NAMES
 
 DTYPES = {name: dtype for dtype, name in DTYPE_NAMES.items() if dtype != torch.float64}
@@ -37,14 +38,18 @@ CPU_PROVIDERS = tuple(
 
 def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    add_options(parser, budget=600)
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    add_options(parser, budget=1500, limit=10)
+    parser.add_argument("--threads", type=threads, default=torch.get_num_threads())
     chosen = parser.add_mutually_exclusive_group()
     chosen.add_argument("--cases", nargs="*", help="of these alone, and no model")
     chosen.add_argument("--sweep", choices=UNITS, help="this size varied, and nothing else")
     parser.add_argument("--dtype", choices=DTYPES, default="fp32", help="other than fp32: no model")
     parser.set_defaults(command=command_of("benchmarks.cpu", arguments))
-    return parser.parse_args(arguments)
+    options = parser.parse_args(arguments)
+    known = cpu_cases() | other_cpu_cases()
+    if unknown := set(options.cases or ()) - known.keys():
+        parser.error(f"--cases: expected of {list(known)}, got {sorted(unknown)}")
+    return options
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -55,13 +60,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         what = [options.sweep] if options.sweep else []
         what += [options.dtype] if device.dtype != torch.float32 else []
         options.csv = RESULTS / file_name(facts_of(device), "-".join(["cpu", *what]))
-    cases, others, known_models = cpu_cases(), larger_cpu_cases(), models.CPU_MODELS
+    cases, others, known_models = cpu_cases(), other_cpu_cases(), models.CPU_MODELS
     if device.dtype != torch.float32:
         known_models = {}
     if options.cases is not None:
         known = cases | others
-        if unknown := set(options.cases) - known.keys():
-            raise SystemExit(f"no case {sorted(unknown)}; there are {list(known)}")
         cases, others, known_models = {name: known[name] for name in options.cases}, {}, {}
     providers = CPU_PROVIDERS
     if options.sweep is not None:
@@ -76,4 +79,5 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 if __name__ == "__main__":
     keep_freed_memory()
+    keep_compiled_apart()
     raise SystemExit(main())

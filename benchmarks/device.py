@@ -202,9 +202,11 @@ def keep_freed_memory() -> bool:
 
     Else the same call takes up to twice as long where calls before it moved a threshold.
     """
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if platform.libc_ver()[0] != "glibc":
+        return False
+    mallopt = ctypes.CDLL(None).mallopt
     trim_threshold, mmap_max = -1, -4  # malloc.h
-    return mallopt is not None and bool(mallopt(trim_threshold, -1) and mallopt(mmap_max, 0))
+    return bool(mallopt(trim_threshold, -1) and mallopt(mmap_max, 0))
 
 
 class Yardsticks:

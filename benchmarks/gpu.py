@@ -20,7 +20,7 @@ from benchmarks import models
 from benchmarks.attention import TRY_AGAIN, Run, Suite, add_options
 from benchmarks.cases import other_cases, swin_cases, toy_cases
 from benchmarks.device import Cuda, Rehearsal
-from benchmarks.providers import PROVIDERS
+from benchmarks.providers import GPU_PROVIDERS as PROVIDERS
 from benchmarks.rows import command_of
 from benchmarks.timing import Loop, make_inputs, reason_of
 
@@ -62,7 +62,7 @@ def warm(part: str, suite: Suite) -> None:
 
 def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    add_options(parser, budget=300)
+    add_options(parser, budget=300, limit=3)
     parser.add_argument("--rehearse", action="store_true", help="toy sizes on a CPU")
     parser.add_argument("--warm", metavar="I/N", help="compile a part of the work, time nothing")
     parser.set_defaults(command=command_of("benchmarks.gpu", arguments))

@@ -35,6 +35,7 @@ STYLES = {
     "sdpa": ("#009E73", "^"),
     "compiled unfused": ("#56B4E9", "D"),
     "flex": ("#882255", "<"),
+    "xformers": ("#332288", "p"),
     "global": ("#000000", "X"),
     "linformer": ("#E69F00", "v"),
     "performer": ("#CC79A7", "P"),

@@ -7,6 +7,8 @@ peers roll and partition qkv, once for all three, and then do what timm does.
 
 from __future__ import annotations
 
+import importlib
+import importlib.util
 import math
 from collections.abc import Callable
 from typing import NamedTuple
@@ -68,6 +70,16 @@ class Windows:
         bias = table[self.index].view(self.tokens, self.tokens, self.heads)
         return bias.permute(2, 0, 1).contiguous()
 
+    def bias_and_mask(self, table: Tensor, windows: int) -> Tensor:
+        """(1 or B·nW, H, N, N), of so many windows."""
+        added = self.bias(table)[None]
+        if self.mask is None:
+            return added
+        count, heads, tokens = self.mask.shape[0], self.heads, self.tokens
+        mask = self.mask.view(1, count, 1, tokens, tokens)
+        mask = mask.expand(windows // count, -1, heads, -1, -1)
+        return added + mask.reshape(-1, heads, tokens, tokens)
+
     def scaled(self, q: Tensor, k: Tensor, logit_scale: Tensor | None) -> tuple[Tensor, Tensor]:
         """q and k whose plain products are the logits."""
         if logit_scale is None:
@@ -115,14 +127,26 @@ def sdpa(case: Case, device: Device) -> Attend:
     def attend(qkv: Tensor, table: Tensor, logit_scale: Tensor | None) -> Tensor:
         q, k, v = windows.split_heads(qkv)
         q, k = windows.scaled(q, k, logit_scale)
-        added = windows.bias(table)[None]
-        if windows.mask is not None:
-            count, heads, tokens = windows.mask.shape[0], windows.heads, windows.tokens
-            mask = windows.mask.view(1, count, 1, tokens, tokens)
-            mask = mask.expand(q.shape[0] // count, -1, heads, -1, -1)
-            added = added + mask.reshape(-1, heads, tokens, tokens)
+        added = windows.bias_and_mask(table, q.shape[0])
         # logits are scaled already
         return windows.merge(F.scaled_dot_product_attention(q, k, v, attn_mask=added, scale=1.0))
+
+    return attend
+
+
+def xformers(case: Case, device: Device) -> Attend:
+    """xformers' memory-efficient attention, with bias and mask as one tensor, as it wants them."""
+    attention = importlib.import_module("xformers.ops").memory_efficient_attention
+    windows = Windows(case, device.device)
+
+    def attend(qkv: Tensor, table: Tensor, logit_scale: Tensor | None) -> Tensor:
+        q, k, v = windows.split_heads(qkv)
+        q, k = windows.scaled(q, k, logit_scale)
+        added = windows.bias_and_mask(table, q.shape[0]).expand(q.shape[0], -1, -1, -1)
+        # its rows are to begin at a multiple of eight numbers
+        added = F.pad(added, (0, -windows.tokens % 8))[..., : windows.tokens]
+        q, k, v = (x.transpose(1, 2) for x in (q, k, v))  # (B·nW, N, H, D)
+        return windows.merge(attention(q, k, v, attn_bias=added, scale=1.0).transpose(1, 2))
 
     return attend
 
@@ -186,4 +210,9 @@ PROVIDERS = (
     Provider("sdpa", sdpa),
     Provider("compiled unfused", compiled, slow=True),
     Provider("flex", flex, slow=True),
+)
+PEERS = (Provider("xformers", xformers),)  # by the names of their packages
+GPU_PROVIDERS = (
+    *PROVIDERS,
+    *(p for p in PEERS if importlib.util.find_spec(p.name) is not None),
 )

@@ -27,7 +27,7 @@ from typing import NamedTuple
 
 import torch
 
-from benchmarks.cases import cpu_cases, larger_cpu_cases
+from benchmarks.cases import cpu_cases, other_cpu_cases
 from benchmarks.device import Cpu
 from benchmarks.rows import print_table
 from benchmarks.timing import Gate, count_of_sets, make_inputs, reason_of
@@ -244,7 +244,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("old", help="a commit")
     parser.add_argument("new", nargs="?", help="a commit; else the working tree")
-    known = cpu_cases() | larger_cpu_cases()
+    known = cpu_cases() | other_cpu_cases()
     parser.add_argument(
         "--cases", nargs="+", choices=known, default=list(cpu_cases()), metavar="CASE"
     )

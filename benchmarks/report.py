@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from benchmarks import models
-from benchmarks.cases import cpu_cases, larger_cpu_cases, other_cases, swin_cases
+from benchmarks.cases import cpu_cases, other_cases, other_cpu_cases, swin_cases
 from benchmarks.plots import (
     IMAGES,
     PANELS,
@@ -29,6 +29,7 @@ from benchmarks.plots import (
     in_order,
     measured,
 )
+from benchmarks.providers import DIRECTIONS
 from benchmarks.rows import Row, base_of
 from benchmarks.sweeps import UNITS, sweeps
 from swin_kernels.demo.command import three_digits
@@ -38,6 +39,7 @@ TEMPLATE = Path(__file__).with_name("performance.md.in")
 NO_GPU = """\
 **Nothing on a GPU is measured yet.** The kernels are tested for their results under Triton's
 interpreter; no layout in `tuned.json` was timed, and no speed is claimed. """
+WIDE = 0.4  # of a median, between the 20th and the 80th percentile
 CAPTIONS = {
     "speed": "Times beside ours",
     "memory": "Peak memory",
@@ -55,10 +57,10 @@ class Suite(NamedTuple):
 
 
 def suites() -> list[Suite]:
-    stages = [*cpu_cases(), *larger_cpu_cases(), *models.CPU_MODELS]
+    stages = [*cpu_cases(), *other_cpu_cases(), *models.CPU_MODELS]
     cpu = "python -m benchmarks.cpu"
     return [
-        Suite("A CPU, Swin-T's stages, larger windows and whole models", cpu, "cpu", stages),
+        Suite("A CPU, Swin-T's stages, other windows and whole models", cpu, "cpu", stages),
         *(
             Suite(f"A CPU, cost against {kind}", f"{cpu} --sweep {kind}", "cpu", list(cases))
             for kind, cases in sweeps().items()
@@ -100,10 +102,17 @@ def _percent(x: float) -> str:
     return f"{x:.0%}".replace("%", " %")
 
 
+def _spread(row: Row) -> str:
+    """A mark for a time that the machine did not hold still for."""
+    if row.median_us is None or row.p20_us is None or row.p80_us is None:
+        return ""
+    return "≈ " if row.p80_us - row.p20_us > WIDE * row.median_us else ""
+
+
 def _time(row: Row, base: Row | None) -> str:
     if row.median_us is None:
         return "–"
-    text = f"{three_digits(row.median_us * 1e-3)} ms"
+    text = f"{_spread(row)}{three_digits(row.median_us * 1e-3)} ms"
     if row is base:
         shares = [x for x in (row.of_floor, row.of_matrix_rate) if x is not None]
         return text + (f" ({', '.join(map(_percent, shares))})" if shares else "")
@@ -146,22 +155,39 @@ def _errors(rows: Sequence[Row]) -> Iterator[str]:
             yield f"{what} {known[case]:.2f} times the unfused path's ({case})"
 
 
+def _range(values: Sequence[float], digits: Callable[[float], str] = three_digits) -> str:
+    return " to ".join(dict.fromkeys(digits(x) for x in (min(values), max(values))))
+
+
+def _rates(rows: Sequence[Row]) -> Iterator[str]:
+    """Samples of a time, and what the machine reached beside them, in words."""
+    if counts := [r.samples for r in rows if r.direction in DIRECTIONS and r.samples]:
+        yield f"medians of {_range(counts, str)} samples"
+    for values, text in (
+        ([r.copy_gb_s for r in rows], "a copy moved {} GB/s"),
+        ([r.matrix_tflop_s for r in rows], "a matrix product {} TFLOP/s"),
+    ):
+        if known := [x for x in values if x is not None]:
+            yield text.format(_range(known))
+
+
 def section(source: Measured) -> str:
     """What one file has: its facts, tables and figures."""
     facts = source.facts
     kinds = list(source.sweeps)
-    title = f"Cost against {' and '.join(kinds)}" if kinds else "Stages and whole models"
+    whole = any(r.direction not in DIRECTIONS for r in source.rows)
+    title = "Stages and whole models" if whole else "Stages and other windows"
+    title = f"Cost against {' and '.join(kinds)}" if kinds else title
     if dtype := _dtype(source):
         title = f"{title}, {dtype}"
-    rates = {"copy_gb_s": "a copy moves {} GB/s", "matrix_tflop_s": "a matrix product {} TFLOP/s"}
-    told = [text.format(facts[x]) for x, text in rates.items() if facts.get(x)]
+    told = list(_rates(source.rows))
     name = source.path.name
     lines = [
         f"## {title}: {facts['machine']}, {facts['date']}",
         "",
         _filled(
             f"`{facts.get('command', 'unknown')}`, commit {facts['commit']}, torch "
-            f"{facts['torch']}, triton {facts['triton']}; {', '.join(told)}. Rows: "
+            f"{facts['torch']}, triton {facts['triton']}; {'; '.join(told)}. Rows: "
             f"[{name}](../benchmarks/results/{name})."
         ),
         "",

@@ -35,10 +35,18 @@ class Row(NamedTuple):
     peak_mb: float | None = None
     error: float | None = None  # against float64, as a multiple of the unfused path's own
     note: str = ""  # why there is no time, or what to know of it
+    copy_gb_s: float | None = None  # of the copy and the product that were timed with the case
+    matrix_tflop_s: float | None = None
 
 
 ROOT = Path(__file__).resolve().parents[1]  # whatever folder a benchmark is run from
-TIMED = ("swin_kernels", "csrc", "setup.py", "benchmarks/*.py")  # what can change a time
+TIMED = (
+    "swin_kernels",
+    "csrc",
+    "setup.py",
+    "pyproject.toml",
+    "benchmarks/*.py",
+)  # what can change a time
 RATIO = "ratio_to_ours"  # median ÷ that of our row, in the file alone: it follows from the rows
 WHERE = ("machine", "torch", "triton", "timm", "python", "commit")  # what one file's rows share
 
@@ -76,7 +84,7 @@ def commit(root: Path = ROOT) -> str:
 
     try:
         name = git("describe", "--always").stdout.strip()
-        changed = git("diff", "--quiet", "HEAD", "--", *TIMED).returncode
+        changed = git("status", "--porcelain", "--", *TIMED).stdout
     except OSError:  # no git
         return "unknown"
     return name + ("-dirty" if changed else "") if name else "unknown"

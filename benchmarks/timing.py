@@ -281,15 +281,16 @@ def sample_in_turn(timed: Sequence[Sampled], rounds: int, limit: float) -> list[
 
     What went wrong, for each, or None.
     """
-    start, fewest = time.perf_counter(), min(rounds, 5)
+    start, fewest = time.perf_counter(), min(rounds, 9)
     wrong: list[str | None] = [None] * len(timed)
     for turn in range(rounds):
         if turn >= fewest and time.perf_counter() - start > limit:
             break
-        for place, one in enumerate(timed):
+        for step in range(len(timed)):
+            place = (turn + step) % len(timed)  # so that none always follows the same other
             if wrong[place] is None:
                 try:
-                    one.sample()
+                    timed[place].sample()
                 except Exception as error:  # one provider's end is not that of the others
                     wrong[place] = reason_of(error)
     return wrong

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-import tempfile
 import zlib
 from pathlib import Path
 
@@ -20,6 +19,7 @@ from modes import (
 )
 
 import swin_kernels
+from swin_kernels.demo.command import inductor_cache
 from swin_kernels.kernels.triton.backend import INTERPRETED
 from swin_kernels.ops.dispatch import BACKENDS
 from swin_kernels.problem import Operands, Problem
@@ -29,13 +29,9 @@ MODE = pytest.StashKey[Mode]()
 PART = pytest.StashKey[slice]()
 _PLANS = Path(swin_kernels.__file__).parent / "kernels" / "triton"
 
-# inductor's own key leaves out the vector code and the shapes that an op's fake gives: it would run
-# here what it made for others
-_CAPABILITY = torch.backends.cpu.get_cpu_capability()
+# nor is what an op's fake gives part of inductor's key
 _FAKES = zlib.crc32(b"".join(x.read_bytes() for x in sorted(_PLANS.glob("*.py"))))
-os.environ["TORCHINDUCTOR_CACHE_DIR"] = os.path.join(
-    tempfile.gettempdir(), f"swin_kernels_inductor_{_CAPABILITY}_{torch.__version__}_{_FAKES:x}"
-)
+os.environ["TORCHINDUCTOR_CACHE_DIR"] = inductor_cache(f"{_FAKES:x}")
 
 
 def pytest_addoption(parser):

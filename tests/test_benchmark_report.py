@@ -20,8 +20,6 @@ FACTS = {
     "commit": "c0ffee",
     "date": "2000-01-01",
     "command": "python -m benchmarks.cpu --threads 2",
-    "copy_gb_s": "10",
-    "matrix_tflop_s": "0.1",
 }
 TIMES = {"ours": 1000.0, "unfused": 2500.0}
 
@@ -41,7 +39,16 @@ def timed(case, provider, direction, median, **more):
 def stages(tmp_path):
     """Two cases, one of which a peer failed, and a model."""
     rows = [
-        timed(case, provider, direction, median, peak_mb=median / 100, of_floor=0.25)
+        timed(
+            case,
+            provider,
+            direction,
+            median,
+            peak_mb=median / 100,
+            of_floor=0.25,
+            copy_gb_s=10.0 if case == "w16" else 12.0,
+            matrix_tflop_s=0.1,
+        )
         for case in ("T1 shift 3", "w16")
         for direction in ("forward", "forward + backward")
         for provider, median in TIMES.items()
@@ -91,7 +98,7 @@ def test_section_has_facts_tables_and_figures(stages):
     words = " ".join(text.split())
     for fact in ("`python -m benchmarks.cpu --threads 2`", "commit c0ffee", "torch 2.11"):
         assert fact in words
-    assert "a copy moves 10 GB/s, a matrix product 0.1 TFLOP/s" in words
+    assert "a copy moved 10.0 to 12.0 GB/s; a matrix product 0.100 TFLOP/s" in words
     assert "| T1 shift 3 | forward | 1.00 ms (25 %) | 2.50 ms, **2.50×** |" in text
     assert "| w16 | forward | 1.00 ms (25 %) | – |" in text
     assert "| swin_tiny, batch 8 | inference | 200 ms | 300 ms, **1.50×** |" in text
@@ -110,7 +117,7 @@ def test_what_the_suites_name_and_no_row_has_is_not_measured(stages, resolution,
     nothing = "\n".join(report.unmeasured([]))
     assert nothing.count("all of it") == 5
     some = " ".join("\n".join(report.unmeasured([stages, resolution])).split())
-    assert "Swin-T's stages, larger windows and whole models" in some
+    assert "Swin-T's stages, other windows and whole models" in some
     assert "what is left: T1 shift 0, T2 shift 3" in some
     assert "swin_tiny," not in some.partition("A GPU")[0]  # measured as a batch of it
     assert "resolution 28" not in some
@@ -222,3 +229,15 @@ def test_plots_are_png_files_that_keep_what_they_were_drawn_from(stages, tmp_pat
         with image_files.open(path) as image:
             assert image.format == "PNG"
             assert image.text["Source"] == plots.digest(stages.path)
+
+
+def test_rates_samples_and_times_that_wavered_are_told(tmp_path):
+    rows = [
+        timed("T1 shift 3", "ours", "forward", 1000.0, copy_gb_s=10.0, matrix_tflop_s=0.1),
+        timed("w16", "ours", "forward", 1000.0, copy_gb_s=12.5)._replace(p80_us=1400.0, samples=21),
+    ]
+    text = " ".join(report.section(written(tmp_path, "cpu-a.csv", rows)).split())
+    assert "medians of 7 to 21 samples; a copy moved 10.0 to 12.5 GB/s" in text
+    assert "a matrix product 0.100 TFLOP/s" in text
+    assert "| T1 shift 3 | forward | 1 ms |" in text.replace("1.00 ms", "1 ms")
+    assert "| w16 | forward | ≈ 1" in text

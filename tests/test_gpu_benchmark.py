@@ -145,6 +145,24 @@ def test_peers_agree_on_every_toy_case():
         assert found.keys() == {"forward"}
 
 
+def test_xformers_is_given_what_its_attention_takes(monkeypatch):
+    def attention(q, k, v, attn_bias, scale):
+        """(B, N, H, D), and a bias (B, H, N, N) whose rows begin at multiples of eight numbers."""
+        assert attn_bias.shape == (q.shape[0], q.shape[2], q.shape[1], k.shape[1])
+        assert attn_bias.stride(-2) % 8 == 0
+        logits = torch.einsum("bnhd,bmhd->bhnm", q, k) * scale + attn_bias
+        return torch.einsum("bhnm,bmhd->bnhd", logits.softmax(-1), v)
+
+    ops = SimpleNamespace(memory_efficient_attention=attention)
+    monkeypatch.setitem(sys.modules, "xformers", SimpleNamespace(ops=ops))
+    monkeypatch.setitem(sys.modules, "xformers.ops", ops)
+    device = Fp32Rehearsal()
+    for case in (c.but(dtype=torch.float32) for c in toy_cases().values()):
+        gate = Gate(case, device, make_inputs(case, device, 0))
+        found = gate.check(providers.xformers(case, device), 10)
+        assert found.keys() == {"forward", "backward"}
+
+
 def test_gate_tells_the_errors_as_multiples_of_the_unfused_path():
     case, device = toy(), Fp32Rehearsal()
     inputs = make_inputs(case, device, 0)

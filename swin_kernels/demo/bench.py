@@ -68,6 +68,7 @@ def prepare(options: argparse.Namespace) -> Prepared:
         patched, report, backend = measure.patched_copy(stock, images[:1])
         timed = {"stock": stock, "patched": patched}
         if options.compile:
+            command.keep_compiled_apart()
             timed = {x: cast(nn.Module, torch.compile(module)) for x, module in timed.items()}
         for module in timed.values():
             measure.inference_step(module, images)

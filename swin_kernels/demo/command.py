@@ -8,6 +8,7 @@ import importlib.util
 import os
 import platform
 import sys
+import tempfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -55,6 +56,21 @@ def check_packages(needs: Mapping[str, str], command: str) -> None:
     missing = [pip for name, pip in needs.items() if importlib.util.find_spec(name) is None]
     if missing:
         raise ImportError(f"{command} needs {', '.join(missing)}: pip install {' '.join(missing)}")
+
+
+def inductor_cache(*more: str) -> str:
+    """A folder for what torch.compile makes, by vector code and torch's version.
+
+    Inductor's own key leaves the vector code out: it would run here what it made for others, with
+    wrong results and broken memory.
+    """
+    parts = (torch.backends.cpu.get_cpu_capability(), torch.__version__, *more)
+    return os.path.join(tempfile.gettempdir(), "_".join(("swin_kernels_inductor", *parts)))
+
+
+def keep_compiled_apart() -> None:
+    """Has torch.compile use `inductor_cache`, where the user named no folder."""
+    os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", inductor_cache())
 
 
 def usable_device(name: str) -> torch.device:
