@@ -38,7 +38,7 @@ CPU_PROVIDERS = tuple(
 
 def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    add_options(parser, budget=1500, limit=10)
+    add_options(parser, budget=3000, limit=10)
     parser.add_argument("--threads", type=threads, default=torch.get_num_threads())
     chosen = parser.add_mutually_exclusive_group()
     chosen.add_argument("--cases", nargs="*", help="of these alone, and no model")
