@@ -20,14 +20,11 @@ from pathlib import Path
 import torch
 import triton
 
+from benchmarks import predict
 from benchmarks.layouts import CASES, RARE
+from benchmarks.plans import steps_of
 from swin_kernels.kernels.triton import ahead
-from swin_kernels.kernels.triton.configs import KNOWN_GPUS, REGISTERS, Gpu
-from swin_kernels.kernels.triton.plan import STRIDED, Plan, Step, TensorFacts, facts_of
-from swin_kernels.kernels.triton.plan_backward import Needs, backward_plan
-from swin_kernels.kernels.triton.plan_forward import forward_plan
-from swin_kernels.problem import Operands, Problem
-from swin_kernels.testing import Case, make_grad_out, make_operands
+from swin_kernels.kernels.triton.configs import KNOWN_GPUS, REGISTERS
 
 REPORT = Path(__file__).resolve().parent.parent / "docs" / "machine-code.md"
 DTYPES = {
@@ -63,11 +60,22 @@ HEADER = """\
 (NVIDIA) and from the assembly (AMD). Nothing here was run or timed.
 
 Registers are a thread's, shared memory a program's in bytes; instructions, and matrix
-instructions among them, are those of the whole kernel. `a tile` is the largest loop body times
-warps: what a window of one head, or a tile of a larger window, costs the issue slots, both sides
-of a branch counted. (On sm_100 a pipelined loop holds a copy of its last trip, which is counted
-too: up to twice the truth.) Nothing spills to memory unless the end of this page says so; on
-gfx942 scalars that overflow their registers are kept in lanes of vector registers.\
+instructions among them, are those of the whole kernel. `a tile` is a trip through its loop times
+warps: what a window of one head, or a tile of a larger window, costs the issue slots, by the
+shortest way and by the longest (a window that a seam of the shift cuts). Nothing spills to memory
+unless the end of this page says so; on gfx942 scalars that overflow their registers are kept in
+lanes of vector registers.\
+"""
+
+PREDICTED = """\
+## Predicted
+
+What these kernels would take for the cases that `make gpu` times, in bf16, by `benchmarks.predict`:
+every time below is predicted, from instructions, the data sheet of one GPU of each architecture
+and, of H200 alone, a measured copy rate. A launch is bound by the longest of its columns, in µs:
+bytes at the rate of a copy; bytes in flight, at 0.7 µs from a load to its data; four instructions a
+clock; then what each unit does. Waits, bank conflicts, the second cache and imperfect overlap are
+not in it, so that the truth is longer. `off by` is predicted against measured.\
 """
 
 
@@ -84,9 +92,13 @@ class Row:
     code: ahead.Code
 
     @property
-    def per_tile(self) -> int:
-        """Warp-instructions of one trip through the kernel's loop."""
-        return self.code.loop * self.num_warps
+    def per_tile(self) -> tuple[int, int]:
+        """Warp-instructions of one trip through the kernel's loop, the shortest and the longest."""
+        shortest, longest = (
+            sum(count for _, count in way) * self.num_warps
+            for way in (self.code.shortest, self.code.longest)
+        )
+        return shortest, longest
 
     def defects(self) -> list[str]:
         """What a shipped configuration must not have."""
@@ -109,45 +121,6 @@ class Row:
         return found
 
 
-def _facts(tensors: Iterable[tuple[str, torch.Tensor]]) -> dict[str, TensorFacts]:
-    return {
-        name: facts_of(x if name in STRIDED else x.contiguous())
-        for name, x in tensors
-        if x is not None
-    }
-
-
-def plans_of(case: Case, gpu: Gpu, tf32: bool = False) -> tuple[Plan, Plan]:
-    """Forward and backward of a training step of the case, with every gradient."""
-    with torch.device("meta"):
-        operands = make_operands(case)
-        if case.dropout_p > 0:
-            operands = operands._replace(dropout_seed=torch.empty(1, dtype=torch.int64))
-        problem = Problem.checked(operands, **case.options)
-        facts = _facts(zip(Operands._fields, operands))
-        forward = forward_plan(facts, problem.options, gpu, tf32=tf32, differentiable=True)
-        kept = [
-            (name, torch.empty(buffer.shape, dtype=buffer.dtype))
-            for name, buffer in forward.buffers.items()
-            if name in ("stats", "tiles")
-        ]
-        if "stats" in forward.buffers:
-            kept.append(("out", torch.empty(forward.buffers["out"].shape, dtype=case.dtype)))
-        grad_out = make_grad_out(case)
-    facts |= _facts([("grad_out", grad_out), *kept])
-    needs = Needs(True, True, True)
-    return forward, backward_plan(facts, problem.options, gpu, needs, tf32=tf32)
-
-
-def steps_of(
-    case: Case, gpu: Gpu, tf32: bool = False
-) -> Iterator[tuple[Step, dict[str, torch.dtype]]]:
-    """Every launch of a training step, with the dtypes of what it names."""
-    for plan in plans_of(case, gpu, tf32):
-        for step in (*plan.steps, *plan.after):
-            yield step, plan.dtypes
-
-
 def compile_case(name: str, dtype: str, arch: str) -> list[Row]:
     """The rows of one case."""
     gpu, rows = KNOWN_GPUS[arch], {}
@@ -167,7 +140,8 @@ def _table(rows: list[Row]) -> Iterator[str]:
     dtypes: dict[tuple, list[str]] = {}  # those whose code costs the same share a line
     for row in rows:
         code = row.code
-        tile = f"{row.per_tile:,}" if code.loop else "–"
+        ways = [f"{n:,}" for n in dict.fromkeys(row.per_tile) if n]
+        tile = " to ".join(ways) or "–"
         figures = (
             f"| `{row.kernel}` | {row.layout} | {code.registers} | {code.shared:,} | "
             f"{code.instructions:,} | {tile} | {code.matrix} |"
@@ -177,8 +151,8 @@ def _table(rows: list[Row]) -> Iterator[str]:
         yield f"| {case} | {', '.join(names)} {figures}"
 
 
-def report(rows: list[Row]) -> str:
-    """The page: one table per architecture."""
+def report(rows: list[Row], predicted: Iterable[str] = ()) -> str:
+    """The page: one table per architecture, and what `benchmarks.predict` makes of such code."""
     lines = [HEADER.format(triton=triton.__version__, torch=torch.__version__)]
     for arch in dict.fromkeys(row.arch for row in rows):
         lines += ["", f"## {arch}", "", *_table([row for row in rows if row.arch == arch])]
@@ -189,6 +163,8 @@ def report(rows: list[Row]) -> str:
     ]
     if spilled:
         lines += ["", "## What spills", "", *spilled]
+    if predicted := list(predicted):
+        lines += ["", PREDICTED, *predicted]
     return "\n".join(lines) + "\n"
 
 
@@ -222,7 +198,8 @@ def main() -> None:
     rows = [row for of_case in found[: len(jobs)] for row in of_case]
     unseen = [row for of_case in found[len(jobs) :] for row in of_case]
     if whole:
-        REPORT.write_text(report(rows))
+        predicted = predict.tables(predict.predictions(predict.speed_cases(), predict.CHIPS))
+        REPORT.write_text(report(rows, predicted))
         print(f"wrote {REPORT.relative_to(REPORT.parent.parent)}")
     else:
         print(report(rows))

@@ -9,7 +9,6 @@ from __future__ import annotations
 import re
 import subprocess
 import tempfile
-from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,6 +18,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
+from swin_kernels.kernels.triton import sass
 from swin_kernels.kernels.triton.configs import Gpu
 from swin_kernels.kernels.triton.launch import arguments_of, kernel_of
 from swin_kernels.kernels.triton.plan import LARGEST_INT32, Step
@@ -37,6 +37,9 @@ _MATRIX = re.compile(r"^(U?T?C?[HQ]G?MMA|v_mfma|OMMA)")
 _SPILLS = ("STL", "LDL")
 
 
+Histogram = tuple[tuple[str, int], ...]  # how often an instruction, with its suffixes, occurs
+
+
 @dataclass(frozen=True)
 class Code:
     """What one compiled kernel costs."""
@@ -46,9 +49,10 @@ class Code:
     spills: int  # instructions that bring what did not fit the registers to memory, or back
     shared: int  # bytes a program
     instructions: int
-    loop: int  # instructions of the largest loop body, a warp
     matrix: int  # matrix instructions
-    histogram: tuple[tuple[str, int], ...]  # of the loop, by instruction
+    # of the loop that costs most, a warp's trip by the shortest and by the longest way
+    shortest: Histogram = ()
+    longest: Histogram = ()
 
 
 def target_of(gpu: Gpu) -> GPUTarget:
@@ -99,25 +103,12 @@ def compile_step(step: Step, dtypes: dict[str, torch.dtype], gpu: Gpu) -> Any:
     return triton.compile(source_of(step, dtypes), target=target, options=options)
 
 
-def _largest_loop(code: list[tuple[int, str]], target: re.Pattern) -> list[str]:
-    loop: list[str] = []
-    for address, text in code:
-        branch = target.search(text)
-        if branch and (start := int(branch[1], 16)) < address:
-            loop = max(loop, [t for a, t in code if start <= a <= address], key=len)
-    return loop
-
-
-def _name(text: str) -> str:
-    return text.split()[1 if text.startswith("@") else 0].split(".")[0]
-
-
 def _read_cuda(compiled: Any) -> Code:
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(compiled.asm["cubin"])
         file.flush()
         # what nvdisasm warns of the format of its input is of no use here
-        usage, sass = (
+        usage, listing = (
             subprocess.run(
                 [_CUOBJDUMP, flag, file.name], capture_output=True, check=True, text=True
             ).stdout
@@ -125,19 +116,17 @@ def _read_cuda(compiled: Any) -> Code:
         )
     found = re.search(r"REG:(\d+) STACK:(\d+)", usage)
     assert found is not None, usage
-    lines = re.findall(r"^\s+/\*([0-9a-f]{4,})\*/\s+(.*?);", sass, re.M)
-    code = [(int(address, 16), text) for address, text in lines]
-    loop = _largest_loop(code, re.compile(r"BRA\S*\s+.*?0x([0-9a-f]+)"))
-    names = [_name(text) for _, text in code]
+    code = sass.parse(listing)
+    names = [x.base for x in code if x.base != "NOP"]
+    trips = sass.main_loop(code) or ()
     return Code(
         int(found[1]),
         int(found[2]),
         sum(name in _SPILLS for name in names),
         compiled.metadata.shared,
-        sum(name != "NOP" for name in names),
-        len(loop),
+        len(names),
         sum(bool(_MATRIX.match(name)) for name in names),
-        tuple(Counter(map(_name, loop)).most_common()),
+        *(trip.histogram for trip in trips),
     )
 
 
@@ -157,10 +146,8 @@ def _read_amd(compiled: Any) -> Code:
         sum(name.startswith("scratch_") for name in body),
         number("group_segment_fixed_size") or compiled.metadata.shared,
         len(body),
-        0,  # not read from this assembly
         sum(name.startswith("v_mfma") for name in body),
-        (),
-    )
+    )  # its loops are not read
 
 
 def read(compiled: Any) -> Code:

@@ -1,0 +1,53 @@
+"""The launches of a case's training step, planned for a GPU that may not be there."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+
+import torch
+
+from swin_kernels.kernels.triton.configs import Gpu
+from swin_kernels.kernels.triton.plan import STRIDED, Plan, Step, TensorFacts, facts_of
+from swin_kernels.kernels.triton.plan_backward import Needs, backward_plan
+from swin_kernels.kernels.triton.plan_forward import forward_plan
+from swin_kernels.problem import Operands, Problem
+from swin_kernels.testing import Case, make_grad_out, make_operands
+
+
+def _facts(tensors: Iterable[tuple[str, torch.Tensor]]) -> dict[str, TensorFacts]:
+    return {
+        name: facts_of(x if name in STRIDED else x.contiguous())
+        for name, x in tensors
+        if x is not None
+    }
+
+
+def plans_of(case: Case, gpu: Gpu, tf32: bool = False) -> tuple[Plan, Plan]:
+    """Forward and backward of a training step of the case, with every gradient."""
+    with torch.device("meta"):
+        operands = make_operands(case)
+        if case.dropout_p > 0:
+            operands = operands._replace(dropout_seed=torch.empty(1, dtype=torch.int64))
+        problem = Problem.checked(operands, **case.options)
+        facts = _facts(zip(Operands._fields, operands))
+        forward = forward_plan(facts, problem.options, gpu, tf32=tf32, differentiable=True)
+        kept = [
+            (name, torch.empty(buffer.shape, dtype=buffer.dtype))
+            for name, buffer in forward.buffers.items()
+            if name in ("stats", "tiles")
+        ]
+        if "stats" in forward.buffers:
+            kept.append(("out", torch.empty(forward.buffers["out"].shape, dtype=case.dtype)))
+        grad_out = make_grad_out(case)
+    facts |= _facts([("grad_out", grad_out), *kept])
+    needs = Needs(True, True, True)
+    return forward, backward_plan(facts, problem.options, gpu, needs, tf32=tf32)
+
+
+def steps_of(
+    case: Case, gpu: Gpu, tf32: bool = False
+) -> Iterator[tuple[Step, dict[str, torch.dtype]]]:
+    """Every launch of a training step, with the dtypes of what it names."""
+    for plan in plans_of(case, gpu, tf32):
+        for step in (*plan.steps, *plan.after):
+            yield step, plan.dtypes

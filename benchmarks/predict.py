@@ -1,0 +1,323 @@
+"""What the Triton kernels should take on a GPU, from their machine code and the GPU's data sheet.
+
+    python -m benchmarks.predict --arch sm_90 --case "T1 shift 3"
+
+A launch takes the longest of: its bytes at the rate of a copy, what a multiprocessor can keep in
+flight of them, its instructions at four a clock, and what it asks of each unit: fp32, the other
+arithmetic, exp2 (the special function unit), shared memory, matrices. Instructions are those of the
+trips through its loop, by the short way for windows inside, by the long one for those that a seam
+cuts, and once a program what is outside the loop. Waits, bank conflicts and how well units overlap
+are not in it, nor is the second cache: a prediction is a floor of this code. Launches are those of
+a CUDA graph. `make aot-report` writes the tables for every case of the speed table to
+docs/machine-code.md.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import os
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+
+from benchmarks.cases import other_cases, swin_cases
+from benchmarks.plans import plans_of
+from benchmarks.rows import read
+from swin_kernels.kernels.triton import ahead
+from swin_kernels.kernels.triton.ahead import Code, Histogram
+from swin_kernels.kernels.triton.configs import KNOWN_GPUS
+from swin_kernels.kernels.triton.plan import Plan, Step
+from swin_kernels.problem import Operands
+from swin_kernels.testing import Case, make_grad_out, make_operands
+
+RESULTS = Path(__file__).with_name("results")
+SCHEDULERS, WARP, RESERVED = 4, 32, 1024  # of a multiprocessor; lanes; bytes of a program's shared
+LATENCY = 0.7e-6  # seconds from a load to its data, under load
+
+
+@dataclass(frozen=True)
+class Chip:
+    """A GPU of an architecture: NVIDIA's data sheets and the CUDA programming guide's tables."""
+
+    name: str
+    arch: str
+    multiprocessors: int
+    clock: float  # Hz, under load
+    copy_rate: float  # bytes a second, read and written
+    matrix: int  # FLOP of half precision, a clock and multiprocessor
+    fp32: int  # lanes a clock and multiprocessor, of fp32 and of integer multiply-add
+    arithmetic: int  # of other integer, logical, comparing and converting instructions
+    shared: int  # bytes that all programs of a multiprocessor have
+    warps: int
+    programs: int
+
+    special: int = 16
+    line: int = 128  # bytes a clock between a multiprocessor's memory and its registers
+
+
+# the copy rate of H200 was measured; of the others it is taken as nine tenths of the data sheet's
+CHIPS = {
+    chip.arch: chip
+    for chip in (
+        Chip(
+            "A100 SXM 80 GB", "sm_80", 108, 1.41e9, 0.9 * 2.04e12, 2048, 64, 64, 164 << 10, 64, 32
+        ),
+        Chip("H200", "sm_90", 132, 1.755e9, 4.3e12, 4096, 128, 64, 228 << 10, 64, 32),
+        Chip("B200", "sm_100", 148, 1.85e9, 0.9 * 8.0e12, 8192, 128, 64, 228 << 10, 64, 32),
+        Chip("RTX 5090", "sm_120", 170, 2.4e9, 0.9 * 1.79e12, 1024, 128, 64, 100 << 10, 48, 24),
+    )
+}
+
+UNITS = ("memory", "latency", "issue", "fp32", "arithmetic", "exp", "shared", "matrix")
+_FP32 = re.compile(r"^(FFMA|FADD|FMUL|IMAD|HFMA2|HADD2|HMUL2)")
+_MEMORY = re.compile(r"^(LD|ST)(G|S)(TS)?|^LDSM|^STSM|^SHFL|^LDGSTS")
+_UNIFORM = re.compile(
+    r"^(U[A-Z]|BRA|BSYNC|BSSY|BAR|WARPSYNC|DEPBAR|LDGDEPBAR|SYNCS|LDC|S2|CS2|R2UR)"
+)
+
+
+def _matrix_flop(name: str) -> int:
+    """Of one instruction: HMMA.16816 of a warp, HGMMA.64x64x16 of a warp group (a quarter each)."""
+    if name.startswith("HMMA."):
+        shape = re.search(r"\.(16)(8)(4|8|16|32)\b", name)
+        return 2 * math.prod(int(x) for x in shape.groups()) if shape else 0
+    shape = re.search(r"\.(\d+)x(\d+)x(\d+)", name)
+    return 2 * math.prod(int(x) for x in shape.groups()) // 4 if shape else 0
+
+
+def _wavefronts(name: str) -> int:
+    """Clocks of the path between registers and a multiprocessor's memory, without conflicts."""
+    if name.startswith(("LDSM", "STSM")):
+        width = re.search(r"\.([124])\b", name)
+        return int(width[1]) if width else 1
+    if not _MEMORY.match(name):
+        return 0
+    return 4 if ".128" in name else 2 if ".64" in name else 1
+
+
+def demands(instructions: Histogram, warps: int, chip: Chip) -> dict[str, float]:
+    """Clocks of a multiprocessor that each unit needs for one program's instructions, by unit."""
+    counts = dict.fromkeys(UNITS[2:], 0.0)
+    for name, count in instructions:
+        n = count * warps
+        counts["issue"] += n / SCHEDULERS
+        if name.startswith("MUFU"):
+            counts["exp"] += n * WARP / chip.special
+        elif _matrix_flop(name):
+            counts["matrix"] += n * _matrix_flop(name) / chip.matrix
+        elif _FP32.match(name):
+            counts["fp32"] += n * WARP / chip.fp32
+        elif _MEMORY.match(name):
+            counts["shared"] += n * _wavefronts(name)
+        elif not _UNIFORM.match(name):
+            counts["arithmetic"] += n * WARP / chip.arithmetic
+    return counts
+
+
+class Launch(NamedTuple):
+    """What is predicted of one launch."""
+
+    kernel: str
+    inside: int  # instructions a trip, all warps: a window that no seam cuts
+    border: int
+    registers: int
+    programs: int  # a multiprocessor holds at once
+    in_flight: int  # bytes of tokens that a multiprocessor asks for ahead
+    seconds: Mapping[str, float]  # by what bounds it
+
+    @property
+    def bound(self) -> str:
+        return max(self.seconds, key=lambda name: self.seconds[name])
+
+    @property
+    def predicted(self) -> float:
+        return self.seconds[self.bound]
+
+
+def programs_at_once(code: Code, warps: int, chip: Chip) -> int:
+    """How many programs of a kernel a multiprocessor holds."""
+    registers = -(-code.registers // 8) * 8 * WARP * warps
+    return min(
+        65_536 // max(registers, 1),
+        chip.shared // (code.shared + RESERVED),
+        chip.warps // warps,
+        chip.programs,
+    )
+
+
+def _sizes(case: Case, plans: Iterable[Plan]) -> dict[str, int]:
+    """Bytes of every tensor that the launches of a case name."""
+    with torch.device("meta"):
+        operands, grad_out = make_operands(case), make_grad_out(case)
+    tensors = {n: x for n, x in zip(Operands._fields, operands) if x is not None}
+    sizes = {n: x.numel() * x.element_size() for n, x in (tensors | {"grad_out": grad_out}).items()}
+    for plan in plans:
+        sizes |= {n: math.prod(b.shape) * b.dtype.itemsize for n, b in plan.buffers.items()}
+    if "bias_sums" in sizes:
+        sizes["bias_grad"] = case.heads * case.grid.tokens**2 * 4
+        sizes["table_grad"] = sizes.get("bias_table", 0)
+    return sizes
+
+
+def _border(numbers: Mapping[str, Any]) -> float:
+    """The share of windows that a seam of the shift cuts."""
+    whole = ((n - 1) / n for n, cut in zip(numbers["counts"], numbers["REGIONS"]) if cut)
+    return 1 - math.prod(whole)
+
+
+def _trips(step: Step) -> tuple[int, int]:
+    """Trips of a program through its loop, and the tokens of each kind that one loads."""
+    numbers, tokens = step.numbers, math.prod(step.numbers["WINDOW"])
+    block_m, block_n = step.config.block_m, step.config.block_n
+    if "_whole_window" in step.kernel:
+        return numbers["windows_per_program"], tokens
+    if "_dbias_" in step.kernel:
+        return numbers["windows_per_program"], min(block_m, tokens) + min(block_n, tokens)
+    if "_dkv_" in step.kernel:
+        return -(-tokens // block_m), min(block_m, tokens)
+    if "_dq_" in step.kernel or "_tiled_fwd_" in step.kernel:
+        return -(-tokens // block_n), min(block_n, tokens)
+    return 0, 0  # bias and table: little beside the rest
+
+
+def predict(step: Step, code: Code, chip: Chip, sizes: Mapping[str, int], itemsize: int) -> Launch:
+    """What one launch takes, by everything that may bound it."""
+    numbers, warps = step.numbers, step.config.num_warps
+    named = {name for name in step.pointers.values() if name is not None}
+    seconds = {"memory": sum(sizes[name] for name in named) / chip.copy_rate}
+    trips, tokens = _trips(step)
+    border = _border(numbers) if trips else 0.0
+    ways = {way: demands(way, warps, chip) for way in (code.shortest, code.longest)}
+    outside = code.instructions - sum(n for _, n in code.longest)
+    rounds = -(-step.grid // chip.multiprocessors)  # programs of the busiest multiprocessor
+    for unit in ways[code.shortest]:
+        inside, cut = ways[code.shortest][unit], ways[code.longest][unit]
+        clocks = max(1, trips) * ((1 - border) * inside + border * cut)
+        if unit == "issue":
+            clocks += outside * warps / SCHEDULERS
+        seconds[unit] = rounds * clocks / chip.clock
+    programs, in_flight = programs_at_once(code, warps, chip), 0
+    if trips:
+        channels = numbers["HEAD_DIM"] + numbers["VALUE_DIM"]
+        if "_whole_window_fwd" in step.kernel:
+            channels += numbers["HEAD_DIM"]
+        elif "_whole_window_bwd" in step.kernel:
+            channels *= 2
+        one = tokens * channels * itemsize
+        in_flight = programs * one * max(1, step.config.loop_stages - 1)
+        seconds["latency"] = step.grid * trips * one * LATENCY / in_flight / chip.multiprocessors
+    inside, cut = (sum(n for _, n in way) * warps for way in (code.shortest, code.longest))
+    return Launch(
+        step.kernel.split(".")[1], inside, cut, code.registers, programs, in_flight, seconds
+    )
+
+
+def launches_of(case: Case, chip: Chip) -> dict[str, list[Launch]]:
+    """The launches of a training step's attention, by direction."""
+    gpu = KNOWN_GPUS[chip.arch]
+    plans = plans_of(case, gpu)
+    sizes = _sizes(case, plans)
+    found: dict[str, list[Launch]] = {}
+    for direction, plan in zip(("forward", "backward"), plans):
+        found[direction] = [
+            predict(
+                step,
+                ahead.read(ahead.compile_step(step, plan.dtypes, gpu)),
+                chip,
+                sizes,
+                case.dtype.itemsize,
+            )
+            for step in (*plan.steps, *plan.after)
+        ]
+    return found
+
+
+def measured_seconds(case: str, chip: Chip, direction: str) -> float | None:
+    """The newest median of our kernels under a graph on this GPU, from benchmarks/results."""
+    found = None
+    for path in sorted(RESULTS.glob("gpu-*.csv")):
+        rows, facts = read(path)
+        if chip.name.split()[0] not in facts.get("machine", ""):
+            continue
+        for row in rows:
+            same = (row.case, row.provider, row.direction) == (case, "ours, graph", direction)
+            if same and row.median_us is not None:
+                found = row.median_us * 1e-6
+    return found
+
+
+def _job(name: str, arch: str) -> dict[str, list[Launch]]:
+    return launches_of(speed_cases()[name], CHIPS[arch])
+
+
+def speed_cases() -> dict[str, Case]:
+    """Those that `benchmarks.gpu` times."""
+    return swin_cases() | other_cases()
+
+
+def tables(
+    found: Mapping[tuple[str, str], Mapping[str, Sequence[Launch]]],
+) -> Iterator[str]:
+    """Markdown: two tables an architecture, of {(case, arch): launches by direction}."""
+    for arch in dict.fromkeys(arch for _, arch in found):
+        chip = CHIPS[arch]
+        yield from ("", f"### {arch}: {chip.name}", "")
+        yield (
+            f"{chip.multiprocessors} multiprocessors at {chip.clock * 1e-9:.3g} GHz; a copy moves "
+            f"{chip.copy_rate * 1e-12:.2f} TB/s."
+        )
+        here = {case: launches for (case, of), launches in found.items() if of == arch}
+        yield from ("", "| case | direction | predicted | of which memory | measured | off by |")
+        yield "|---|---|--:|--:|--:|--:|"
+        for case, directions in here.items():
+            for direction, launches in directions.items():
+                total = sum(x.predicted for x in launches)
+                memory = sum(x.seconds["memory"] for x in launches)
+                real = measured_seconds(case, chip, direction)
+                told = ("–", "–") if real is None else (_us(real), f"{total / real - 1:+.0%}")
+                cells = (case, direction, _us(total), _us(memory), *told)
+                yield f"| {' | '.join(cells)} |"
+        heads = ("case", "kernel", "instructions a tile", "registers", "programs", "in flight")
+        yield from ("", f"| {' | '.join((*heads, *UNITS, 'bound'))} |")
+        yield "|---|---|" + "--:|" * (len(UNITS) + 4) + "---|"
+        for case, directions in here.items():
+            for launch in (x for launches in directions.values() for x in launches):
+                ways = " to ".join(f"{n:,}" for n in dict.fromkeys((launch.inside, launch.border)))
+                units = " | ".join(f"{launch.seconds.get(u, 0) * 1e6:.1f}" for u in UNITS)
+                held = f"{launch.registers} | {launch.programs} | {launch.in_flight / 1024:.1f} KB"
+                yield f"| {case} | `{launch.kernel}` | {ways} | {held} | {units} | {launch.bound} |"
+
+
+def _us(seconds: float) -> str:
+    return f"{seconds * 1e6:.1f} µs"
+
+
+def predictions(
+    cases: Iterable[str], archs: Iterable[str], jobs: int | None = None
+) -> dict[tuple[str, str], dict[str, list[Launch]]]:
+    """{(case, arch): launches by direction}, compiled in processes."""
+    keys = [(case, arch) for arch in archs for case in cases]
+    # a fork of a process that runs torch's threads may hang
+    with ProcessPoolExecutor(jobs or os.cpu_count(), get_context("spawn")) as pool:
+        return dict(zip(keys, pool.map(_job, *zip(*keys))))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--case", action="append", choices=speed_cases())
+    parser.add_argument("--arch", action="append", choices=CHIPS)
+    parser.add_argument("--jobs", type=int)
+    options = parser.parse_args()
+    found = predictions(options.case or speed_cases(), options.arch or CHIPS, options.jobs)
+    print("\n".join(tables(found)))
+
+
+if __name__ == "__main__":
+    main()

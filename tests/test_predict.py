@@ -1,0 +1,96 @@
+"""What the Triton kernels should take: the model, on machine code made up and compiled."""
+
+from __future__ import annotations
+
+import pytest
+
+pytest.importorskip("triton", reason="the Triton kernels cannot be compiled without Triton")
+
+from benchmarks import predict
+from benchmarks.cases import swin_cases
+from benchmarks.plans import plans_of
+from benchmarks.predict import CHIPS, Launch, demands, programs_at_once, tables
+from benchmarks.rows import Book, Row
+from swin_kernels.kernels.triton.ahead import Code
+from swin_kernels.kernels.triton.configs import KNOWN_GPUS
+
+H200 = CHIPS["sm_90"]
+CASE = swin_cases()["T1 shift 3"]
+TILES = 128 * 64 * 3  # windows, heads
+
+
+def test_each_instruction_is_charged_to_its_unit():
+    code = (
+        ("FFMA", 8),
+        ("LOP3.LUT", 4),
+        ("MUFU.EX2", 2),
+        ("LDS.128", 3),
+        ("LDSM.16.M88.4", 1),
+        ("HGMMA.64x64x16.F32.BF16", 1),
+        ("UMOV", 5),
+    )
+    found = demands(code, 4, H200)
+    assert found["issue"] == 24  # 96 instructions at four a clock
+    assert found["fp32"] == 4 * 8 * 32 / 128
+    assert found["arithmetic"] == 4 * 4 * 32 / 64
+    assert found["exp"] == 4 * 2 * 32 / 16
+    assert found["shared"] == 4 * (3 * 4 + 4)  # 128 bytes a clock
+    assert found["matrix"] == 2 * 64 * 64 * 16 / 4096  # four warps share an instruction
+    assert demands((("HMMA.16816.F32.BF16", 1),), 1, H200)["matrix"] == 2 * 16 * 8 * 16 / 4096
+
+
+@pytest.mark.parametrize(
+    ("registers", "shared", "warps", "programs"),
+    [(128, 28_672, 4, 4), (129, 28_672, 4, 3), (32, 100_000, 4, 2), (32, 0, 8, 8), (16, 0, 1, 32)],
+    ids=["registers", "registers are given out by eight", "shared memory", "warps", "programs"],
+)
+def test_programs_at_once_are_bound_by_what_runs_out_first(registers, shared, warps, programs):
+    code = Code(registers, 0, 0, shared, 1000, 6)
+    assert programs_at_once(code, warps, H200) == programs
+
+
+def launch(code: Code, kernel: str) -> Launch:
+    plans = plans_of(CASE, KNOWN_GPUS["sm_90"])
+    step = next(s for plan in plans for s in plan.steps if kernel in s.kernel)
+    return predict.predict(step, code, H200, predict._sizes(CASE, plans), 2)
+
+
+def test_memory_is_every_tensor_once_and_seams_cut_their_share_of_windows():
+    trip = (("MUFU.EX2", 32),), (("MUFU.EX2", 64),)
+    found = launch(Code(128, 0, 0, 28_672, 64, 6, *trip), "_fwd_")
+    tokens = 128 * 56 * 56 * 96 * 2
+    read_and_written = 4 * tokens + 169 * 3 * 2 + 4 * 3 * 64 * 64 * 4  # map, table, kept tiles
+    assert found.seconds["memory"] == pytest.approx(read_and_written / 4.3e12)
+    border = 1 - (7 / 8) ** 2
+    clocks = TILES / 132 * 4 * 2 * (32 * (1 - border) + 64 * border)
+    assert found.seconds["exp"] == pytest.approx(clocks / 1.755e9, rel=0.05)  # programs are whole
+    assert found.in_flight == 4 * 49 * 32 * 2 * 3  # programs, tokens of q, k and v of one window
+    assert (found.inside, found.border) == (128, 256)
+
+
+def test_the_bound_is_what_takes_longest():
+    found = launch(Code(250, 0, 0, 28_672, 9000, 6, (("FADD", 9000),), (("FADD", 9000),)), "_bwd_")
+    assert found.bound == "issue"
+    assert found.predicted == found.seconds["issue"] > found.seconds["memory"]
+
+
+def test_measured_medians_stand_beside_what_was_predicted(tmp_path, monkeypatch):
+    monkeypatch.setattr(predict, "RESULTS", tmp_path)
+    found = launch(Code(128, 0, 0, 28_672, 64, 6), "_fwd_")
+    key = ("T1 shift 3", "sm_90")
+    assert "| – | – |" in "\n".join(tables({key: {"forward": [found]}}))
+    book = Book(tmp_path / "gpu-h200.csv", {"machine": "NVIDIA H200"})
+    book.add(Row("T1 shift 3", "ours", "forward", 500.0))
+    book.add(Row("T1 shift 3", "ours, graph", "forward", found.predicted * 2e6))
+    page = "\n".join(tables({key: {"forward": [found]}}))
+    assert "| -50% |" in page
+    other = "\n".join(tables({("T1 shift 3", "sm_80"): {"forward": [found]}}))
+    assert "| – | – |" in other  # another GPU's
+
+
+def test_the_first_stage_is_predicted_from_compiled_code(capsys, monkeypatch):
+    monkeypatch.setattr("sys.argv", ["predict", "--arch", "sm_90", "--case", "T1 shift 3"])
+    predict.main()
+    page = capsys.readouterr().out
+    assert "### sm_90: H200" in page
+    assert page.count("_whole_window_") == 2
