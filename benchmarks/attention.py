@@ -16,7 +16,7 @@ from typing import NamedTuple
 import torch
 
 from benchmarks import models
-from benchmarks.device import Device, Yardsticks, rates_of
+from benchmarks.device import Device, Yardsticks
 from benchmarks.providers import Provider
 from benchmarks.rows import Book, Row, facts_of, file_name, print_table, quantiles, table_of
 from benchmarks.timing import (
@@ -100,7 +100,6 @@ def measure_case(
     device: Device,
     providers: Sequence[Provider],
     book: Book,
-    copy_rate: float,
     rounds: int,
     limit: float,
 ) -> None:
@@ -109,9 +108,11 @@ def measure_case(
     loops = loops_of(name, case, device, providers, book)
     if not loops or device.broken():
         return
-    passes = passes_of(case, device, count_of_sets(case, device), copy_rate)
+    yardsticks = Yardsticks(device)
+    yardsticks.sample()
+    passes = passes_of(case, device, count_of_sets(case, device), yardsticks.rates()[0])
     timed = {who: Timed(x.loop, device, passes) for who, x in loops.items()}
-    yardsticks = Yardsticks(device)  # in turn with the providers, as clocks drift
+    # the yardsticks in turn with the providers, as clocks drift
     wrong = sample_in_turn([yardsticks, *timed.values()], rounds, limit)[1:]
     bytes_rate, flop_rate = yardsticks.rates()
     for (who, one), reason in zip(timed.items(), wrong):
@@ -147,11 +148,7 @@ class Run:
     def __init__(self, suite: Suite, options: argparse.Namespace) -> None:
         self.suite, self.options, self.device = suite, options, suite.device
         self.budget = Budget(options.budget)
-        self.copy_rate, _ = rates_of(self.device)  # for how long a sample is to be
-        self.device.release()
-        facts = facts_of(self.device) | {
-            "command": options.command,
-        }
+        facts = facts_of(self.device) | {"command": options.command}
         self.book = Book(options.csv or RESULTS / file_name(facts), facts, options.resume)
 
     def case(self, name: str, case: Case, share: float) -> None:
@@ -174,7 +171,6 @@ class Run:
                 self.device,
                 wanted,
                 self.book,
-                self.copy_rate,
                 options.rounds,
                 options.limit,
             )

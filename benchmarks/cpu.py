@@ -5,9 +5,9 @@
     python -m benchmarks.cpu --dtype bf16
 
 The same rows as `benchmarks.gpu`, in fp32 if not told otherwise: Swin-T's stages at a batch of 8,
-windows of 256 and 343 tokens, and timm's Swin-T. Bytes are told against a copy, products against a
-large matrix product of the same dtype, timed in turn with the calls.
-A sweep varies one size of the first stage alone; that of resolution times attention over all
+larger windows, cosine attention, an odd number of channels, and timm's Swin-T. Bytes are told
+against a copy, products against a large matrix product of the same dtype, timed in turn with the
+calls. A sweep varies one size of the first stage alone; that of resolution times attention over all
 tokens as well, forward, which has no error gate, as it computes another function. Exit code: 0;
 1 where our results failed.
 """
@@ -25,7 +25,7 @@ from benchmarks.cases import cpu_cases, other_cpu_cases
 from benchmarks.device import Cpu, keep_freed_memory
 from benchmarks.providers import PROVIDERS
 from benchmarks.rows import command_of, facts_of, file_name
-from benchmarks.sweeps import ALTERNATIVES, UNITS, sweeps
+from benchmarks.sweeps import UNITS, compared, sweeps
 from swin_kernels.demo.command import keep_compiled_apart, threads
 from swin_kernels.testing.cases import DTYPE_NAMES
 
@@ -64,12 +64,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if device.dtype != torch.float32:
         known_models = {}
     if options.cases is not None:
-        known = cases | others
-        cases, others, known_models = {name: known[name] for name in options.cases}, {}, {}
+        cases = {name: (cases | others)[name] for name in options.cases}
+        others, known_models = {}, {}
     providers = CPU_PROVIDERS
     if options.sweep is not None:
         cases, others, known_models = sweeps()[options.sweep], {}, {}
-        providers += ALTERNATIVES if options.sweep == "resolution" else ()
+        providers = compared(options.sweep, providers)
     cases, others = (
         {name: case.but(dtype=device.dtype) for name, case in x.items()} for x in (cases, others)
     )

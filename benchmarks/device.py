@@ -241,14 +241,6 @@ class Yardsticks:
         return copy, product
 
 
-def rates_of(device: Device, rounds: int = 10) -> tuple[float, float]:
-    """Those of `Yardsticks`, sampled now."""
-    yardsticks = Yardsticks(device)
-    for _ in range(rounds):
-        yardsticks.sample()
-    return yardsticks.rates()
-
-
 def random(shape: tuple[int, ...], device: Device, seed: int) -> Tensor:
     """Normal numbers drawn on the device itself, in its half precision."""
     generator = torch.Generator(device.device).manual_seed(seed)

@@ -1,6 +1,7 @@
 """Swin's attention on one GPU: checked, then timed beside its peers and the floor of its memory.
 
     python -m benchmarks.gpu [--budget 300] [--csv FILE] [--resume] [--rehearse]
+    python -m benchmarks.gpu --sweep batch|resolution|window
 
 Rows go into the CSV as they are known. `--warm I/N` compiles the I-th of N parts of the work into
 the caches on disk, and times nothing. `--rehearse` is the same program on toy sizes
@@ -17,18 +18,24 @@ from collections.abc import Sequence
 import torch
 
 from benchmarks import models
-from benchmarks.attention import TRY_AGAIN, Run, Suite, add_options
+from benchmarks.attention import RESULTS, TRY_AGAIN, Run, Suite, add_options
 from benchmarks.cases import other_cases, swin_cases, toy_cases
 from benchmarks.device import Cuda, Rehearsal
-from benchmarks.providers import GPU_PROVIDERS as PROVIDERS
-from benchmarks.rows import command_of
+from benchmarks.providers import GPU_PROVIDERS
+from benchmarks.rows import command_of, facts_of, file_name
+from benchmarks.sweeps import GPU_IMAGES, UNITS, compared, sweeps
 from benchmarks.timing import Loop, make_inputs, reason_of
 
 
 def suite_of(options: argparse.Namespace) -> Suite:
     if options.rehearse:
-        return Suite(Rehearsal(), toy_cases(), {}, models.TOYS, PROVIDERS)
-    return Suite(Cuda(), swin_cases(), other_cases(), models.MODELS, PROVIDERS)
+        return Suite(Rehearsal(), toy_cases(), {}, models.TOYS, GPU_PROVIDERS)
+    if options.sweep is not None:
+        device = Cuda()
+        varied = sweeps(GPU_IMAGES)[options.sweep]
+        cases = {name: case.but(dtype=device.dtype) for name, case in varied.items()}
+        return Suite(device, cases, {}, {}, compared(options.sweep, GPU_PROVIDERS))
+    return Suite(Cuda(), swin_cases(), other_cases(), models.MODELS, GPU_PROVIDERS)
 
 
 def warm(part: str, suite: Suite) -> None:
@@ -40,7 +47,10 @@ def warm(part: str, suite: Suite) -> None:
         (name, form) for name in known_models for form in models.FORMS[2:]
     ]
     work += [
-        (name, provider.name) for name in cases for provider in PROVIDERS if not provider.graph
+        (name, provider.name)
+        for name in cases
+        for provider in suite.providers
+        if not provider.graph
     ]
     for name, what in work[index::count]:
         start = time.perf_counter()
@@ -49,7 +59,7 @@ def warm(part: str, suite: Suite) -> None:
             if name in known_models:
                 models.Models(name, device, known_models).warm(what)
             else:
-                provider = next(p for p in PROVIDERS if p.name == what)
+                provider = next(p for p in suite.providers if p.name == what)
                 inputs = make_inputs(cases[name], device, 0)
                 Loop(provider.make(cases[name], device), [inputs]).warm()
             device.release()
@@ -63,7 +73,9 @@ def warm(part: str, suite: Suite) -> None:
 def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     add_options(parser, budget=300, limit=3)
-    parser.add_argument("--rehearse", action="store_true", help="toy sizes on a CPU")
+    chosen = parser.add_mutually_exclusive_group()
+    chosen.add_argument("--rehearse", action="store_true", help="toy sizes on a CPU")
+    chosen.add_argument("--sweep", choices=UNITS, help="this size varied, and nothing else")
     parser.add_argument("--warm", metavar="I/N", help="compile a part of the work, time nothing")
     parser.set_defaults(command=command_of("benchmarks.gpu", arguments))
     return parser.parse_args(arguments)
@@ -76,7 +88,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 0
     if options.rehearse:
         options.rounds, options.model_rounds = 1, 1
-    return Run(suite_of(options), options).measure()
+    suite = suite_of(options)
+    if options.csv is None and options.sweep is not None:
+        options.csv = RESULTS / file_name(facts_of(suite.device), f"gpu-{options.sweep}")
+    return Run(suite, options).measure()
 
 
 if __name__ == "__main__":

@@ -30,6 +30,7 @@ import torch
 from benchmarks.cases import other_cases, swin_cases
 from benchmarks.plans import plans_of
 from benchmarks.rows import read
+from swin_kernels.demo.command import positive
 from swin_kernels.kernels.triton import ahead
 from swin_kernels.kernels.triton.ahead import Code, Histogram
 from swin_kernels.kernels.triton.configs import KNOWN_GPUS
@@ -46,7 +47,7 @@ LATENCY = 0.7e-6  # seconds from a load to its data, under load
 class Chip:
     """A GPU of an architecture: NVIDIA's data sheets and the CUDA programming guide's tables."""
 
-    name: str
+    name: str  # part of what the driver calls it
     arch: str
     multiprocessors: int
     clock: float  # Hz, under load
@@ -58,17 +59,15 @@ class Chip:
     warps: int
     programs: int
 
-    special: int = 16
-    line: int = 128  # bytes a clock between a multiprocessor's memory and its registers
+    special: int = 16  # lanes a clock and multiprocessor, of exp2 and the like
 
 
-# the copy rate of H200 was measured; of the others it is taken as nine tenths of the data sheet's
+# the copy rate of H200 was measured; of the others it is taken as nine tenths of the data sheet's,
+# of A100 that of 80 GB
 CHIPS = {
     chip.arch: chip
     for chip in (
-        Chip(
-            "A100 SXM 80 GB", "sm_80", 108, 1.41e9, 0.9 * 2.04e12, 2048, 64, 64, 164 << 10, 64, 32
-        ),
+        Chip("A100", "sm_80", 108, 1.41e9, 0.9 * 2.04e12, 2048, 64, 64, 164 << 10, 64, 32),
         Chip("H200", "sm_90", 132, 1.755e9, 4.3e12, 4096, 128, 64, 228 << 10, 64, 32),
         Chip("B200", "sm_100", 148, 1.85e9, 0.9 * 8.0e12, 8192, 128, 64, 228 << 10, 64, 32),
         Chip("RTX 5090", "sm_120", 170, 2.4e9, 0.9 * 1.79e12, 1024, 128, 64, 100 << 10, 48, 24),
@@ -93,7 +92,7 @@ def _matrix_flop(name: str) -> int:
 
 
 def _wavefronts(name: str) -> int:
-    """Clocks of the path between registers and a multiprocessor's memory, without conflicts."""
+    """Clocks of the path to a multiprocessor's memory, 128 bytes each, without conflicts."""
     if name.startswith(("LDSM", "STSM")):
         width = re.search(r"\.([124])\b", name)
         return int(width[1]) if width else 1
@@ -244,7 +243,7 @@ def measured_seconds(case: str, chip: Chip, direction: str) -> float | None:
     found = None
     for path in sorted(RESULTS.glob("gpu-*.csv")):
         rows, facts = read(path)
-        if chip.name.split()[0] not in facts.get("machine", ""):
+        if chip.name not in facts.get("machine", ""):
             continue
         for row in rows:
             same = (row.case, row.provider, row.direction) == (case, "ours, graph", direction)
@@ -289,7 +288,8 @@ def tables(
         yield "|---|---|" + "--:|" * (len(UNITS) + 4) + "---|"
         for case, directions in here.items():
             for launch in (x for launches in directions.values() for x in launches):
-                ways = " to ".join(f"{n:,}" for n in dict.fromkeys((launch.inside, launch.border)))
+                trips = (n for n in dict.fromkeys((launch.inside, launch.border)) if n)
+                ways = " to ".join(f"{n:,}" for n in trips) or "–"
                 units = " | ".join(f"{launch.seconds.get(u, 0) * 1e6:.1f}" for u in UNITS)
                 held = f"{launch.registers} | {launch.programs} | {launch.in_flight / 1024:.1f} KB"
                 yield f"| {case} | `{launch.kernel}` | {ways} | {held} | {units} | {launch.bound} |"
@@ -313,7 +313,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--case", action="append", choices=speed_cases())
     parser.add_argument("--arch", action="append", choices=CHIPS)
-    parser.add_argument("--jobs", type=int)
+    parser.add_argument("--jobs", type=positive, help="processes that compile")
     options = parser.parse_args()
     found = predictions(options.case or speed_cases(), options.arch or CHIPS, options.jobs)
     print("\n".join(tables(found)))

@@ -174,14 +174,14 @@ def flex(case: Case, device: Device) -> Attend:
         score_mod = biased if regions is None else masked
         return windows.merge(flex_attention(q, k, v, score_mod=score_mod, scale=1.0))
 
-    bias_of = windows.bias
-    if device.device.type == "cpu":  # where a graph that computes the bias does not compile
-        bias_of, attend_with = device.compiled(bias_of), device.compiled(attend_with)
-
     def attend(qkv: Tensor, table: Tensor, logit_scale: Tensor | None) -> Tensor:
-        return attend_with(qkv, bias_of(table), logit_scale)
+        return attend_with(qkv, windows.bias(table), logit_scale)
 
-    return attend if device.device.type == "cpu" else device.compiled(attend)
+    if device.device.type != "cpu":
+        return device.compiled(attend)
+    # a graph that computes the bias as well does not compile there
+    compiled_with, compiled_bias = device.compiled(attend_with), device.compiled(windows.bias)
+    return lambda qkv, table, logit_scale: compiled_with(qkv, compiled_bias(table), logit_scale)
 
 
 def compiled(case: Case, device: Device) -> Attend:

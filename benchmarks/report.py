@@ -31,7 +31,7 @@ from benchmarks.plots import (
 )
 from benchmarks.providers import DIRECTIONS
 from benchmarks.rows import Row, base_of
-from benchmarks.sweeps import UNITS, sweeps
+from benchmarks.sweeps import GPU_IMAGES, UNITS, sweeps
 from swin_kernels.demo.command import three_digits
 
 PAGE = Path(__file__).resolve().parent.parent / "docs" / "performance.md"
@@ -58,7 +58,7 @@ class Suite(NamedTuple):
 
 def suites() -> list[Suite]:
     stages = [*cpu_cases(), *other_cpu_cases(), *models.CPU_MODELS]
-    cpu = "python -m benchmarks.cpu"
+    cpu, gpu = "python -m benchmarks.cpu", "python -m benchmarks.gpu"
     return [
         Suite("A CPU, Swin-T's stages, other windows and whole models", cpu, "cpu", stages),
         *(
@@ -66,6 +66,10 @@ def suites() -> list[Suite]:
             for kind, cases in sweeps().items()
         ),
         Suite("A GPU", "make gpu", "gpu", [*swin_cases(), *other_cases(), *models.MODELS]),
+        *(
+            Suite(f"A GPU, cost against {kind}", f"{gpu} --sweep {kind}", "gpu", list(cases))
+            for kind, cases in sweeps(GPU_IMAGES).items()
+        ),
     ]
 
 

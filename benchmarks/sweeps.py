@@ -1,4 +1,4 @@
-"""Batch, resolution or window varied alone on a CPU, with attention over all tokens beside windows.
+"""Batch, resolution or window varied alone, with attention over all tokens beside windows.
 
 A case is named after what is varied and its value: `batch 8`, `resolution 56` (tokens a side of
 the map), `window 7`.
@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 import re
+from collections.abc import Sequence
 
 from benchmarks import alternatives
 from benchmarks.cases import cpu_cases
@@ -18,6 +19,7 @@ from swin_kernels.testing import Case
 BATCHES = (1, 2, 4, 8, 16, 32)
 RESOLUTIONS = (28, 42, 56, 70, 84, 98, 112)
 WINDOWS = (4, 7, 8, 14, 28)  # those that 56 is a multiple of
+GPU_IMAGES = 16  # of `sweeps`, on a GPU
 UNITS = {
     "batch": "images a batch",
     "resolution": "tokens a side of the map",
@@ -25,17 +27,27 @@ UNITS = {
 }
 
 
-def sweeps() -> dict[str, dict[str, Case]]:
-    """Around Swin-T's first stage, shifted; of many tokens in a window, fewer images."""
+def sweeps(images: int = 1) -> dict[str, dict[str, Case]]:
+    """Around Swin-T's first stage, shifted; of many tokens in a window, fewer images.
+
+    `images` multiplies all batches: a GPU is not filled by what fills a CPU.
+    """
     stage = cpu_cases()["T1 shift 3"]
     return {
-        "batch": {f"batch {n}": stage.but(batch=n) for n in BATCHES},
-        "resolution": {f"resolution {n}": stage.but(batch=1, size=(n, n)) for n in RESOLUTIONS},
+        "batch": {f"batch {n}": stage.but(batch=n) for n in (m * images for m in BATCHES)},
+        "resolution": {
+            f"resolution {n}": stage.but(batch=images, size=(n, n)) for n in RESOLUTIONS
+        },
         "window": {
-            f"window {n}": stage.but(batch=4, window=(n, n), shift=(n // 2, n // 2))
+            f"window {n}": stage.but(batch=4 * images, window=(n, n), shift=(n // 2, n // 2))
             for n in WINDOWS
         },
     }
+
+
+def compared(kind: str, providers: Sequence[Provider]) -> tuple[Provider, ...]:
+    """What is timed in a sweep: against resolution, attention over all tokens as well."""
+    return (*providers, *(ALTERNATIVES if kind == "resolution" else ()))
 
 
 def varied(name: str) -> tuple[str, int] | None:

@@ -29,7 +29,7 @@ MODE = pytest.StashKey[Mode]()
 PART = pytest.StashKey[slice]()
 _PLANS = Path(swin_kernels.__file__).parent / "kernels" / "triton"
 
-# nor is what an op's fake gives part of inductor's key
+# the shapes that an op's fake gives are no part of inductor's key either
 _FAKES = zlib.crc32(b"".join(x.read_bytes() for x in sorted(_PLANS.glob("*.py"))))
 os.environ["TORCHINDUCTOR_CACHE_DIR"] = inductor_cache(f"{_FAKES:x}")
 

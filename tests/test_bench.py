@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+
 import pytest
 import torch
 from torch import nn
@@ -138,6 +140,13 @@ def test_calls_alternate_and_few_images_are_checked(cpu_kernels, small, monkeypa
         ("--size 32xwide", "argument --size: expected a whole number of at least 1, got 'wide'"),
         ("--size 1", "cannot run on 4×3×1×1 float32"),
         ("--model swinv2_tiny_window8_256 --size 1", "cannot be made for 1×1"),
+        (
+            "--model nowhere:make --size 24",
+            "--model: cannot call 'nowhere:make': ModuleNotFoundError",
+        ),
+        ("--model math:pi --size 24", "--model: cannot call 'math:pi': TypeError"),
+        ("--model builtins:list --size 24", "'builtins:list' returned list, no torch.nn.Module"),
+        ("--model somewhere:make", "--size: expected one, N or HxW, with a model of your own"),
         ("--dtype int8", "invalid choice: 'int8'"),
         ("--device foo", "--device: cannot use 'foo'"),
         ("--batch 0", "whole number of at least 1, got '0'"),
@@ -168,3 +177,41 @@ def test_models_without_a_working_kernel_say_so(small, monkeypatch, capsys):
         main(["bench"])
     assert stop.value.code == 2
     assert "no window of" in capsys.readouterr().err
+
+
+OWN = """
+import timm
+
+def make():
+    model = timm.models.swin_transformer.SwinTransformer(
+        img_size=24, patch_size=2, window_size=3, embed_dim=16, depths=(2,), num_heads=(1,),
+        num_classes=10)
+    model.head.fc.bias.data.fill_(3.0)
+    return model
+"""
+
+
+@pytest.mark.filterwarnings("ignore:swin_kernels.patch")
+def test_a_model_of_the_users_own_keeps_its_weights(cpu_kernels, tmp_path, monkeypatch, capsys):
+    (tmp_path / "own_swin.py").write_text(OWN)
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path), prepend=os.pathsep)  # of the peaks' processes
+    seen, prepare = [], bench.prepare
+
+    def prepared(options):
+        seen.append(prepare(options))
+        return seen[-1]
+
+    monkeypatch.setattr(bench, "prepare", prepared)
+    arguments = ["--size", "24", "--batch", "1", "--rounds", "2", "--threads", "1"]
+    assert main(["bench", "--model", "own_swin:make", *arguments]) == 0
+    out = capsys.readouterr().out
+    assert "own_swin:make" in out
+    assert "replaced in 2 of 2 blocks" in out
+    assert "Within the error rule" in out
+    assert all(
+        len(row) == 5 and "–" not in row[4]
+        for step, row in _rows(out).items()
+        if step in measure.STEPS
+    )
+    assert (seen[0].stock.head.fc.bias == 3).all()

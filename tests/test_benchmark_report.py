@@ -115,12 +115,14 @@ def test_backward_alone_is_left_to_the_rows(stages):
 
 def test_what_the_suites_name_and_no_row_has_is_not_measured(stages, resolution, tmp_path):
     nothing = "\n".join(report.unmeasured([]))
-    assert nothing.count("all of it") == 5
+    assert nothing.count("all of it") == 8
     some = " ".join("\n".join(report.unmeasured([stages, resolution])).split())
     assert "Swin-T's stages, other windows and whole models" in some
     assert "what is left: T1 shift 0, T2 shift 3" in some
-    assert "swin_tiny," not in some.partition("A GPU")[0]  # measured as a batch of it
-    assert "resolution 28" not in some
+    on_cpu, _, on_gpu = some.partition("A GPU")
+    assert "swin_tiny," not in on_cpu  # measured as a batch of it
+    assert "resolution 28" not in on_cpu
+    assert "--sweep resolution`), all of it: resolution 28" in on_gpu
     assert "A GPU (`make gpu`), all of it: T1 shift 3" in some  # which a CPU has rows of
 
 

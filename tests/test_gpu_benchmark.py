@@ -54,7 +54,7 @@ def test_rehearsal_times_every_case_from_end_to_end(tmp_path):
     untimed = {(line["provider"], line["direction"]) for line in lines if line["note"]}
     assert untimed == {("flex", d) for d in DIRECTIONS}, done.stderr  # which has no CPU backward
     expected = {
-        *((case, p.name, d) for case in toy_cases() for p in gpu.PROVIDERS for d in DIRECTIONS),
+        *((case, p.name, d) for case in toy_cases() for p in gpu.GPU_PROVIDERS for d in DIRECTIONS),
         *(
             ("toy model, batch 2", form, step)
             for form in models.FORMS
@@ -197,7 +197,7 @@ def test_failed_provider_is_a_row_and_others_go_on(tmp_path):
 
     book = Book(tmp_path / "rows.csv", FACTS)
     wanted = [providers.Provider("bad", failing), providers.Provider("good", providers.unfused)]
-    attention.measure_case("toy", toy(), Fp32Rehearsal(), wanted, book, 1e9, 1, 1.0)
+    attention.measure_case("toy", toy(), Fp32Rehearsal(), wanted, book, 1, 1.0)
     assert {r.note for r in book.rows if r.provider == "bad"} == {"RuntimeError: no such kernel"}
     assert all(r.median_us for r in book.rows if r.provider == "good")
     resumed = Book(book.path, FACTS, resume=True)
@@ -220,7 +220,7 @@ def test_error_while_timing_ends_one_provider_only():
 def test_device_beyond_use_asks_for_another_process(tmp_path, monkeypatch):
     monkeypatch.setattr(Rehearsal, "broken", lambda self: True)
     arguments = ["--rehearse", "--csv", str(tmp_path / "rows.csv")]
-    monkeypatch.setattr(gpu, "PROVIDERS", (providers.Provider("peer", providers.unfused),))
+    monkeypatch.setattr(gpu, "GPU_PROVIDERS", (providers.Provider("peer", providers.unfused),))
     with pytest.raises(SystemExit) as stopped:
         gpu.main(arguments)
     assert stopped.value.code == gpu.TRY_AGAIN
@@ -271,7 +271,7 @@ def test_failure_of_ours_is_the_exit_code(tmp_path, monkeypatch):
     def failing(case, device):
         raise RuntimeError("wrong")
 
-    monkeypatch.setattr(gpu, "PROVIDERS", (providers.Provider("ours", failing),))
+    monkeypatch.setattr(gpu, "GPU_PROVIDERS", (providers.Provider("ours", failing),))
     monkeypatch.setattr(attention.Run, "model", lambda *_: None)
     assert gpu.main(["--rehearse", "--csv", str(tmp_path / "rows.csv")]) == 1
 

@@ -1,15 +1,16 @@
-"""Sweeps on a CPU at toy sizes, with the attentions over all tokens."""
+"""Sweeps at toy sizes, with the attentions over all tokens."""
 
 from __future__ import annotations
 
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
 
-from benchmarks import cpu
+from benchmarks import cpu, gpu
 from benchmarks.attention import OTHER_FUNCTION
-from benchmarks.device import Cpu
+from benchmarks.device import Cpu, Rehearsal
 from benchmarks.providers import DIRECTIONS
 from benchmarks.rows import read
 from benchmarks.sweeps import ALTERNATIVES, RESOLUTIONS, UNITS, sweeps, varied
@@ -98,3 +99,36 @@ def test_sweep_and_cases_exclude_each_other(capsys):
     with pytest.raises(SystemExit):
         cpu.main(["--sweep", "batch", "--cases", "w16"])
     assert "not allowed with" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("kind", UNITS)
+def test_a_gpu_has_the_same_sweeps_of_more_images(kind, monkeypatch):
+    monkeypatch.setattr(gpu, "Cuda", lambda: SimpleNamespace(dtype=torch.bfloat16))
+    suite = gpu.suite_of(gpu.parse(["--sweep", kind]))
+    on_cpu = list(sweeps()[kind].values())
+    for ours, theirs in zip(suite.cases.values(), on_cpu, strict=True):
+        assert ours == theirs.but(batch=16 * theirs.batch, dtype=torch.bfloat16)
+    assert all(varied(name)[0] == kind for name in suite.cases)
+    extra = {p.name for p in suite.providers} - {p.name for p in gpu.GPU_PROVIDERS}
+    assert extra == ({p.name for p in ALTERNATIVES} if kind == "resolution" else set())
+    assert (suite.others, suite.models) == ({}, {})
+
+
+def test_rows_of_a_gpu_sweep_are_in_a_file_of_their_own(tmp_path, monkeypatch):
+    """The program from end to end, a CPU in the GPU's place and peers alone."""
+
+    class Small(Rehearsal):
+        dtype = torch.float32
+
+    small = Case(1, (6, 6), (3, 3), (1, 1), 2, 8, packed=True, bias="table", layout="contiguous")
+    monkeypatch.setattr(gpu, "Cuda", Small)
+    monkeypatch.setattr(gpu, "RESULTS", tmp_path)
+    monkeypatch.setattr(gpu, "sweeps", lambda images: {"resolution": {"resolution 6": small}})
+    kept = tuple(p for p in gpu.GPU_PROVIDERS if p.name in ("reference", "unfused"))
+    monkeypatch.setattr(gpu, "GPU_PROVIDERS", kept)
+    assert gpu.main(["--sweep", "resolution", "--rounds", "2"]) == 0
+    (path,) = tmp_path.glob("gpu-resolution-*.csv")
+    rows, facts = read(path)
+    assert {r.provider for r in rows} == {"reference", "unfused", *(p.name for p in ALTERNATIVES)}
+    assert all(r.median_us is not None for r in rows), rows
+    assert "--sweep resolution" in facts["command"]

@@ -1,4 +1,4 @@
-"""A timm Swin at a user's own size, patched against stock: checked, then timed in turn."""
+"""A Swin at a user's own size, patched against stock: checked, then timed in turn."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def _size(text: str) -> tuple[int, int]:
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
-    command.add_options(parser)
+    command.add_options(parser, "; or module:function, that makes one of your own")
     parser.add_argument("--size", type=_size, metavar="N|HxW", help="of an image (the model's own)")
     parser.add_argument("--dtype", choices=DTYPES, default=DTYPES[0], help=f"({DTYPES[0]})")
     parser.add_argument("--compile", action="store_true", help="time both under torch.compile")
@@ -54,7 +54,10 @@ def prepare(options: argparse.Namespace) -> Prepared:
     command.check_packages(NEEDS, "bench")
     import timm
 
-    inputs.check_name(options.model)
+    if not inputs.is_own(options.model):
+        inputs.check_name(options.model)
+    elif options.size is None:
+        raise ValueError("--size: expected one, N or HxW, with a model of your own")
     device = command.usable_device(options.device)
     if options.threads:
         torch.set_num_threads(options.threads)

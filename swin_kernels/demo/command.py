@@ -41,10 +41,12 @@ def threads(text: str) -> int:
     return count
 
 
-def add_options(parser: argparse.ArgumentParser) -> None:
+def add_options(parser: argparse.ArgumentParser, more_models: str = "") -> None:
     """Those that the commands have in common."""
     model = "swin_tiny_patch4_window7_224"
-    parser.add_argument("--model", default=model, help=f"a Swin of timm by name ({model})")
+    parser.add_argument(
+        "--model", default=model, help=f"a Swin of timm by name ({model}){more_models}"
+    )
     parser.add_argument("--batch", type=positive, default=4, help="images at once (4)")
     parser.add_argument("--rounds", type=positive, default=7, help="timed calls of each (7)")
     parser.add_argument("--threads", type=threads, help="CPU threads (torch's choice)")

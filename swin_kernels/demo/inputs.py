@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import importlib
 import importlib.util
 import logging
 import os
@@ -182,11 +183,32 @@ def spread_out(module: nn.Module, seed: int = 0) -> None:
             p.add_(0.02 * torch.randn(p.shape, generator=generator))
 
 
+def is_own(name: str) -> bool:
+    """Whether `name` is `module:function`, what makes a model of the user's own."""
+    return ":" in name
+
+
+def _own_model(name: str) -> nn.Module:
+    """What `module:function` returns when it is called."""
+    module, _, function = name.partition(":")
+    try:
+        made = getattr(importlib.import_module(module), function)()
+    except Exception as error:  # the code is the user's, and so is its error
+        cause = f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
+        raise ValueError(f"--model: cannot call {name!r}: {cause}") from error
+    if not isinstance(made, nn.Module):
+        raise ValueError(f"--model: {name!r} returned {type(made).__name__}, no torch.nn.Module")
+    return made
+
+
 def create(name: str, size: tuple[int, int] | None = None) -> nn.Module:
     """The timm model called `name` with fresh weights, for images of another size if one is given.
 
-    ValueError for a size that it cannot have.
+    Or what `module:function` makes, which has its own size. ValueError for a size that a model
+    cannot have, and for what is no model.
     """
+    if is_own(name):
+        return _own_model(name)
     import timm
 
     if size is None:
@@ -201,10 +223,11 @@ def create(name: str, size: tuple[int, int] | None = None) -> nn.Module:
 
 
 def fresh_model(name: str, size: tuple[int, int] | None = None) -> nn.Module:
-    """`create` with the same weights every time, spread out."""
+    """`create` with the same weights every time, spread out; those of a user's own as they are."""
     torch.manual_seed(0)
     module = create(name, size)
-    spread_out(module)
+    if not is_own(name):
+        spread_out(module)
     return module
 
 
