@@ -1,6 +1,6 @@
 """Triton kernels for NVIDIA and AMD GPUs.
 
-`window`, `tile` and `table`, `forward`, `backward`, `backward_tiled` are device code; `configs` and
-`plan` say what is launched, `launch` and `calls` do it, `backend` offers it to dispatch. Importing
-`backend` imports no Triton.
+`window`, `tile`, `gradients` and `table`, `forward`, `backward`, `backward_tiled` and
+`backward_bias` are device code; `configs` and `plan` say what is launched, `launch` and `calls` do
+it, `backend` offers it to dispatch. Importing `backend` imports no Triton.
 """

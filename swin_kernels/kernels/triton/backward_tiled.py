@@ -1,20 +1,20 @@
-"""Backward kernels for windows of several tiles: three passes from what the forward saved.
+"""Backward kernels for windows of several tiles: the tokens, in two passes from what was saved.
 
 `_tiled_dq_kernel` takes BLOCK_M queries of a window through its keys, and leaves Δ = rowsum(dO∘O)
-for the other two; `_tiled_dkv_kernel` takes BLOCK_N keys through the queries; `_tiled_dbias_kernel`
-takes one tile of the bias through a run of windows. (Dao et al., "FlashAttention", 2022, section
-3.2, split so that every sum has one owner: no atomics.)
+for the other passes; `_tiled_dkv_kernel` takes BLOCK_N keys through the queries. (Dao et al.,
+"FlashAttention", 2022, section 3.2, split so that every sum has one owner: no atomics.) The bias
+has a pass of its own, in backward_bias.
 """
 
 import triton
 import triton.language as tl
 
+from swin_kernels.kernels.triton.gradients import (
+    load_stats,
+    tile_gradients,
+)
 from swin_kernels.kernels.triton.tile import (
-    LOG2_E,
-    add_bias,
-    add_masks,
     fill_padding,
-    kept_tile,
     load_tokens,
     store_partial,
     store_tokens,
@@ -23,84 +23,11 @@ from swin_kernels.kernels.triton.tile import (
     to_unit,
 )
 from swin_kernels.kernels.triton.window import (
-    seam_sides,
     seams_crossed,
     token_places,
     token_positions,
     window_place,
 )
-
-
-@triton.jit
-def load_stats(ptr, row, i, N: tl.constexpr):
-    """What the forward's `store_stats` left of rows i; zeros, and so no probability, beyond."""
-    top = tl.load(ptr + 2 * row + i, mask=i < N, other=0.0)
-    return top, tl.load(ptr + 2 * row + N + i, mask=i < N, other=0.0)
-
-
-@triton.jit
-def tile_gradients(
-    q,
-    k,
-    v,
-    do,
-    top,
-    share,
-    delta,
-    window,
-    number,
-    head,
-    heads,
-    i,
-    j,
-    places_i,
-    places_j,
-    crossed,
-    seams,
-    factor,
-    mask_value,
-    kept_factor,
-    bias_ptr,
-    mask_ptr,
-    seed_ptr,
-    WINDOW: tl.constexpr,
-    REGIONS: tl.constexpr,
-    HAS_BIAS: tl.constexpr,
-    SPREAD: tl.constexpr,
-    HAS_MASK: tl.constexpr,
-    DROPOUT_THRESHOLD: tl.constexpr,
-    PRECISION: tl.constexpr,
-):
-    """(BLOCK_M, BLOCK_N) each: P after dropout, dS = P∘(dP − Δ), P, and the products q·k."""
-    products = tl.dot(q, tl.trans(k), input_precision=PRECISION)
-    s = products * factor
-    s = add_bias(s, bias_ptr, head, i, j, HAS_BIAS, WINDOW, SPREAD)
-    s = add_masks(
-        s,
-        i,
-        j,
-        seam_sides(places_i, seams),
-        seam_sides(places_j, seams),
-        crossed,
-        mask_value,
-        mask_ptr,
-        number,
-        REGIONS,
-        HAS_MASK,
-        WINDOW,
-    )
-    N: tl.constexpr = WINDOW[0] * WINDOW[1] * WINDOW[2]
-    p = tl.exp2((s - top[:, None]) * LOG2_E) * share[:, None]
-    dp = tl.dot(do, tl.trans(v), input_precision=PRECISION)
-    weights = p
-    if DROPOUT_THRESHOLD > 0:
-        kept = kept_tile(seed_ptr, window, head, i, j, WINDOW, DROPOUT_THRESHOLD)
-        weights = tl.where(kept, p * kept_factor, 0.0)
-        dp = tl.where(kept, dp * kept_factor, 0.0)
-    ds = p * (dp - delta[:, None])
-    if N == 1:  # the one probability is 1; dP and Δ are equal but for the order of their sums
-        ds = tl.zeros_like(p)
-    return weights, ds, p, products
 
 
 @triton.jit
@@ -460,159 +387,3 @@ def _tiled_dkv_kernel(
         BLOCK_DV,
         ALIGNED,
     )
-
-
-@triton.jit
-def _tiled_dbias_kernel(
-    grad_out_ptr,
-    stats_ptr,
-    delta_ptr,
-    query_ptr,
-    key_ptr,
-    value_ptr,
-    bias_ptr,
-    mask_ptr,
-    pad_key_ptr,
-    pad_value_ptr,
-    logit_scale_ptr,
-    seed_ptr,
-    bias_sums_ptr,
-    grad_out_strides,
-    query_strides,
-    key_strides,
-    value_strides,
-    key_start,
-    value_start,
-    sizes,
-    counts,
-    periods,
-    rolls,
-    seams,
-    windows,
-    windows_per_program,
-    heads,
-    scale,
-    mask_value,
-    kept_factor,
-    WINDOW: tl.constexpr,
-    REGIONS: tl.constexpr,
-    ROLLED: tl.constexpr,
-    PADDED: tl.constexpr,
-    WIDE: tl.constexpr,
-    ALIGNED: tl.constexpr,
-    HAS_BIAS: tl.constexpr,
-    SPREAD: tl.constexpr,
-    HAS_MASK: tl.constexpr,
-    HAS_PAD_KEY: tl.constexpr,
-    HAS_PAD_VALUE: tl.constexpr,
-    COSINE: tl.constexpr,
-    DROPOUT_THRESHOLD: tl.constexpr,
-    PRECISION: tl.constexpr,
-    HEAD_DIM: tl.constexpr,
-    VALUE_DIM: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    BLOCK_DV: tl.constexpr,
-    LOOP_STAGES: tl.constexpr,
-):
-    N: tl.constexpr = WINDOW[0] * WINDOW[1] * WINDOW[2]
-    ROWS: tl.constexpr = (N + BLOCK_M - 1) // BLOCK_M
-    COLUMNS: tl.constexpr = (N + BLOCK_N - 1) // BLOCK_N
-    column = tl.program_id(0) % COLUMNS
-    tile_row = tl.program_id(0) // COLUMNS % ROWS
-    head = tl.program_id(0) // (COLUMNS * ROWS) % heads
-    run = tl.program_id(0) // (COLUMNS * ROWS) // heads
-    first = run * windows_per_program
-    last = tl.minimum(first + windows_per_program, windows)
-
-    i = tile_row * BLOCK_M + tl.arange(0, BLOCK_M)
-    j = column * BLOCK_N + tl.arange(0, BLOCK_N)
-    places_i = token_places(i, WINDOW)
-    places_j = token_places(j, WINDOW)
-    factor = scale
-    if COSINE:
-        factor = tl.load(logit_scale_ptr + head).to(tl.float32)
-
-    bias_sum = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-    for step in tl.range(0, last - first, num_stages=LOOP_STAGES):
-        window = first + step
-        image, number, place = window_place(window, counts)
-        crossed = seams_crossed(place, counts, REGIONS)
-        x_i, real_i = token_positions(
-            places_i, place, sizes, periods, rolls, WINDOW, ROLLED, PADDED, WIDE
-        )
-        x_j, real_j = token_positions(
-            places_j, place, sizes, periods, rolls, WINDOW, ROLLED, PADDED, WIDE
-        )
-        rows = real_i & (i < N)
-        keys = real_j & (j < N)
-        padding = (j < N) & ~real_j
-        q = load_tokens(
-            query_ptr, 0, image, head, x_i, rows, query_strides, HEAD_DIM, BLOCK_D, ALIGNED
-        )
-        k = load_tokens(
-            key_ptr, key_start, image, head, x_j, keys, key_strides, HEAD_DIM, BLOCK_D, ALIGNED
-        )
-        v = load_tokens(
-            value_ptr,
-            value_start,
-            image,
-            head,
-            x_j,
-            keys,
-            value_strides,
-            VALUE_DIM,
-            BLOCK_DV,
-            ALIGNED,
-        )
-        do = load_tokens(
-            grad_out_ptr, 0, image, head, x_i, rows, grad_out_strides, VALUE_DIM, BLOCK_DV, ALIGNED
-        )
-        row = (window.to(tl.int64) * heads + head) * N
-        top, share = load_stats(stats_ptr, row, i, N)
-        delta = tl.load(delta_ptr + row + i, mask=i < N, other=0.0)
-        if HAS_PAD_KEY:
-            k = fill_padding(k, padding, pad_key_ptr, head, HEAD_DIM, BLOCK_D)
-        if HAS_PAD_VALUE:
-            v = fill_padding(v, padding, pad_value_ptr, head, VALUE_DIM, BLOCK_DV)
-        if COSINE:
-            q, _ = to_unit(q)
-            k, _ = to_unit(k)
-        _, ds, _, _ = tile_gradients(
-            q,
-            k,
-            v,
-            do,
-            top,
-            share,
-            delta,
-            window,
-            number,
-            head,
-            heads,
-            i,
-            j,
-            places_i,
-            places_j,
-            crossed,
-            seams,
-            factor,
-            mask_value,
-            kept_factor,
-            bias_ptr,
-            mask_ptr,
-            seed_ptr,
-            WINDOW,
-            REGIONS,
-            HAS_BIAS,
-            SPREAD,
-            HAS_MASK,
-            DROPOUT_THRESHOLD,
-            PRECISION,
-        )
-        bias_sum += ds
-
-    start = bias_sums_ptr + (run.to(tl.int64) * heads + head) * (N * N)
-    within = (i < N)[:, None] & (j < N)[None, :]
-    tl.store(start + i[:, None] * N + j[None, :], bias_sum, mask=within)

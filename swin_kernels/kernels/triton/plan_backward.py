@@ -188,7 +188,7 @@ def _tiled_backward(call: Call, needs: Needs, pointers, numbers, buffers) -> Pla
         run = config.windows_per_program(shape, call.gpu, tiles)
         runs = -(-call.windows // run)
         dbias = Step(
-            "backward_tiled._tiled_dbias_kernel",
+            "backward_bias._tiled_dbias_kernel",
             tiles * call.heads * runs,
             pointers,
             numbers | blocks_of(config) | {"windows": call.windows, "windows_per_program": run},
