@@ -12,6 +12,7 @@ import gc
 import itertools
 import platform
 import statistics
+import sys
 import time
 from collections.abc import Callable
 from typing import Any
@@ -32,7 +33,13 @@ class Cuda:
     shortest_sample = 1e-3  # seconds, so that the latency of the first launch does not matter
 
     def __init__(self) -> None:
-        self.device = torch.device("cuda", torch.cuda.current_device())
+        """SystemExit with a line and code 2 where there is no GPU."""
+        try:
+            self.device = torch.device("cuda", torch.cuda.current_device())
+        except (RuntimeError, AssertionError) as error:
+            cause = str(error).partition(". ")[0]
+            print(f"no GPU: {cause}; --rehearse runs toy sizes on a CPU", file=sys.stderr)
+            raise SystemExit(2) from error
         facts = torch.cuda.get_device_properties(self.device)
         self.cache_bytes = float(getattr(facts, "L2_cache_size", 60e6))
 

@@ -381,3 +381,13 @@ def test_driver_commands_name_what_is_there(driver):
     assert command[-4:] == ["--part", "1/4", "--device", "cuda"]
     assert (ROOT / driver.test_command(rehearse=True, part="0/2")[-1]).exists()
     assert (ROOT / driver.Session(100, rehearse=True).benchmark()[1]).exists()
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="is about machines without a GPU")
+@pytest.mark.parametrize("module", ["benchmarks.gpu", "benchmarks.tune"])
+def test_without_a_gpu_there_is_one_line_and_exit_code_2(module):
+    command = [sys.executable, "-m", module]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 2, done.stderr
+    assert "no GPU: " in done.stderr
+    assert "Traceback" not in done.stderr
