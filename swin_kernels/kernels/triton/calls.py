@@ -53,10 +53,19 @@ def forward(
 ) -> tuple[Tensor, Tensor | None]:
     """The output, and what else the backward will want of it: see `forward_plan`."""
     tensors = _tensors(operands)
-    device = operands.query.device
-    run = _forward_run(_named(tensors), options, gpu_of(device), device, _tf32(), differentiable)
-    run(tensors, device)
+    run = _run_of(tensors, options, differentiable)
+    run(tensors, operands.query.device)
     return tensors["out"], tensors.get("stats", tensors.get("tiles"))
+
+
+def forward_run(operands: Operands, options: Options, differentiable: bool) -> Run:
+    """What `forward` runs."""
+    return _run_of(_tensors(operands), options, differentiable)
+
+
+def _run_of(tensors: dict[str, Tensor], options: Options, differentiable: bool) -> Run:
+    device = tensors["query"].device
+    return _forward_run(_named(tensors), options, gpu_of(device), device, _tf32(), differentiable)
 
 
 @functools.lru_cache(maxsize=1024)

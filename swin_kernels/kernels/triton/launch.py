@@ -6,9 +6,11 @@ that what its step compiled to fits every later call, and the driver is called w
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import importlib
 import os
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -62,10 +64,11 @@ class Launch:
         self.compiled: Any = None
 
     def __call__(self, tensors: dict[str, Tensor], stream: int | None) -> None:
-        arguments = (
-            *(None if name is None else tensors[name] for name in self.tensors),
-            *self.numbers,
-        )
+        self.start([None if name is None else tensors[name] for name in self.tensors], stream)
+
+    def start(self, pointers: Sequence[Tensor | None], stream: int | None) -> None:
+        """Runs it on tensors in the order of `self.tensors`; without a stream as Triton does."""
+        arguments = (*pointers, *self.numbers)
         compiled = self.compiled
         if compiled is None or stream is None or _watched():
             self.compiled = self.kernel[(self.grid,)](*arguments, **self.options)
@@ -83,6 +86,24 @@ class Launch:
             None,
             *arguments,
         )
+
+
+_NOWHERE = contextlib.nullcontext()
+
+
+def on_device(device: torch.device) -> contextlib.AbstractContextManager:
+    """Inside it that is the current device; mostly it is already, which costs nothing to see."""
+    if torch._C._cuda_getDevice() == device.index:
+        return _NOWHERE
+    return torch.cuda.device(device)
+
+
+def current_stream(device: torch.device) -> int | None:
+    """The stream to launch on directly; None where Triton has to launch by itself."""
+    # AMD's Triton also looks at the size of a tensor's storage, which no plan knows
+    if torch.version.hip is not None:
+        return None
+    return torch._C._cuda_getCurrentRawStream(device.index)
 
 
 def _watched() -> bool:
@@ -113,9 +134,7 @@ class Run:
             for launch in launches:
                 launch(tensors, None)
             return
-        with torch.cuda.device(device):
-            # AMD's Triton also looks at the size of a tensor's storage, which no plan knows
-            plain = torch.version.hip is not None
-            stream = None if plain else torch.cuda.current_stream(device).cuda_stream
+        with on_device(device):
+            stream = current_stream(device)
             for launch in launches:
                 launch(tensors, stream)

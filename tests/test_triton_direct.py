@@ -1,0 +1,205 @@
+"""Calls that are launched at once: which ones, and what one costs, with a driver made up."""
+
+from __future__ import annotations
+
+import contextlib
+import time
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from swin_kernels import shifted_window_attention, shifted_window_attention_qkvpacked
+from swin_kernels.kernels.triton import direct, launch
+
+pytestmark = pytest.mark.interpreted  # there the ops of Triton's kernels take CPU tensors
+STREAM = 7
+
+
+class Driver:
+    """In the place of what Triton compiled: keeps what it is launched with."""
+
+    function, packed_metadata = "function", ()
+
+    def __init__(self):
+        self.launches = []
+
+    def run(self, *arguments):
+        self.launches.append(arguments)
+
+
+@pytest.fixture
+def driver(monkeypatch):
+    """CPU tensors are taken for a GPU's; kernels are launched, and write nothing."""
+    made = Driver()
+    start = launch.Launch.start
+
+    def started(self, pointers, stream):
+        self.compiled = made
+        start(self, pointers, STREAM)
+
+    monkeypatch.setattr(launch.Launch, "start", started)
+    monkeypatch.setattr(direct, "DEVICES", ("cpu",))
+    monkeypatch.setattr(direct, "on_device", lambda device: contextlib.nullcontext())
+    monkeypatch.setattr(direct, "current_stream", lambda device: STREAM)
+    direct.forget()
+    yield made
+    direct.forget()
+
+
+@pytest.fixture
+def ran(monkeypatch):
+    """How many calls were launched at once."""
+    calls, plain = [], direct.Direct.__call__
+
+    def counted(self, operands):
+        calls.append(self)
+        return plain(self, operands)
+
+    monkeypatch.setattr(direct.Direct, "__call__", counted)
+    return calls
+
+
+def packed(dtype=torch.float16, size=14):
+    return torch.randn(2, size, size, 3, 3, 32, dtype=dtype)
+
+
+TABLE = torch.randn(169, 3, dtype=torch.float16)
+
+
+def attend(qkv, table=TABLE, window=7, shift=3, **options):
+    options = {"bias_table": table, "backend": "triton"} | options
+    return shifted_window_attention_qkvpacked(qkv, window, shift, **options)
+
+
+def test_the_second_call_is_launched_as_the_first_on_its_own_tensors(driver, ran):
+    first, second = packed(), packed()
+    attend(first)
+    assert not ran
+    out = attend(second)
+    assert len(ran) == 1
+    assert out.shape == (2, 14, 14, 3, 32)
+    assert out.dtype == torch.float16
+    (a, b) = driver.launches
+    tensors = [(x, y) for x, y in zip(a, b) if isinstance(x, torch.Tensor)]
+    same = [x is y for x, y in tensors]
+    assert len(a) == len(b)
+    assert sum(same) == 1  # the table: query, key and value are the other qkv, and the output
+    assert {y.data_ptr() for x, y in tensors if x is not y} == {second.data_ptr(), out.data_ptr()}
+    assert [x for x in a if not isinstance(x, torch.Tensor)] == [
+        y for y in b if not isinstance(y, torch.Tensor)
+    ]
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"qkv": packed(size=21)},
+        {"qkv": packed(torch.float32)},
+        {"qkv": packed().transpose(1, 2)},
+        {
+            "qkv": torch.randn(2, 14 * 14 * 3 * 3 * 32 + 1)
+            .half()[:, 1:]
+            .unflatten(1, (14, 14, 3, 3, 32))
+        },
+        {"table": TABLE.float()},
+        {"table": None},
+        {"shift": 2},
+        {"mask_value": -200.0},
+        {"scale": 0.5},
+        {"periodic": True},
+    ],
+    ids=[
+        "size",
+        "dtype",
+        "strides",
+        "alignment",
+        "table's dtype",
+        "no table",
+        "shift",
+        "mask",
+        "scale",
+        "wraps",
+    ],
+)
+def test_a_call_that_differs_is_checked_anew(change, driver, ran):
+    qkv = packed()
+    attend(qkv)
+    attend(**{"qkv": qkv} | change)
+    assert not ran
+    attend(qkv)
+    assert len(ran) == 1
+
+
+class Seen(torch.Tensor):
+    pass
+
+
+class Listening(TorchDispatchMode):
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        return function(*args, **(kwargs or {}))
+
+
+def test_what_would_see_the_op_gets_it(driver, ran):
+    qkv = packed()
+    attend(qkv)
+    attend(qkv.as_subclass(Seen))
+    attend(qkv.clone().requires_grad_())
+    with torch.autocast("cpu", dtype=torch.bfloat16, enabled=True), contextlib.suppress(Exception):
+        attend(qkv)
+    with torch.profiler.profile():
+        attend(qkv)
+    with Listening():
+        attend(qkv)
+    assert not ran
+    with torch.no_grad():
+        attend(qkv.clone().requires_grad_())
+    assert len(ran) == 1
+
+
+def test_a_list_for_an_option_dropout_and_strided_tables_go_the_long_way(driver, ran):
+    qkv, strided = packed(), torch.randn(3, 169).half().t()
+    for _ in range(2):
+        attend(qkv, window=[7, 7])
+        attend(qkv, dropout_p=0.1)
+        attend(qkv, table=strided)
+    assert not ran
+
+
+def test_bad_input_is_still_named_before_anything_runs(driver, ran):
+    attend(packed())
+    with pytest.raises(ValueError, match="qkv"):
+        attend(torch.randn(2, 14, 14, 2, 3, 32).half())
+    with pytest.raises(ValueError, match="query"):
+        shifted_window_attention(3, TABLE, TABLE, 7)
+
+
+def test_kept_launches_are_bounded_and_forgotten_with_the_layouts(driver, ran, monkeypatch):
+    from swin_kernels.kernels.triton import configs
+
+    monkeypatch.setattr(direct, "_MOST", 2)
+    for shift in range(5):
+        attend(packed(), shift=shift)
+        assert len(direct._ready) <= 2
+    with configs.override({}):
+        assert not direct._ready
+
+
+def test_a_repeated_call_costs_little_beside_its_launch(driver, ran):
+    """Beside an allocation of the output, which any call needs, as machines differ in speed."""
+    qkv = packed()
+    attend(qkv)
+
+    def fastest(function, calls=200, rounds=20):
+        times = []
+        for _ in range(rounds):
+            start = time.perf_counter()
+            for _ in range(calls):
+                function()
+            times.append((time.perf_counter() - start) / calls)
+            driver.launches.clear()
+        return min(times)
+
+    empty = fastest(lambda: torch.empty((2, 14, 14, 3, 32), dtype=torch.float16))
+    assert fastest(lambda: attend(qkv)) < 25 * empty
+    assert ran
