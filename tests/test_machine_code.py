@@ -55,24 +55,26 @@ def test_compiled_kernels_spill_nothing_fit_and_use_matrix_units(job, compiled):
 
 
 # warp-instructions a tile of window 7, head dim 32, shifted: forward of a window that no seam cuts,
-# forward of one that two cut, backward with the gradient of the bias. To be lowered, never raised:
-# an H200 moves a tile's bytes in the time that it issues 2,714 forward and 4,750 backward
-REACHED = {
-    "sm_80": (2_064, 2_448, 3_864),
-    "sm_90": (2_148, 2_536, 3_680),
-    "sm_100": (1_940, 2_480, 3_416),
-    "sm_120": (2_100, 2_500, 3_836),
-}
+# forward of one that two cut, backward with the gradient of the bias. What keeps an H200 below what
+# its schedulers issue while the bytes move is 2,714 forward and 4,750 backward
+BUDGETS = {"sm_80": (1_750, 2_150, 3_400), "sm_90": (1_750, 2_150, 3_400)}
+# what was reached elsewhere: to be lowered, never raised
+REACHED = {"sm_100": (1_304, 1_712, 2_888), "sm_120": (1_592, 2_000, 3_276)}
 
 
-@pytest.mark.parametrize("arch", REACHED)
-def test_instructions_of_a_tile_only_become_fewer(arch):
+@pytest.mark.parametrize("arch", [*BUDGETS, *REACHED])
+def test_instructions_of_a_tile_stay_within_their_budget(arch):
+    inside, border, backward = (BUDGETS | REACHED)[arch]
     ways = {row.kernel: row.per_tile for row in compile_case("swin", "bf16", arch)}
     found = (*ways["_whole_window_fwd_kernel"], ways["_whole_window_bwd_kernel"][1])
-    assert found == REACHED[arch], "more: mend that; fewer: lower REACHED, so that it stays so"
+    assert found[0] <= inside
+    assert found[1] <= border
+    assert found[2] <= backward
+    if arch in REACHED:
+        assert found == REACHED[arch], "lower REACHED, so that it stays so"
 
 
-@pytest.mark.parametrize("arch", ["sm_80", "sm_90"])
+@pytest.mark.parametrize("arch", BUDGETS)
 def test_enough_bytes_are_in_flight_to_keep_memory_busy(arch):
     """4.3 TB/s for 0.7 µs are 23 KB on each of 132 multiprocessors."""
     for direction, launches in predict.launches_of(swin_cases()["T1 shift 3"], CHIPS[arch]).items():

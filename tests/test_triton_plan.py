@@ -26,7 +26,7 @@ from swin_kernels.kernels.triton.configs import (
 from swin_kernels.kernels.triton.plan import facts_of
 from swin_kernels.kernels.triton.plan_backward import Needs, backward_plan
 from swin_kernels.kernels.triton.plan_forward import forward_plan
-from swin_kernels.kernels.triton.tokens import contiguous_stride, needs_wide_offsets
+from swin_kernels.kernels.triton.tokens import contiguous_stride, divisor, needs_wide_offsets
 from swin_kernels.problem import Operands, Problem
 from swin_kernels.testing import Case, make_grad_out, make_operands
 
@@ -426,3 +426,13 @@ def test_an_address_that_16_does_not_divide_scatters_channels():
         for q in (aligned, shifted)
     ]
     assert layouts[0].steps[0].config != layouts[1].steps[0].config
+
+
+@pytest.mark.parametrize("n", [1, 2, 3, 7, 8, 9, 255, 641, 65_535, 65_536, 2**30 + 1, 2**31 - 1])
+def test_multiplying_and_shifting_divides_every_31_bit_number(n):
+    factor, shift = divisor(n)
+    assert -(2**31) <= factor < 2**31  # as a kernel's argument of 32 bits
+    multiples = {k * n for k in (0, 1, 2, 3, (2**31 - 1) // n)}
+    near = {m + d for m in multiples for d in (-1, 0, 1)} | {2**31 - 1, 2**30, 12_345_678}
+    for x in (x for x in near if 0 <= x < 2**31):
+        assert ((2 * x * (factor % 2**32)) >> 32) >> shift == x // n

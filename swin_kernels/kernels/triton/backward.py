@@ -11,11 +11,12 @@ import triton
 import triton.language as tl
 
 from swin_kernels.kernels.triton.tile import (
-    LOG2_E,
     add_masks,
+    exponential,
     fill_padding,
     kept_tile,
     load_tokens,
+    logits_of,
     store_partial,
     store_tokens,
     sum_over,
@@ -63,6 +64,8 @@ def _whole_window_bwd_kernel(
     grad_value_start,
     sizes,
     counts,
+    factors,
+    shifts,
     periods,
     rolls,
     seams,
@@ -77,6 +80,7 @@ def _whole_window_bwd_kernel(
     REGIONS: tl.constexpr,
     ROLLED: tl.constexpr,
     PADDED: tl.constexpr,
+    PLANES: tl.constexpr,
     WIDE: tl.constexpr,
     ALIGNED: tl.constexpr,
     SHARED_STRIDES: tl.constexpr,
@@ -88,6 +92,7 @@ def _whole_window_bwd_kernel(
     HAS_PAD_VALUE: tl.constexpr,
     COSINE: tl.constexpr,
     DROPOUT_THRESHOLD: tl.constexpr,
+    LOG2: tl.constexpr,
     PRECISION: tl.constexpr,
     HEAD_DIM: tl.constexpr,
     VALUE_DIM: tl.constexpr,
@@ -119,15 +124,18 @@ def _whole_window_bwd_kernel(
     if COSINE:
         factor = tl.load(logit_scale_ptr + head).to(tl.float32)
 
+    logit_factor = logits_of(factor, LOG2)
+    mask_value = logits_of(mask_value, LOG2)
+
     bias_sum = tl.zeros((BLOCK_N, BLOCK_N), tl.float32)
     pad_key_sum = tl.zeros((BLOCK_D,), tl.float32)
     pad_value_sum = tl.zeros((BLOCK_DV,), tl.float32)
     radial_sum = tl.zeros((BLOCK_N,), tl.float32)
     for step in tl.range(0, last - first, num_stages=LOOP_STAGES):
         window = first + step
-        image, number, place = window_place(window, counts)
+        image, number, place = window_place(window, counts, factors, shifts, PLANES)
         x, real = token_positions(
-            places, place, sizes, periods, rolls, WINDOW, ROLLED, PADDED, WIDE
+            places, place, sizes, periods, rolls, WINDOW, ROLLED, PADDED, PLANES, WIDE
         )
         rows = real & inside
         padding = inside & ~real
@@ -137,7 +145,7 @@ def _whole_window_bwd_kernel(
             tile = head % tile_heads * TILES_PER_HEAD
             if TILES_PER_HEAD > 1:
                 tile += seams_crossed(place, counts, REGIONS)
-            s = tl.load(tile_pointers(tiles_ptr, tile, BLOCK_N))
+            s = tl.load(tile_pointers(tiles_ptr, tile, BLOCK_N), cache_modifier=".ca")
         q = load_tokens(
             query_ptr, 0, image, head, x, rows, query_strides, HEAD_DIM, BLOCK_D, ALIGNED
         )
@@ -167,7 +175,7 @@ def _whole_window_bwd_kernel(
             q, q_norm = to_unit(q)
             k, k_norm = to_unit(k)
 
-        s = s + tl.dot(q, tl.trans(k), input_precision=PRECISION) * factor
+        s = s + tl.dot(q, tl.trans(k), input_precision=PRECISION) * logit_factor
         if HAS_MASK:
             s = add_masks(
                 s,
@@ -182,10 +190,11 @@ def _whole_window_bwd_kernel(
                 REGIONS,
                 HAS_MASK,
                 WINDOW,
+                LOG2,
             )
         top = tl.max(s, 1)
         top = tl.where(top == float("-inf"), 0.0, top)
-        e = tl.exp2((s - top[:, None]) * LOG2_E)
+        e = exponential(s - top[:, None], LOG2)
         total = tl.sum(e, 1)
         p = e * (1.0 / tl.where(total == 0.0, 1.0, total))[:, None]  # (BLOCK_N, BLOCK_N)
         dp = tl.dot(do, tl.trans(v), input_precision=PRECISION)

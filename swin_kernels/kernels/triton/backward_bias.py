@@ -7,15 +7,8 @@ atomics, and two runs give the same bits.
 import triton
 import triton.language as tl
 
-from swin_kernels.kernels.triton.gradients import (
-    load_stats,
-    tile_gradients,
-)
-from swin_kernels.kernels.triton.tile import (
-    fill_padding,
-    load_tokens,
-    to_unit,
-)
+from swin_kernels.kernels.triton.gradients import load_stats, tile_gradients
+from swin_kernels.kernels.triton.tile import fill_padding, load_tokens, to_unit
 from swin_kernels.kernels.triton.window import (
     seams_crossed,
     token_places,
@@ -47,6 +40,8 @@ def _tiled_dbias_kernel(
     value_start,
     sizes,
     counts,
+    factors,
+    shifts,
     periods,
     rolls,
     seams,
@@ -60,6 +55,7 @@ def _tiled_dbias_kernel(
     REGIONS: tl.constexpr,
     ROLLED: tl.constexpr,
     PADDED: tl.constexpr,
+    PLANES: tl.constexpr,
     WIDE: tl.constexpr,
     ALIGNED: tl.constexpr,
     HAS_BIAS: tl.constexpr,
@@ -69,6 +65,7 @@ def _tiled_dbias_kernel(
     HAS_PAD_VALUE: tl.constexpr,
     COSINE: tl.constexpr,
     DROPOUT_THRESHOLD: tl.constexpr,
+    LOG2: tl.constexpr,
     PRECISION: tl.constexpr,
     HEAD_DIM: tl.constexpr,
     VALUE_DIM: tl.constexpr,
@@ -99,13 +96,13 @@ def _tiled_dbias_kernel(
     bias_sum = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     for step in tl.range(0, last - first, num_stages=LOOP_STAGES):
         window = first + step
-        image, number, place = window_place(window, counts)
+        image, number, place = window_place(window, counts, factors, shifts, PLANES)
         crossed = seams_crossed(place, counts, REGIONS)
         x_i, real_i = token_positions(
-            places_i, place, sizes, periods, rolls, WINDOW, ROLLED, PADDED, WIDE
+            places_i, place, sizes, periods, rolls, WINDOW, ROLLED, PADDED, PLANES, WIDE
         )
         x_j, real_j = token_positions(
-            places_j, place, sizes, periods, rolls, WINDOW, ROLLED, PADDED, WIDE
+            places_j, place, sizes, periods, rolls, WINDOW, ROLLED, PADDED, PLANES, WIDE
         )
         rows = real_i & (i < N)
         keys = real_j & (j < N)
@@ -171,6 +168,7 @@ def _tiled_dbias_kernel(
             SPREAD,
             HAS_MASK,
             DROPOUT_THRESHOLD,
+            LOG2,
             PRECISION,
         )
         bias_sum += ds

@@ -57,6 +57,8 @@ def _tiled_dq_kernel(
     value_start,
     sizes,
     counts,
+    factors,
+    shifts,
     periods,
     rolls,
     seams,
@@ -68,6 +70,7 @@ def _tiled_dq_kernel(
     REGIONS: tl.constexpr,
     ROLLED: tl.constexpr,
     PADDED: tl.constexpr,
+    PLANES: tl.constexpr,
     WIDE: tl.constexpr,
     ALIGNED: tl.constexpr,
     HAS_BIAS: tl.constexpr,
@@ -77,6 +80,7 @@ def _tiled_dq_kernel(
     HAS_PAD_VALUE: tl.constexpr,
     COSINE: tl.constexpr,
     DROPOUT_THRESHOLD: tl.constexpr,
+    LOG2: tl.constexpr,
     PRECISION: tl.constexpr,
     HEAD_DIM: tl.constexpr,
     VALUE_DIM: tl.constexpr,
@@ -91,13 +95,13 @@ def _tiled_dq_kernel(
     tile = tl.program_id(0) % TILES
     head = tl.program_id(0) // TILES % heads
     window = tl.program_id(0) // TILES // heads
-    image, number, place = window_place(window, counts)
+    image, number, place = window_place(window, counts, factors, shifts, PLANES)
     crossed = seams_crossed(place, counts, REGIONS)
 
     i = tile * BLOCK_M + tl.arange(0, BLOCK_M)
     places_i = token_places(i, WINDOW)
     x_i, real = token_positions(
-        places_i, place, sizes, periods, rolls, WINDOW, ROLLED, PADDED, WIDE
+        places_i, place, sizes, periods, rolls, WINDOW, ROLLED, PADDED, PLANES, WIDE
     )
     rows = real & (i < N)
     q = load_tokens(query_ptr, 0, image, head, x_i, rows, query_strides, HEAD_DIM, BLOCK_D, ALIGNED)
@@ -121,7 +125,7 @@ def _tiled_dq_kernel(
         j = start + tl.arange(0, BLOCK_N)
         places_j = token_places(j, WINDOW)
         x_j, real_j = token_positions(
-            places_j, place, sizes, periods, rolls, WINDOW, ROLLED, PADDED, WIDE
+            places_j, place, sizes, periods, rolls, WINDOW, ROLLED, PADDED, PLANES, WIDE
         )
         keys = real_j & (j < N)
         padding = (j < N) & ~real_j
@@ -176,6 +180,7 @@ def _tiled_dq_kernel(
             SPREAD,
             HAS_MASK,
             DROPOUT_THRESHOLD,
+            LOG2,
             PRECISION,
         )
         dq += tl.dot(ds.to(k.dtype), k, input_precision=PRECISION)
@@ -235,6 +240,8 @@ def _tiled_dkv_kernel(
     grad_value_start,
     sizes,
     counts,
+    factors,
+    shifts,
     periods,
     rolls,
     seams,
@@ -246,6 +253,7 @@ def _tiled_dkv_kernel(
     REGIONS: tl.constexpr,
     ROLLED: tl.constexpr,
     PADDED: tl.constexpr,
+    PLANES: tl.constexpr,
     WIDE: tl.constexpr,
     ALIGNED: tl.constexpr,
     HAS_BIAS: tl.constexpr,
@@ -255,6 +263,7 @@ def _tiled_dkv_kernel(
     HAS_PAD_VALUE: tl.constexpr,
     COSINE: tl.constexpr,
     DROPOUT_THRESHOLD: tl.constexpr,
+    LOG2: tl.constexpr,
     PRECISION: tl.constexpr,
     HEAD_DIM: tl.constexpr,
     VALUE_DIM: tl.constexpr,
@@ -271,13 +280,13 @@ def _tiled_dkv_kernel(
     tile = tl.program_id(0) % TILES
     head = tl.program_id(0) // TILES % heads
     window = tl.program_id(0) // TILES // heads
-    image, number, place = window_place(window, counts)
+    image, number, place = window_place(window, counts, factors, shifts, PLANES)
     crossed = seams_crossed(place, counts, REGIONS)
 
     j = tile * BLOCK_N + tl.arange(0, BLOCK_N)
     places_j = token_places(j, WINDOW)
     x_j, real_j = token_positions(
-        places_j, place, sizes, periods, rolls, WINDOW, ROLLED, PADDED, WIDE
+        places_j, place, sizes, periods, rolls, WINDOW, ROLLED, PADDED, PLANES, WIDE
     )
     keys = real_j & (j < N)
     padding = (j < N) & ~real_j
@@ -303,7 +312,7 @@ def _tiled_dkv_kernel(
         i = start + tl.arange(0, BLOCK_M)
         places_i = token_places(i, WINDOW)
         x_i, real_i = token_positions(
-            places_i, place, sizes, periods, rolls, WINDOW, ROLLED, PADDED, WIDE
+            places_i, place, sizes, periods, rolls, WINDOW, ROLLED, PADDED, PLANES, WIDE
         )
         rows = real_i & (i < N)
         q = load_tokens(
@@ -346,6 +355,7 @@ def _tiled_dkv_kernel(
             SPREAD,
             HAS_MASK,
             DROPOUT_THRESHOLD,
+            LOG2,
             PRECISION,
         )
         dv += tl.dot(tl.trans(weights.to(do.dtype)), do, input_precision=PRECISION)

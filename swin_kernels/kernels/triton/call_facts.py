@@ -10,7 +10,7 @@ import torch
 from swin_kernels.geometry import Grid
 from swin_kernels.kernels.triton.configs import LARGEST_BLOCK, Config, Gpu, Shape, block_of
 from swin_kernels.kernels.triton.plan import Buffer, Plan, Step, TensorFacts
-from swin_kernels.kernels.triton.tokens import Tokens, alignment, three
+from swin_kernels.kernels.triton.tokens import Tokens, alignment, divisor, three
 from swin_kernels.problem import Options
 
 # the values of the kernels' BIAS
@@ -37,6 +37,11 @@ class Call(NamedTuple):
     @property
     def dtype(self) -> torch.dtype:
         return self.facts["query"].dtype
+
+    @property
+    def logits_in_log2(self) -> bool:
+        """Whether kernels keep logits in units of log2: see tile.py."""
+        return self.dtype != torch.float32
 
     @property
     def windows(self) -> int:
@@ -123,10 +128,13 @@ def _geometry(call: Call) -> dict[str, Any]:
     """The arguments that say where windows and tokens lie."""
     grid = call.grid
     padded = grid.padded
+    divisors = [divisor(n) for n in three(grid.counts, 1)]
     periods = grid.size if grid.pad_order == "roll-pad" else padded
     return {
         "sizes": three(grid.size, 1),
         "counts": three(grid.counts, 1),
+        "factors": tuple(factor for factor, _ in divisors),
+        "shifts": tuple(shift for _, shift in divisors),
         "periods": three(periods, 1),
         "rolls": three([s % p for s, p in zip(grid.shift, periods)], 0),
         "seams": three([w - s for w, s in zip(grid.window, grid.shift)], 1),
@@ -136,6 +144,7 @@ def _geometry(call: Call) -> dict[str, Any]:
         ),
         "ROLLED": any(grid.shift),
         "PADDED": grid.needs_padding,
+        "PLANES": len(grid.size) == 3,
     }
 
 
@@ -163,6 +172,7 @@ def numbers_of(call: Call, *more: Tokens) -> dict[str, Any]:
         "HAS_PAD_VALUE": call.fills("pad_value"),
         "COSINE": "logit_scale" in call.facts,
         "DROPOUT_THRESHOLD": threshold,
+        "LOG2": call.logits_in_log2,
         "PRECISION": "ieee" if call.dtype == torch.float32 and not call.tf32 else "tf32",
         "HEAD_DIM": call.head_dim,
         "VALUE_DIM": call.value_dim,
@@ -216,6 +226,7 @@ def tiled_bias(
         | {
             "heads": call.heads,
             "WINDOW": three(call.grid.window, 1),
+            "LOG2": call.logits_in_log2,
             "SPREAD": spread,
             "BLOCK": block,
         },

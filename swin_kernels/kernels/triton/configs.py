@@ -173,7 +173,7 @@ def _whole_forward(shape: Shape, gpu: Gpu) -> Config:
         warps *= 2
     elif gpu.arch.startswith(("sm_10", "sm_12")) and (shape.scattered or shape.odd):
         warps, stages = 2 * warps, 1
-    elif gpu.arch.startswith("sm_10") and shape.largest_block <= 32 and not adds:
+    elif gpu.arch.startswith("sm_10") and shape.largest_block <= 64 and not adds:
         stages = 1
     return Config(block, block, warps, stages)
 
@@ -195,7 +195,7 @@ def _whole_backward(shape: Shape, gpu: Gpu) -> Config:
         wide = shape.largest_block > 32
         if shape.explicit_mask or (wide and (shape.head_dim != shape.value_dim or shape.scattered)):
             stages = 1
-        if shape.scattered or (shape.cosine and not roomy):
+        if shape.scattered:
             warps *= 2
     return Config(block, block, warps, stages, programs_per_multiprocessor=4)
 
@@ -242,8 +242,9 @@ def _registers(kernel: str, shape: Shape, gpu: Gpu) -> int:
     """A limit where the assembler, left alone, spills a few registers to fit one program more."""
     data_center = gpu.arch.startswith("sm_10")
     if kernel == "forward":
-        adds = shape.explicit_mask or shape.dropout
-        return 168 if data_center and not (shape.fp32 or adds or shape.largest_block > 32) else 0
+        free = shape.fp32 or shape.dropout or shape.largest_block > 32
+        free = free or (shape.cosine and not shape.explicit_mask)
+        return 200 if data_center and not free else 0
     if kernel == "backward":
         if shape.fp32:
             if shape.tf32:
@@ -264,7 +265,9 @@ def _registers(kernel: str, shape: Shape, gpu: Gpu) -> int:
         return 255 if gpu.arch.startswith("sm_8") and shape.largest_block == 64 else 0
     if kernel == "dkv":
         return 255 if gpu.arch.startswith(("sm_10", "sm_12")) or shape.dropout else 0
-    return 255 if data_center and kernel == "dbias" else 0
+    if kernel == "dbias":
+        return 255 if data_center or gpu.arch.startswith("sm_8") else 0
+    return 255 if data_center and shape.odd else 0
 
 
 @functools.cache
@@ -293,11 +296,12 @@ _forced: dict[str, Mapping[str, int]] = {}
 @contextlib.contextmanager
 def override(fields: Mapping[str, Mapping[str, int]]) -> Iterator[None]:
     """Inside it these fields, by `tuned_key`, win over the table; what was planned is forgotten."""
-    from swin_kernels.kernels.triton import calls
+    from swin_kernels.kernels.triton import calls, direct
 
     def forget() -> None:
         calls._forward_run.cache_clear()
         calls._backward_run.cache_clear()
+        direct.forget()
 
     before = dict(_forced)
     _forced.update(fields)

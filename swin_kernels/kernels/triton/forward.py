@@ -13,13 +13,14 @@ import triton
 import triton.language as tl
 
 from swin_kernels.kernels.triton.tile import (
-    LOG2_E,
     add_bias,
     add_masks,
     bias_tile,
+    exponential,
     fill_padding,
     kept_tile,
     load_tokens,
+    logits_of,
     shift_mask_tile,
     store_tokens,
     tile_pointers,
@@ -69,6 +70,8 @@ def _whole_window_fwd_kernel(
     value_start,
     sizes,
     counts,
+    factors,
+    shifts,
     periods,
     rolls,
     seams,
@@ -84,6 +87,7 @@ def _whole_window_fwd_kernel(
     REGIONS: tl.constexpr,
     ROLLED: tl.constexpr,
     PADDED: tl.constexpr,
+    PLANES: tl.constexpr,
     WIDE: tl.constexpr,
     ALIGNED: tl.constexpr,
     SHARED_STRIDES: tl.constexpr,
@@ -93,6 +97,7 @@ def _whole_window_fwd_kernel(
     HAS_PAD_VALUE: tl.constexpr,
     COSINE: tl.constexpr,
     DROPOUT_THRESHOLD: tl.constexpr,
+    LOG2: tl.constexpr,
     PRECISION: tl.constexpr,
     HEAD_DIM: tl.constexpr,
     VALUE_DIM: tl.constexpr,
@@ -117,8 +122,9 @@ def _whole_window_fwd_kernel(
     inside = n < N
     places = token_places(n, WINDOW)
     sides = seam_sides(places, seams)
+    mask_value = logits_of(mask_value, LOG2)
     bias = bias_tile(
-        bias_ptr, index_ptr, head, heads, table_rows, n, n, places, places, BIAS, WINDOW
+        bias_ptr, index_ptr, head, heads, table_rows, n, n, places, places, BIAS, WINDOW, LOG2
     )  # (BLOCK_N, BLOCK_N)
     if KEEP_TILES:
         if (first == 0) & (head < tile_heads):
@@ -129,12 +135,13 @@ def _whole_window_fwd_kernel(
     factor = scale
     if COSINE:
         factor = tl.load(logit_scale_ptr + head).to(tl.float32)
+    factor = logits_of(factor, LOG2)
 
     for step in tl.range(0, last - first, num_stages=LOOP_STAGES):
         window = first + step
-        image, number, place = window_place(window, counts)
+        image, number, place = window_place(window, counts, factors, shifts, PLANES)
         x, real = token_positions(
-            places, place, sizes, periods, rolls, WINDOW, ROLLED, PADDED, WIDE
+            places, place, sizes, periods, rolls, WINDOW, ROLLED, PADDED, PLANES, WIDE
         )
         rows = real & inside
         q = load_tokens(
@@ -178,10 +185,11 @@ def _whole_window_fwd_kernel(
             REGIONS,
             HAS_MASK,
             WINDOW,
+            LOG2,
         )
         top = tl.max(s, 1)
         top = tl.where(top == float("-inf"), 0.0, top)  # a row whose keys are all at −inf
-        e = tl.exp2((s - top[:, None]) * LOG2_E)  # (BLOCK_N, BLOCK_N)
+        e = exponential(s - top[:, None], LOG2)  # (BLOCK_N, BLOCK_N)
         total = tl.sum(e, 1)
         if DROPOUT_THRESHOLD > 0:
             kept = kept_tile(seed_ptr, window, head, n, n, WINDOW, DROPOUT_THRESHOLD)
@@ -216,6 +224,8 @@ def _tiled_fwd_kernel(
     value_start,
     sizes,
     counts,
+    factors,
+    shifts,
     periods,
     rolls,
     seams,
@@ -227,6 +237,7 @@ def _tiled_fwd_kernel(
     REGIONS: tl.constexpr,
     ROLLED: tl.constexpr,
     PADDED: tl.constexpr,
+    PLANES: tl.constexpr,
     WIDE: tl.constexpr,
     ALIGNED: tl.constexpr,
     HAS_BIAS: tl.constexpr,
@@ -236,6 +247,7 @@ def _tiled_fwd_kernel(
     HAS_PAD_VALUE: tl.constexpr,
     COSINE: tl.constexpr,
     DROPOUT_THRESHOLD: tl.constexpr,
+    LOG2: tl.constexpr,
     PRECISION: tl.constexpr,
     HEAD_DIM: tl.constexpr,
     VALUE_DIM: tl.constexpr,
@@ -252,14 +264,14 @@ def _tiled_fwd_kernel(
     tile = tl.program_id(0) % TILES
     head = tl.program_id(0) // TILES % heads
     window = tl.program_id(0) // TILES // heads
-    image, number, place = window_place(window, counts)
+    image, number, place = window_place(window, counts, factors, shifts, PLANES)
     crossed = seams_crossed(place, counts, REGIONS)
 
     i = tile * BLOCK_M + tl.arange(0, BLOCK_M)
     places_i = token_places(i, WINDOW)
     sides_i = seam_sides(places_i, seams)
     x_i, real = token_positions(
-        places_i, place, sizes, periods, rolls, WINDOW, ROLLED, PADDED, WIDE
+        places_i, place, sizes, periods, rolls, WINDOW, ROLLED, PADDED, PLANES, WIDE
     )
     rows = real & (i < N)
     q = load_tokens(query_ptr, 0, image, head, x_i, rows, query_strides, HEAD_DIM, BLOCK_D, ALIGNED)
@@ -267,6 +279,8 @@ def _tiled_fwd_kernel(
     if COSINE:
         q, _ = to_unit(q)
         factor = tl.load(logit_scale_ptr + head).to(tl.float32)
+    factor = logits_of(factor, LOG2)
+    mask_value = logits_of(mask_value, LOG2)
 
     top = tl.full((BLOCK_M,), float("-inf"), tl.float32)
     total = tl.zeros((BLOCK_M,), tl.float32)
@@ -277,7 +291,7 @@ def _tiled_fwd_kernel(
         places_j = token_places(j, WINDOW)
         sides_j = seam_sides(places_j, seams)
         x_j, real_j = token_positions(
-            places_j, place, sizes, periods, rolls, WINDOW, ROLLED, PADDED, WIDE
+            places_j, place, sizes, periods, rolls, WINDOW, ROLLED, PADDED, PLANES, WIDE
         )
         keys = real_j & inside
         k = load_tokens(
@@ -317,11 +331,12 @@ def _tiled_fwd_kernel(
             REGIONS,
             HAS_MASK,
             WINDOW,
+            LOG2,
         )
         higher = tl.maximum(top, tl.max(s, 1))
         base = tl.where(higher == float("-inf"), 0.0, higher)
-        shrink = tl.exp2((top - base) * LOG2_E)
-        e = tl.exp2((s - base[:, None]) * LOG2_E)  # (BLOCK_M, BLOCK_N)
+        shrink = exponential(top - base, LOG2)
+        e = exponential(s - base[:, None], LOG2)  # (BLOCK_M, BLOCK_N)
         total = total * shrink + tl.sum(e, 1)
         if DROPOUT_THRESHOLD > 0:
             kept = kept_tile(seed_ptr, window, head, i, j, WINDOW, DROPOUT_THRESHOLD)

@@ -7,14 +7,13 @@ import triton
 import triton.language as tl
 
 from swin_kernels.kernels.triton.tile import (
-    LOG2_E,
     add_bias,
     add_masks,
+    exponential,
     kept_tile,
+    logits_of,
 )
-from swin_kernels.kernels.triton.window import (
-    seam_sides,
-)
+from swin_kernels.kernels.triton.window import seam_sides
 
 
 @triton.jit
@@ -55,11 +54,12 @@ def tile_gradients(
     SPREAD: tl.constexpr,
     HAS_MASK: tl.constexpr,
     DROPOUT_THRESHOLD: tl.constexpr,
+    LOG2: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
     """(BLOCK_M, BLOCK_N) each: P after dropout, dS = P∘(dP − Δ), P, and the products q·k."""
     products = tl.dot(q, tl.trans(k), input_precision=PRECISION)
-    s = products * factor
+    s = products * logits_of(factor, LOG2)
     s = add_bias(s, bias_ptr, head, i, j, HAS_BIAS, WINDOW, SPREAD)
     s = add_masks(
         s,
@@ -68,15 +68,16 @@ def tile_gradients(
         seam_sides(places_i, seams),
         seam_sides(places_j, seams),
         crossed,
-        mask_value,
+        logits_of(mask_value, LOG2),
         mask_ptr,
         number,
         REGIONS,
         HAS_MASK,
         WINDOW,
+        LOG2,
     )
     N: tl.constexpr = WINDOW[0] * WINDOW[1] * WINDOW[2]
-    p = tl.exp2((s - top[:, None]) * LOG2_E) * share[:, None]
+    p = exponential(s - top[:, None], LOG2) * share[:, None]
     dp = tl.dot(do, tl.trans(v), input_precision=PRECISION)
     weights = p
     if DROPOUT_THRESHOLD > 0:

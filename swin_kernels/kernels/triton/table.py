@@ -3,7 +3,7 @@
 import triton
 import triton.language as tl
 
-from swin_kernels.kernels.triton.tile import DENSE_BIAS, INDEXED_BIAS, TABLE_BIAS
+from swin_kernels.kernels.triton.tile import DENSE_BIAS, INDEXED_BIAS, TABLE_BIAS, logits_of
 from swin_kernels.kernels.triton.window import geometric_row, token_places
 
 
@@ -16,12 +16,13 @@ def _spread_bias_kernel(
     table_rows,
     WINDOW: tl.constexpr,
     BIAS: tl.constexpr,
+    LOG2: tl.constexpr,
     SPREAD: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     """Bias of any kind as tiles want it: (H, SPREAD, SPREAD) fp32, SPREAD a multiple of all blocks.
 
-    In fp32, −inf for keys beyond the window. A program has BLOCK pairs of one head.
+    In the units of logits, −inf for keys beyond the window. A program has BLOCK pairs of one head.
     """
     N: tl.constexpr = WINDOW[0] * WINDOW[1] * WINDOW[2]
     head = tl.program_id(0) % heads
@@ -41,7 +42,7 @@ def _spread_bias_kernel(
         value = tl.load(bias_ptr + row * heads + head, mask=inside & known, other=0.0)
         # only the device sees an index that the table lacks: let the user see it too
         value = tl.where(inside & ~known, float("nan"), value.to(tl.float32))
-    value = tl.where(j < N, value, float("-inf"))
+    value = tl.where(j < N, logits_of(value, LOG2), float("-inf"))
     start = spread_ptr + head.to(tl.int64) * (SPREAD * SPREAD)
     tl.store(start + pair, value, mask=pair < SPREAD * SPREAD)
 

@@ -1,8 +1,8 @@
 """Tiles of tokens and of logits, as device code: what the forward and backward kernels share.
 
-Differences of logits are brought to units of log2 for exp2, and not logits themselves: at −100 they
-would be rounded more. Strides are tuples of (image, axis 0, axis 1,
-axis 2, head, channel), in elements.
+Logits are in units of log2 for exp2 where tokens have half precision (LOG2); of fp32 tokens only
+their differences are: at −100 logits would be rounded more than such tokens allow. Strides are
+tuples of (image, axis 0, axis 1, axis 2, head, channel), in elements.
 """
 
 import triton
@@ -21,6 +21,18 @@ INDEXED_BIAS = tl.constexpr(3)  # (T, H), by an index (N, N)
 
 
 @triton.jit
+def logits_of(x, LOG2: tl.constexpr):
+    """What is added to logits, or multiplies products to them, in their units."""
+    return x * LOG2_E if LOG2 else x
+
+
+@triton.jit
+def exponential(difference, LOG2: tl.constexpr):
+    """exp of differences of logits."""
+    return tl.exp2(difference if LOG2 else difference * LOG2_E)
+
+
+@triton.jit
 def _pointers(ptr, first, image, head, positions, d, strides, ALIGNED: tl.constexpr):
     # 64 bits to find one head of one image, as a batch may hold more than 2^31 elements
     start = image.to(tl.int64) * strides[0] + head.to(tl.int64) * strides[4] + first
@@ -28,7 +40,7 @@ def _pointers(ptr, first, image, head, positions, d, strides, ALIGNED: tl.conste
     # Triton sees by itself that 16 divides a stride, but not that 2, 4 or 8 do
     start, rows = tl.multiple_of(start, ALIGNED), tl.multiple_of(rows, ALIGNED)
     columns = d.to(positions[0].dtype) * strides[5]  # 64 bits where positions have them
-    return ptr + start + rows[:, None] + columns[None, :]
+    return ptr + start + (rows[:, None] + columns[None, :])
 
 
 @triton.jit
@@ -107,7 +119,11 @@ def to_unit(x):
     """x/max(‖x‖, ε) in the dtype of x, and the clamped norm: (BLOCK, BLOCK_DIM) and (BLOCK,)."""
     wide = x.to(tl.float32)
     norm = tl.maximum(tl.sqrt_rn(tl.sum(wide * wide, 1)), NORM_CLAMP)
-    return (wide / norm[:, None]).to(x.dtype), norm
+    if x.dtype == tl.float32:
+        unit = wide / norm[:, None]
+    else:  # a division for each row, and not for each channel: far below what is rounded then
+        unit = (wide * (1.0 / norm)[:, None]).to(x.dtype)
+    return unit, norm
 
 
 @triton.jit
@@ -119,7 +135,7 @@ def through_unit(grad, factor, unit, norm, dtype: tl.constexpr):
     unit = unit.to(tl.float32)
     radial = tl.sum(unit * grad, 1)
     clamped = norm <= NORM_CLAMP
-    grad = (grad - unit * tl.where(clamped, 0.0, radial)[:, None]) * factor / norm[:, None]
+    grad = (grad - unit * tl.where(clamped, 0.0, radial)[:, None]) * (factor / norm)[:, None]
     if dtype == tl.float16:
         held = tl.minimum(tl.maximum(grad, -65504.0), 65504.0)
         grad = tl.where(clamped[:, None], held, grad)
@@ -139,6 +155,7 @@ def bias_tile(
     places_j,
     BIAS: tl.constexpr,
     WINDOW: tl.constexpr,
+    LOG2: tl.constexpr,
 ):
     """(BLOCK_M, BLOCK_N) to add to the logits of one head: −inf for keys beyond the window."""
     N: tl.constexpr = WINDOW[0] * WINDOW[1] * WINDOW[2]
@@ -160,7 +177,7 @@ def bias_tile(
         value = tl.load(bias_ptr + row * heads + head, mask=inside & known, other=0.0)
         # only the device sees an index that the table lacks: let the user see it too
         bias = tl.where(inside & ~known, float("nan"), value.to(tl.float32))
-    return tl.where((j < N)[None, :], bias, float("-inf"))
+    return tl.where((j < N)[None, :], logits_of(bias, LOG2), float("-inf"))
 
 
 @triton.jit
@@ -216,13 +233,14 @@ def add_masks(
     REGIONS: tl.constexpr,
     HAS_MASK: tl.constexpr,
     WINDOW: tl.constexpr,
+    LOG2: tl.constexpr,
 ):
     """Logits plus the shift mask, computed only where a window holds two regions, and `mask`.
 
     What is masked by −100 twice is summed first: a row that is masked whole is rounded there.
     """
     if HAS_MASK:
-        mask = mask_tile(mask_ptr, number, i, j, WINDOW)
+        mask = logits_of(mask_tile(mask_ptr, number, i, j, WINDOW), LOG2)
         if REGIONS[0] or REGIONS[1] or REGIONS[2]:
             if crossed != 0:
                 mask += shift_mask_tile(sides_i, sides_j, crossed, mask_value)

@@ -52,3 +52,14 @@ class Tokens(NamedTuple):
 def alignment(tokens: Iterable[Tokens]) -> int:
     """The largest power of two, up to 16, that divides where every head of every token begins."""
     return math.gcd(16, *(n for t in tokens for n in (*t.strides[:-1], t.start)))
+
+
+def divisor(n: int) -> tuple[int, int]:
+    """A factor, as the bits of a signed number, and a shift: x // n = (2x·factor >> 32) >> shift.
+
+    For 0 ≤ x < 2³¹ (Granlund & Montgomery, "Division by invariant integers using multiplication",
+    1994, theorem 4.2).
+    """
+    shift = (n - 1).bit_length()
+    factor = -(-(1 << (31 + shift)) // n)
+    return factor - (1 << 32), shift
