@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import os
+import time
 
 import pytest
 import torch
@@ -25,6 +26,7 @@ from benchmarks.models import COMPILED_FACTOR, check_errors
 from benchmarks.models import Outcome as Logits
 from benchmarks.providers import ours
 from benchmarks.timing import Gate, Inputs, Loop, Replayed, make_inputs
+from swin_kernels.kernels.triton import direct
 from swin_kernels.kernels.triton.backend import INTERPRETED
 from swin_kernels.ops.dispatch import choose
 from swin_kernels.problem import Operands, Problem
@@ -247,6 +249,38 @@ def test_tensors_of_another_device_than_the_current_one(device):
     case = CASES["whole"]
     inputs = inputs_of(case, other)
     Gate(case, other, inputs).check(ours(case, other), 2.0)
+
+
+def test_a_repeated_forward_costs_ten_microseconds_more_than_its_launch(device, monkeypatch):
+    """Wall clock of calls that nothing waits for, against that of the bare launches."""
+    case = packed(*sized((14, 7, 3), (6, 3, 1)), batch=1)
+    qkv, table, _ = inputs_of(case, device).plain
+    attend = ours(case, device)
+    if REHEARSED:
+        monkeypatch.setattr(direct, "DEVICES", ("cpu",))
+        monkeypatch.setattr(direct, "on_device", lambda device: contextlib.nullcontext())
+        monkeypatch.setattr(direct, "current_stream", lambda device: None)
+    direct.forget()
+    attend(qkv, table, None)
+    (ready,) = direct._ready.values()
+    tensors = (*Operands(qkv, bias_table=table), attend(qkv, table, None))
+    pointers = [None if place is None else tensors[place] for place in ready.places]
+    stream = direct.current_stream(device.device)
+
+    def fastest(function) -> float:
+        times, calls = [], sized(200, 1)
+        for _ in range(sized(20, 1)):
+            device.wait()
+            start = time.perf_counter()
+            for _ in range(calls):
+                function()
+            times.append((time.perf_counter() - start) / calls)
+        return min(times)
+
+    launched = fastest(lambda: ready.launch.start(pointers, stream))
+    called = fastest(lambda: attend(qkv, table, None))
+    print(f"a launch takes {launched * 1e6:.1f} µs, a call {called * 1e6:.1f} µs")
+    assert called - launched < sized(10e-6, 1.0)
 
 
 @cases

@@ -7,6 +7,7 @@ import time
 
 import pytest
 import torch
+from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from swin_kernels import shifted_window_attention, shifted_window_attention_qkvpacked
@@ -140,6 +141,21 @@ class Listening(TorchDispatchMode):
         return function(*args, **(kwargs or {}))
 
 
+class ListeningToFunctions(TorchFunctionMode):
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning")
+def test_an_output_is_never_a_constant_of_a_trace(driver, ran):
+    """TorchScript knows no lists of bools, as the op has: an error, and nothing wrong."""
+    qkv = packed()
+    attend(qkv)
+    with pytest.raises(RuntimeError, match="Tracing a list of bool"):
+        torch.jit.trace(attend, qkv, check_trace=False)
+    assert not ran
+
+
 def test_what_would_see_the_op_gets_it(driver, ran):
     qkv = packed()
     attend(qkv)
@@ -150,6 +166,8 @@ def test_what_would_see_the_op_gets_it(driver, ran):
     with torch.profiler.profile():
         attend(qkv)
     with Listening():
+        attend(qkv)
+    with ListeningToFunctions():
         attend(qkv)
     assert not ran
     with torch.no_grad():

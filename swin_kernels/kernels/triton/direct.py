@@ -2,7 +2,7 @@
 
 What a launch depends on of its operands is their facts; where those, and the options, are what a
 call had that was checked and ran, the same launch is right. Only in plain eager calls on a GPU that
-want no gradient: nothing there would see the op (no mode, transform, autocast, profiler, tracing).
+want no gradient: nothing there would see the op (no mode, transform, autocast, profiler, trace).
 """
 
 from __future__ import annotations
@@ -55,6 +55,8 @@ def key_of(operands: Operands, backend: str | None, options: Mapping[str, Any]) 
         device not in DEVICES
         or torch.is_autocast_enabled(device)
         or torch._C._len_torch_dispatch_stack() > 0
+        or torch._C._len_torch_function_stack() > 0
+        or torch._C._is_tracing()
         or torch._C._are_functorch_transforms_active()
         or forward_ad._current_level >= 0
         or torch.autograd._profiler_enabled()
