@@ -1,12 +1,14 @@
 #!/usr/bin/env python3
-"""One run on a GPU, with the Python that runs this: the tests, then the benchmark.
+"""One run on a GPU, with the Python that runs this: the tests, the benchmark, the counters.
 
-    .ci/gpu.py [--seconds 570] [--rehearse]
+    .ci/gpu.py [--seconds 570] [--tune] [--rehearse]
 
 Nothing is fetched, built or installed. While the tests run, other processes compile what the
 benchmark will need. Logs and rows go to benchmarks/results, and to the folder OUT names, if it
 does. A failure of the tests does not keep the benchmark from running; the exit code tells of both.
-`--rehearse` goes through the same steps without a GPU, on toy sizes.
+The counters are Nsight Compute's; without it a line says so. `--tune` times layouts instead, for
+the whole time, into benchmarks/results/gpu-tuned.json. `--rehearse` goes through the same steps
+without a GPU, on toy sizes.
 """
 
 from __future__ import annotations
@@ -27,6 +29,7 @@ TEST_SHARE = 0.5  # of the seconds, at most
 TEST_PROCESSES = 6
 WARM_PROCESSES = 8
 SHOWN_LINES = 10, 130  # of the logs of the tests and of the benchmark, which ends with its tables
+COUNTERS = 75  # seconds for them, at the end
 MARGIN = 15  # seconds for the end of processes and for copies
 
 
@@ -50,13 +53,14 @@ class Session:
     def left(self) -> float:
         return self.ends - time.monotonic()
 
-    def benchmark(self, *arguments: str) -> list[str]:
-        """The command line of the benchmark."""
+    def command(self, module: str, *arguments: str) -> list[str]:
+        """The command line of a module."""
         if self.rehearse:
-            start = [sys.executable, "tests/interpreted.py", "benchmarks.gpu", "--rehearse"]
-        else:
-            start = [sys.executable, "-m", "benchmarks.gpu"]
-        return [*start, *arguments]
+            return [sys.executable, "tests/interpreted.py", module, "--rehearse", *arguments]
+        return [sys.executable, "-m", module, *arguments]
+
+    def benchmark(self, *arguments: str) -> list[str]:
+        return self.command("benchmarks.gpu", *arguments)
 
     def start(self, command: list[str], log: Path, **more: str) -> subprocess.Popen:
         """A process with a session of its own, so that its children end with it."""
@@ -104,9 +108,11 @@ class Session:
         if self.out is None:
             return
         self.out.mkdir(parents=True, exist_ok=True)
-        for path in RESULTS.glob("gpu-*"):
+        for path in RESULTS.rglob("gpu-*"):
             if path.stat().st_mtime >= self.started - 1:
-                shutil.copy(path, self.out / path.name)
+                copy = self.out / path.relative_to(RESULTS)
+                copy.parent.mkdir(parents=True, exist_ok=True)
+                shutil.copy(path, copy)
 
 
 def show(log: Path, lines: int) -> None:
@@ -159,17 +165,42 @@ def run(session: Session) -> int:
     print(f"warm after {session.left():.0f} s before the end", flush=True)
     rows = rows_file(session)
     code, attempts = TRY_AGAIN, 0
-    while (code == TRY_AGAIN or code < 0) and attempts < 4 and session.left() > 2 * MARGIN:
-        arguments = ["--budget", f"{session.left() - MARGIN:.0f}", "--csv", str(rows)]
+    while (
+        (code == TRY_AGAIN or code < 0) and attempts < 4 and session.left() > 2 * MARGIN + COUNTERS
+    ):
+        budget = session.left() - MARGIN - COUNTERS
+        arguments = ["--budget", f"{budget:.0f}", "--csv", str(rows)]
         if attempts:
             arguments.append("--resume")
         process = session.start(session.benchmark(*arguments), bench_log)
-        code = session.wait(process, session.left() - MARGIN / 2)
+        code = session.wait(process, budget + MARGIN / 2)
         attempts += 1
     show(bench_log, SHOWN_LINES[1])
+    count(session)
     session.copy()
     print(f"tests: exit code {test_code}; benchmark: exit code {code}", flush=True)
     return 1 if test_code or code else 0
+
+
+def count(session: Session) -> None:
+    """What Nsight Compute counts; where it is missing or refused, that is no failure."""
+    log = fresh("gpu-counters.log")
+    process = session.start(session.command("benchmarks.counters"), log)
+    code = session.wait(process, session.left() - MARGIN / 2)
+    show(log, SHOWN_LINES[0])
+    print(f"counters: exit code {code}", flush=True)
+
+
+def tune(session: Session) -> int:
+    """Layouts, timed for as long as there is time."""
+    log, table = fresh("gpu-tune.log"), RESULTS / "gpu-tuned.json"
+    arguments = ["--budget", f"{session.left() - 2 * MARGIN:.0f}", "--out", str(table)]
+    process = session.start(session.command("benchmarks.tune", *arguments), log)
+    code = session.wait(process, session.left() - MARGIN / 2)
+    session.copy()
+    show(log, SHOWN_LINES[1])
+    print(f"tuning: exit code {code}; {table.relative_to(ROOT)} is for the package", flush=True)
+    return code
 
 
 def rows_file(session: Session) -> Path:
@@ -198,10 +229,11 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--seconds", type=float, default=570, help="for all of it")
     parser.add_argument("--rehearse", action="store_true", help="toy sizes on a CPU")
+    parser.add_argument("--tune", action="store_true", help="time layouts, and nothing else")
     options = parser.parse_args()
     session = Session(options.seconds, options.rehearse)
     try:
-        return run(session)
+        return tune(session) if options.tune else run(session)
     finally:
         session.copy()
 

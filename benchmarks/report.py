@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from benchmarks import models
+from benchmarks import counters, models
 from benchmarks.cases import cpu_cases, other_cases, other_cpu_cases, swin_cases
 from benchmarks.plots import (
     IMAGES,
@@ -219,15 +219,31 @@ def section(source: Measured) -> str:
     return "\n".join(lines)
 
 
+def counted_in(folder: Path) -> Iterator[str]:
+    """What a profiler counted, a section a file."""
+    for path in sorted(folder.glob("*.csv")):
+        rows, facts = counters.read(path)
+        header, lines = counters.table_of(rows)
+        yield f"## Counted by Nsight Compute: {facts['machine']}, {facts['date']}\n"
+        yield _filled(
+            f"`python -m benchmarks.counters`, commit {facts['commit']}, torch {facts['torch']}, "
+            f"triton {facts['triton']}; each launch once, at the clocks as they were. Rows: "
+            f"[{path.name}](../benchmarks/results/counters/{path.name}).\n"
+        )
+        table = [header, ["---"] * len(header), *lines]
+        yield "\n" + "\n".join(f"| {' | '.join(line)} |" for line in table) + "\n"
+
+
 def sources_in(folder: Path) -> list[Measured]:
     """Files that have rows, those of a rehearsal left out."""
     paths = (p for p in sorted(folder.glob("*.csv")) if not p.name.startswith("gpu-none"))
     return [source for source in map(measured, paths) if source.rows]
 
 
-def page(sources: Sequence[Measured]) -> str:
+def page(sources: Sequence[Measured], counted: Iterable[str] = ()) -> str:
     on_gpu = any(source.path.name.startswith("gpu") for source in sources)
     sections = [section(source) for source in sources] or ["No rows are kept yet.\n"]
+    sections += counted
     return string.Template(TEMPLATE.read_text()).substitute(
         measured="\n".join(sections).rstrip("\n"),
         no_gpu="" if on_gpu else NO_GPU,
@@ -239,7 +255,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.parse_args(arguments)
     sources = sources_in(RESULTS)
-    PAGE.write_text(page(sources))
+    PAGE.write_text(page(sources, counted_in(counters.COUNTED)))
     drawn = draw([source.path for source in sources], IMAGES)
     for path in set(IMAGES.glob("*.png")) - set(drawn):
         path.unlink()

@@ -9,7 +9,7 @@ import pytest
 pytest.importorskip("matplotlib")
 image_files = pytest.importorskip("PIL.Image", reason="matplotlib brings it")
 
-from benchmarks import plots, report
+from benchmarks import counters, plots, report
 from benchmarks.rows import Book, Row
 from benchmarks.sweeps import sweeps
 
@@ -77,10 +77,22 @@ def resolution(tmp_path):
 # the page
 
 
+def test_counters_have_a_section_of_their_own(tmp_path):
+    rows = [
+        counters.Counted("T1 shift 3", "forward", "_whole_window_fwd_kernel", 81.25, 61.0, 231e6),
+        counters.Counted("T1 shift 3", "backward", "_whole_window_bwd_kernel", stalls="wait 2.00"),
+    ]
+    counters.write(tmp_path / "gpu-a.csv", rows, FACTS)
+    page = report.page([], report.counted_in(tmp_path))
+    start = page.index("## Counted by Nsight Compute: A CPU, 2 threads, avx2, 2000-01-01")
+    assert "| T1 shift 3 | forward | _whole_window_fwd_kernel | 81.2 | 61 % | 231 |" in page[start:]
+    assert "| – | – | – | – | – | – | – | – | wait 2.00 |" in page[start:]
+
+
 def test_page_is_what_the_generator_writes():
-    assert report.PAGE.read_text() == report.page(report.sources_in(report.RESULTS)), (
-        "run `python -m benchmarks.report`"
-    )
+    assert report.PAGE.read_text() == report.page(
+        report.sources_in(report.RESULTS), report.counted_in(counters.COUNTED)
+    ), "run `python -m benchmarks.report`"
 
 
 def test_figures_of_the_page_are_drawn_from_the_rows_that_are_kept():

@@ -344,26 +344,44 @@ def driver(tmp_path, monkeypatch):
 def test_driver_goes_on_after_failed_tests_and_a_lost_device(driver, tmp_path, monkeypatch, capsys):
     asked = []
 
-    def benchmark(self, *arguments):
+    def command(self, module, *arguments):
+        if module == "benchmarks.counters":
+            return [sys.executable, "-c", "print('counted')"]
         asked.append(arguments)
         code = {2: gpu.TRY_AGAIN, 3: 0}.get(len(asked), 0)  # the first call is the one that warms
         return [sys.executable, "-c", f"print('row'); raise SystemExit({code})"]
 
-    monkeypatch.setattr(driver.Session, "benchmark", benchmark)
+    monkeypatch.setattr(driver.Session, "command", command)
     failing = [sys.executable, "-c", "print('1 failed'); raise SystemExit(1)"]
     monkeypatch.setattr(driver, "test_command", lambda rehearse, part: failing)
     assert driver.run(driver.Session(300, rehearse=True)) == 1
     assert [a[0] for a in asked] == ["--warm", "--budget", "--budget"]
     assert asked[1][-1].endswith("gpu-x.csv")
     assert asked[2][-1] == "--resume"
-    assert "tests: exit code 1; benchmark: exit code 0" in capsys.readouterr().out
+    told = capsys.readouterr().out
+    assert "tests: exit code 1; benchmark: exit code 0" in told
+    assert "counted\ncounters: exit code 0" in told
     written = {path.name for path in (tmp_path / "out").iterdir()}
     assert written == {
         "gpu-warm.log",
         "gpu-tests-0.log",
         "gpu-tests-1.log",
         "gpu-benchmark.log",
+        "gpu-counters.log",
     }
+
+
+def test_driver_tunes_for_its_whole_time_and_keeps_the_table(driver, tmp_path, monkeypatch, capsys):
+    def command(self, module, *arguments):
+        assert module == "benchmarks.tune"
+        assert 200 < float(arguments[arguments.index("--budget") + 1]) < 300
+        path = arguments[arguments.index("--out") + 1]
+        return [sys.executable, "-c", f"open({path!r}, 'w').write('{{}}')"]
+
+    monkeypatch.setattr(driver.Session, "command", command)
+    assert driver.tune(driver.Session(300, rehearse=True)) == 0
+    assert "gpu-tuned.json is for the package" in capsys.readouterr().out
+    assert (tmp_path / "out" / "gpu-tuned.json").read_text() == "{}"
 
 
 def test_driver_ends_what_outlasts_its_time(driver):
@@ -381,10 +399,12 @@ def test_driver_commands_name_what_is_there(driver):
     assert command[-4:] == ["--part", "1/4", "--device", "cuda"]
     assert (ROOT / driver.test_command(rehearse=True, part="0/2")[-1]).exists()
     assert (ROOT / driver.Session(100, rehearse=True).benchmark()[1]).exists()
+    for module in ("benchmarks.counters", "benchmarks.tune"):
+        assert importlib.util.find_spec(session.command(module)[2]) is not None
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="is about machines without a GPU")
-@pytest.mark.parametrize("module", ["benchmarks.gpu", "benchmarks.tune"])
+@pytest.mark.parametrize("module", ["benchmarks.gpu", "benchmarks.tune", "benchmarks.counters"])
 def test_without_a_gpu_there_is_one_line_and_exit_code_2(module):
     command = [sys.executable, "-m", module]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
