@@ -164,10 +164,8 @@ def run(session: Session) -> int:
             session.stop(process)
     print(f"warm after {session.left():.0f} s before the end", flush=True)
     rows = rows_file(session)
-    code, attempts = TRY_AGAIN, 0
-    while (
-        (code == TRY_AGAIN or code < 0) and attempts < 4 and session.left() > 2 * MARGIN + COUNTERS
-    ):
+    code, attempts, least = TRY_AGAIN, 0, 2 * MARGIN + COUNTERS
+    while (code == TRY_AGAIN or code < 0) and attempts < 4 and session.left() > least:
         budget = session.left() - MARGIN - COUNTERS
         arguments = ["--budget", f"{budget:.0f}", "--csv", str(rows)]
         if attempts:
@@ -176,13 +174,13 @@ def run(session: Session) -> int:
         code = session.wait(process, budget + MARGIN / 2)
         attempts += 1
     show(bench_log, SHOWN_LINES[1])
-    count(session)
+    take_counters(session)
     session.copy()
     print(f"tests: exit code {test_code}; benchmark: exit code {code}", flush=True)
     return 1 if test_code or code else 0
 
 
-def count(session: Session) -> None:
+def take_counters(session: Session) -> None:
     """What Nsight Compute counts; where it is missing or refused, that is no failure."""
     log = fresh("gpu-counters.log")
     process = session.start(session.command("benchmarks.counters"), log)
