@@ -183,11 +183,11 @@ def _whole_backward(shape: Shape, gpu: Gpu) -> Config:
     warps = block // 16
     roomy = gpu.multiplies_from_shared
     if shape.fp32:
-        plain = not (shape.cosine or shape.fills_padding or shape.scattered)
-        crowded = shape.scattered or (shape.fills_padding and not roomy)
+        hopper = gpu.arch.startswith("sm_9")
+        crowded = shape.scattered or shape.fills_padding or (shape.cosine and hopper)
         if crowded and gpu.warp_size == 32 and not shape.tf32:
             warps *= 4
-        elif not (plain and shape.tf32 and gpu.arch.startswith("sm_9")):
+        elif shape.cosine or shape.scattered or not (shape.tf32 and hopper):
             warps *= 2
         stages = 1
     else:
@@ -208,6 +208,8 @@ def _tiled(kernel: str, shape: Shape, gpu: Gpu) -> Config:
         gpu.shared_memory < 128 * KB or (shape.explicit_mask and shape.fills_padding)
     )
     stages = 1 if shape.fp32 or kernel == "dbias" or full else 2
+    if kernel == "tiled_forward" and shape.largest_block == 64 and gpu.arch.startswith("sm_8"):
+        stages = 2
     crowded = shape.fp32 or shape.dropout or (shape.cosine and adds)
     if kernel == "tiled_forward" and not shape.fp32:
         block, warps = 64, 8 if crowded or widest else 4
@@ -244,27 +246,30 @@ def _registers(kernel: str, shape: Shape, gpu: Gpu) -> int:
     if kernel == "forward":
         free = shape.fp32 or shape.dropout or shape.largest_block > 32
         free = free or (shape.cosine and not shape.explicit_mask)
-        return 200 if data_center and not free else 0
+        return 224 if data_center and not free else 0
     if kernel == "backward":
         if shape.fp32:
             if shape.tf32:
                 limited = shape.cosine or shape.fills_padding
             else:
-                consumer = shape.cosine and gpu.arch.startswith("sm_12")
-                limited = not (shape.fills_padding or shape.scattered or consumer)
+                cosine = shape.cosine and gpu.arch.startswith(("sm_9", "sm_12"))
+                limited = not (shape.fills_padding or shape.scattered or cosine)
             return 255 if limited else 0
         return 255 if data_center or shape.scattered else 0
     if shape.fp32:
         if kernel in ("dkv", "dbias"):
-            return 255
-        limited = gpu.arch.startswith("sm_8") and not shape.tf32
+            consumer = kernel == "dbias" and shape.dropout and gpu.arch.startswith("sm_12")
+            return 0 if consumer else 255
+        older = gpu.arch.startswith("sm_8")
         if kernel == "tiled_forward":
-            return 128 if limited and shape.largest_block <= 64 and not shape.dropout else 0
+            return 0 if older or shape.tf32 else 128
+        limited = (older or shape.scattered) and not shape.tf32
         return 128 if limited and shape.largest_block <= 32 and not shape.cosine else 0
     if kernel == "tiled_forward":
         return 255 if gpu.arch.startswith("sm_8") and shape.largest_block == 64 else 0
     if kernel == "dkv":
-        return 255 if gpu.arch.startswith(("sm_10", "sm_12")) or shape.dropout else 0
+        adds = shape.explicit_mask and shape.fills_padding
+        return 255 if gpu.arch.startswith(("sm_10", "sm_12")) or shape.dropout or adds else 0
     if kernel == "dbias":
         return 255 if data_center or gpu.arch.startswith("sm_8") else 0
     return 255 if data_center and shape.odd else 0
