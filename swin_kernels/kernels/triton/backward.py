@@ -182,7 +182,7 @@ def _whole_window_bwd_kernel(
                 n,
                 n,
                 sides,
-                sides,
+                None,
                 seams_crossed(place, counts, REGIONS),
                 mask_value,
                 mask_ptr,

@@ -31,6 +31,7 @@ def _tiled_dbias_kernel(
     pad_value_ptr,
     logit_scale_ptr,
     seed_ptr,
+    sides_ptr,
     bias_sums_ptr,
     grad_out_strides,
     query_strides,
@@ -44,7 +45,6 @@ def _tiled_dbias_kernel(
     shifts,
     periods,
     rolls,
-    seams,
     windows,
     windows_per_program,
     heads,
@@ -58,6 +58,7 @@ def _tiled_dbias_kernel(
     PLANES: tl.constexpr,
     WIDE: tl.constexpr,
     ALIGNED: tl.constexpr,
+    SHARED_STRIDES: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     SPREAD: tl.constexpr,
     HAS_MASK: tl.constexpr,
@@ -87,6 +88,9 @@ def _tiled_dbias_kernel(
 
     i = tile_row * BLOCK_M + tl.arange(0, BLOCK_M)
     j = column * BLOCK_N + tl.arange(0, BLOCK_N)
+    if SHARED_STRIDES:
+        key_strides = query_strides
+        value_strides = query_strides
     places_i = token_places(i, WINDOW)
     places_j = token_places(j, WINDOW)
     factor = scale
@@ -136,8 +140,8 @@ def _tiled_dbias_kernel(
         if HAS_PAD_VALUE:
             v = fill_padding(v, padding, pad_value_ptr, head, VALUE_DIM, BLOCK_DV)
         if COSINE:
-            q, _ = to_unit(q)
-            k, _ = to_unit(k)
+            q = to_unit(q)[0]
+            k = to_unit(k)[0]
         _, ds, _, _ = tile_gradients(
             q,
             k,
@@ -152,16 +156,14 @@ def _tiled_dbias_kernel(
             heads,
             i,
             j,
-            places_i,
-            places_j,
             crossed,
-            seams,
             factor,
             mask_value,
             kept_factor,
             bias_ptr,
             mask_ptr,
             seed_ptr,
+            sides_ptr,
             WINDOW,
             REGIONS,
             HAS_BIAS,

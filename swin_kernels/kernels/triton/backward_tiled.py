@@ -24,6 +24,7 @@ from swin_kernels.kernels.triton.tile import (
 )
 from swin_kernels.kernels.triton.window import (
     seams_crossed,
+    tile_of,
     token_places,
     token_positions,
     window_place,
@@ -44,6 +45,7 @@ def _tiled_dq_kernel(
     pad_value_ptr,
     logit_scale_ptr,
     seed_ptr,
+    sides_ptr,
     grad_query_ptr,
     delta_ptr,
     logit_scale_sums_ptr,
@@ -61,8 +63,9 @@ def _tiled_dq_kernel(
     shifts,
     periods,
     rolls,
-    seams,
     heads,
+    windows,
+    windows_at_once,
     scale,
     mask_value,
     kept_factor,
@@ -73,6 +76,7 @@ def _tiled_dq_kernel(
     PLANES: tl.constexpr,
     WIDE: tl.constexpr,
     ALIGNED: tl.constexpr,
+    SHARED_STRIDES: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     SPREAD: tl.constexpr,
     HAS_MASK: tl.constexpr,
@@ -92,9 +96,10 @@ def _tiled_dq_kernel(
 ):
     N: tl.constexpr = WINDOW[0] * WINDOW[1] * WINDOW[2]
     TILES: tl.constexpr = (N + BLOCK_M - 1) // BLOCK_M
-    tile = tl.program_id(0) % TILES
-    head = tl.program_id(0) // TILES % heads
-    window = tl.program_id(0) // TILES // heads
+    tile, head, window = tile_of(tl.program_id(0), heads, windows, windows_at_once, TILES)
+    if SHARED_STRIDES:
+        key_strides = query_strides
+        value_strides = query_strides
     image, number, place = window_place(window, counts, factors, shifts, PLANES)
     crossed = seams_crossed(place, counts, REGIONS)
 
@@ -149,7 +154,7 @@ def _tiled_dq_kernel(
         if HAS_PAD_VALUE:
             v = fill_padding(v, padding, pad_value_ptr, head, VALUE_DIM, BLOCK_DV)
         if COSINE:
-            k, _ = to_unit(k)
+            k = to_unit(k)[0]
         _, ds, p, products = tile_gradients(
             q,
             k,
@@ -164,16 +169,14 @@ def _tiled_dq_kernel(
             heads,
             i,
             j,
-            places_i,
-            places_j,
             crossed,
-            seams,
             factor,
             mask_value,
             kept_factor,
             bias_ptr,
             mask_ptr,
             seed_ptr,
+            sides_ptr,
             WINDOW,
             REGIONS,
             HAS_BIAS,
@@ -192,7 +195,7 @@ def _tiled_dq_kernel(
         dq, radial = through_unit(dq, factor, q, q_norm, query_ptr.dtype.element_ty)
         # rows of dS sum to zero but for the rounding of `out` in Δ, which a large scale would show
         radial -= left * cosines
-        tl.store(logit_scale_sums_ptr + tl.program_id(0), tl.sum(radial, 0))
+        tl.store(logit_scale_sums_ptr + (window * heads + head) * TILES + tile, tl.sum(radial, 0))
     else:
         dq *= factor
     store_tokens(
@@ -224,6 +227,7 @@ def _tiled_dkv_kernel(
     pad_value_ptr,
     logit_scale_ptr,
     seed_ptr,
+    sides_ptr,
     grad_key_ptr,
     grad_value_ptr,
     pad_key_sums_ptr,
@@ -244,8 +248,9 @@ def _tiled_dkv_kernel(
     shifts,
     periods,
     rolls,
-    seams,
     heads,
+    windows,
+    windows_at_once,
     scale,
     mask_value,
     kept_factor,
@@ -256,6 +261,7 @@ def _tiled_dkv_kernel(
     PLANES: tl.constexpr,
     WIDE: tl.constexpr,
     ALIGNED: tl.constexpr,
+    SHARED_STRIDES: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     SPREAD: tl.constexpr,
     HAS_MASK: tl.constexpr,
@@ -277,9 +283,10 @@ def _tiled_dkv_kernel(
 ):
     N: tl.constexpr = WINDOW[0] * WINDOW[1] * WINDOW[2]
     TILES: tl.constexpr = (N + BLOCK_N - 1) // BLOCK_N
-    tile = tl.program_id(0) % TILES
-    head = tl.program_id(0) // TILES % heads
-    window = tl.program_id(0) // TILES // heads
+    tile, head, window = tile_of(tl.program_id(0), heads, windows, windows_at_once, TILES)
+    if SHARED_STRIDES:
+        key_strides = query_strides
+        value_strides = query_strides
     image, number, place = window_place(window, counts, factors, shifts, PLANES)
     crossed = seams_crossed(place, counts, REGIONS)
 
@@ -324,7 +331,7 @@ def _tiled_dkv_kernel(
         top, share = load_stats(stats_ptr, row, i, N)
         delta = tl.load(delta_ptr + row + i, mask=i < N, other=0.0)
         if COSINE:
-            q, _ = to_unit(q)
+            q = to_unit(q)[0]
         weights, ds, _, _ = tile_gradients(
             q,
             k,
@@ -339,16 +346,14 @@ def _tiled_dkv_kernel(
             heads,
             i,
             j,
-            places_i,
-            places_j,
             crossed,
-            seams,
             factor,
             mask_value,
             kept_factor,
             bias_ptr,
             mask_ptr,
             seed_ptr,
+            sides_ptr,
             WINDOW,
             REGIONS,
             HAS_BIAS,
@@ -365,12 +370,11 @@ def _tiled_dkv_kernel(
         dk, _ = through_unit(dk, factor, k, k_norm, query_ptr.dtype.element_ty)
     else:
         dk *= factor
+    share_row = (window * heads + head) * TILES + tile
     if NEEDS_PAD_KEY:
-        store_partial(pad_key_sums_ptr, tl.program_id(0), sum_over(padding, dk), HEAD_DIM, BLOCK_D)
+        store_partial(pad_key_sums_ptr, share_row, sum_over(padding, dk), HEAD_DIM, BLOCK_D)
     if NEEDS_PAD_VALUE:
-        store_partial(
-            pad_value_sums_ptr, tl.program_id(0), sum_over(padding, dv), VALUE_DIM, BLOCK_DV
-        )
+        store_partial(pad_value_sums_ptr, share_row, sum_over(padding, dv), VALUE_DIM, BLOCK_DV)
     store_tokens(
         grad_key_ptr,
         grad_key_start,

@@ -209,30 +209,43 @@ def whole_bias(call: Call) -> tuple[dict[str, str | None], dict[str, Any]]:
 def tiled_bias(
     call: Call, buffers: dict[str, Buffer]
 ) -> tuple[list[Step], dict[str, str | None], dict[str, Any]]:
-    """Spreads a bias for kernels that load tiles of it: the launch, pointers, numbers."""
-    tokens = call.grid.tokens
+    """Lays out bias and seams for kernels that load tiles: the launch, pointers, numbers."""
+    tokens, geometry = call.grid.tokens, _geometry(call)
     spread = -(-tokens // LARGEST_BLOCK) * LARGEST_BLOCK
-    numbers = {"HAS_BIAS": call.bias != "none", "SPREAD": spread}
-    if call.bias == "none":
-        return [], {"bias_ptr": None}, numbers
-    buffers["spread_bias"] = Buffer((call.heads, spread, spread), torch.float32)
+    biased, regions = call.bias != "none", any(geometry["REGIONS"])
+    numbers = {
+        "HAS_BIAS": biased,
+        "SPREAD": spread,
+        "SHARED_STRIDES": shared_strides(call),
+        "windows": call.windows,
+    }
+    written = {
+        "bias_ptr": "spread_bias" if biased else None,
+        "sides_ptr": "sides" if regions else None,
+    }
+    if biased:
+        buffers["spread_bias"] = Buffer((call.heads, spread, spread), torch.float32)
+    if regions:
+        buffers["sides"] = Buffer((spread,), torch.int32)
+    if not (biased or regions):
+        return [], written, numbers
     pointers, bias_numbers = whole_bias(call)
-    block = 1024
+    block, heads = 1024, call.heads if biased else 1
     step = Step(
         "table._spread_bias_kernel",
-        -(-(spread**2) // block) * call.heads,
-        pointers | {"spread_ptr": "spread_bias"},
+        -(-(spread**2 if biased else spread) // block) * heads,
+        pointers | {"spread_ptr": written["bias_ptr"], "sides_ptr": written["sides_ptr"]},
         bias_numbers
+        | {name: geometry[name] for name in ("WINDOW", "REGIONS", "seams")}
         | {
-            "heads": call.heads,
-            "WINDOW": three(call.grid.window, 1),
+            "heads": heads,
             "LOG2": call.logits_in_log2,
             "SPREAD": spread,
             "BLOCK": block,
         },
         Config(block, block, 4, 1),
     )
-    return [step], {"bias_ptr": "spread_bias"}, numbers
+    return [step], written, numbers
 
 
 def finish(call: Call, steps, buffers, sums=None, after=()) -> Plan:
@@ -242,6 +255,11 @@ def finish(call: Call, steps, buffers, sums=None, after=()) -> Plan:
     if "bias_table" in dtypes:
         dtypes["table_grad"] = dtypes["bias_table"]
     return Plan(steps, buffers, dtypes, sums or {}, tuple(after))
+
+
+def at_once(config: Config, gpu: Gpu) -> dict[str, int]:
+    """How many programs of a layout the device works on at once: sixteen warps a multiprocessor."""
+    return {"windows_at_once": gpu.multiprocessors * max(1, 16 // config.num_warps)}
 
 
 def blocks_of(config: Config) -> dict[str, int]:

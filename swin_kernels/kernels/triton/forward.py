@@ -29,6 +29,7 @@ from swin_kernels.kernels.triton.tile import (
 from swin_kernels.kernels.triton.window import (
     seam_sides,
     seams_crossed,
+    tile_of,
     token_places,
     token_positions,
     window_place,
@@ -177,7 +178,7 @@ def _whole_window_fwd_kernel(
             n,
             n,
             sides,
-            sides,
+            None,
             crossed,
             mask_value,
             mask_ptr,
@@ -214,6 +215,7 @@ def _tiled_fwd_kernel(
     pad_value_ptr,
     logit_scale_ptr,
     seed_ptr,
+    sides_ptr,
     out_ptr,
     stats_ptr,
     query_strides,
@@ -228,8 +230,9 @@ def _tiled_fwd_kernel(
     shifts,
     periods,
     rolls,
-    seams,
     heads,
+    windows,
+    windows_at_once,
     scale,
     mask_value,
     kept_factor,
@@ -240,6 +243,7 @@ def _tiled_fwd_kernel(
     PLANES: tl.constexpr,
     WIDE: tl.constexpr,
     ALIGNED: tl.constexpr,
+    SHARED_STRIDES: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     SPREAD: tl.constexpr,
     HAS_MASK: tl.constexpr,
@@ -260,16 +264,15 @@ def _tiled_fwd_kernel(
 ):
     N: tl.constexpr = WINDOW[0] * WINDOW[1] * WINDOW[2]
     TILES: tl.constexpr = (N + BLOCK_M - 1) // BLOCK_M
-    # tiles of one head, then heads of one window, are neighbours: they share what they load
-    tile = tl.program_id(0) % TILES
-    head = tl.program_id(0) // TILES % heads
-    window = tl.program_id(0) // TILES // heads
+    tile, head, window = tile_of(tl.program_id(0), heads, windows, windows_at_once, TILES)
+    if SHARED_STRIDES:
+        key_strides = query_strides
+        value_strides = query_strides
     image, number, place = window_place(window, counts, factors, shifts, PLANES)
     crossed = seams_crossed(place, counts, REGIONS)
 
     i = tile * BLOCK_M + tl.arange(0, BLOCK_M)
     places_i = token_places(i, WINDOW)
-    sides_i = seam_sides(places_i, seams)
     x_i, real = token_positions(
         places_i, place, sizes, periods, rolls, WINDOW, ROLLED, PADDED, PLANES, WIDE
     )
@@ -289,7 +292,6 @@ def _tiled_fwd_kernel(
         j = start + tl.arange(0, BLOCK_N)
         inside = j < N
         places_j = token_places(j, WINDOW)
-        sides_j = seam_sides(places_j, seams)
         x_j, real_j = token_positions(
             places_j, place, sizes, periods, rolls, WINDOW, ROLLED, PADDED, PLANES, WIDE
         )
@@ -314,7 +316,7 @@ def _tiled_fwd_kernel(
         if HAS_PAD_VALUE:
             v = fill_padding(v, inside & ~real_j, pad_value_ptr, head, VALUE_DIM, BLOCK_DV)
         if COSINE:
-            k, _ = to_unit(k)
+            k = to_unit(k)[0]
 
         s = tl.dot(q, tl.trans(k), input_precision=PRECISION) * factor
         s = add_bias(s, bias_ptr, head, i, j, HAS_BIAS, WINDOW, SPREAD)
@@ -322,8 +324,8 @@ def _tiled_fwd_kernel(
             s,
             i,
             j,
-            sides_i,
-            sides_j,
+            None,
+            sides_ptr,
             crossed,
             mask_value,
             mask_ptr,

@@ -13,7 +13,6 @@ from swin_kernels.kernels.triton.tile import (
     kept_tile,
     logits_of,
 )
-from swin_kernels.kernels.triton.window import seam_sides
 
 
 @triton.jit
@@ -38,16 +37,14 @@ def tile_gradients(
     heads,
     i,
     j,
-    places_i,
-    places_j,
     crossed,
-    seams,
     factor,
     mask_value,
     kept_factor,
     bias_ptr,
     mask_ptr,
     seed_ptr,
+    sides_ptr,
     WINDOW: tl.constexpr,
     REGIONS: tl.constexpr,
     HAS_BIAS: tl.constexpr,
@@ -65,8 +62,8 @@ def tile_gradients(
         s,
         i,
         j,
-        seam_sides(places_i, seams),
-        seam_sides(places_j, seams),
+        None,
+        sides_ptr,
         crossed,
         logits_of(mask_value, LOG2),
         mask_ptr,

@@ -10,6 +10,7 @@ import torch
 from swin_kernels.kernels.triton.call_facts import (
     BIAS_KINDS,
     Call,
+    at_once,
     blocks_of,
     call_of,
     finish,
@@ -169,7 +170,7 @@ def _tiled_backward(call: Call, needs: Needs, pointers, numbers, buffers) -> Pla
         "backward_tiled._tiled_dq_kernel",
         query_tiles * call.heads * call.windows,
         pointers,
-        numbers | blocks_of(config),
+        numbers | blocks_of(config) | at_once(config, call.gpu),
         config,
     )
     config = config_for("dkv", shape, call.gpu)
@@ -178,7 +179,7 @@ def _tiled_backward(call: Call, needs: Needs, pointers, numbers, buffers) -> Pla
         "backward_tiled._tiled_dkv_kernel",
         key_tiles * call.heads * call.windows,
         pointers,
-        numbers | blocks_of(config),
+        numbers | blocks_of(config) | at_once(config, call.gpu),
         config,
     )
     steps, runs = [*spread, dq, dkv], 0
@@ -191,11 +192,11 @@ def _tiled_backward(call: Call, needs: Needs, pointers, numbers, buffers) -> Pla
             "backward_bias._tiled_dbias_kernel",
             tiles * call.heads * runs,
             pointers,
-            numbers | blocks_of(config) | {"windows": call.windows, "windows_per_program": run},
+            numbers | blocks_of(config) | {"windows_per_program": run},
             config,
         )
         steps.append(dbias)
-    # programs are (window, head, tile), row-major
+    # rows of sums are (window, head, tile)
     extra, sums = _sum_buffers(call, needs, runs, (call.windows, call.heads, key_tiles), (0, 2))
     if "logit_scale_sums" in extra:
         shape_of_sums = (call.windows, call.heads, query_tiles)

@@ -8,6 +8,7 @@ from collections.abc import Mapping
 import torch
 
 from swin_kernels.kernels.triton.call_facts import (
+    at_once,
     blocks_of,
     call_of,
     finish,
@@ -113,7 +114,7 @@ def forward_plan(
         "forward._tiled_fwd_kernel",
         -(-shape.tokens // config.block_m) * call.heads * call.windows,
         pointers | bias_pointers,
-        numbers | bias_numbers | blocks_of(config),
+        numbers | bias_numbers | blocks_of(config) | at_once(config, gpu),
         config,
     )
     return finish(call, [*spread, step], buffers)

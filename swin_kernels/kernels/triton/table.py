@@ -3,8 +3,14 @@
 import triton
 import triton.language as tl
 
-from swin_kernels.kernels.triton.tile import DENSE_BIAS, INDEXED_BIAS, TABLE_BIAS, logits_of
-from swin_kernels.kernels.triton.window import geometric_row, token_places
+from swin_kernels.kernels.triton.tile import (
+    DENSE_BIAS,
+    INDEXED_BIAS,
+    NO_BIAS,
+    TABLE_BIAS,
+    logits_of,
+)
+from swin_kernels.kernels.triton.window import geometric_row, seam_sides, token_places
 
 
 @triton.jit
@@ -12,9 +18,12 @@ def _spread_bias_kernel(
     bias_ptr,
     index_ptr,
     spread_ptr,
+    sides_ptr,
+    seams,
     heads,
     table_rows,
     WINDOW: tl.constexpr,
+    REGIONS: tl.constexpr,
     BIAS: tl.constexpr,
     LOG2: tl.constexpr,
     SPREAD: tl.constexpr,
@@ -23,11 +32,17 @@ def _spread_bias_kernel(
     """Bias of any kind as tiles want it: (H, SPREAD, SPREAD) fp32, SPREAD a multiple of all blocks.
 
     In the units of logits, −inf for keys beyond the window. A program has BLOCK pairs of one head.
+    With it the sides of the seams on which tokens lie, (SPREAD,), if any axis has two regions.
     """
     N: tl.constexpr = WINDOW[0] * WINDOW[1] * WINDOW[2]
     head = tl.program_id(0) % heads
     pair = tl.program_id(0) // heads * BLOCK + tl.arange(0, BLOCK)
     i, j = pair // SPREAD, pair % SPREAD
+    if REGIONS[0] or REGIONS[1] or REGIONS[2]:
+        sides = seam_sides(token_places(j, WINDOW), seams)
+        tl.store(sides_ptr + j, sides, mask=i + head == 0)
+    if BIAS == NO_BIAS:
+        return
     inside = (i < N) & (j < N)
     if BIAS == DENSE_BIAS:
         start = bias_ptr + head.to(tl.int64) * (N * N)

@@ -184,11 +184,14 @@ def bias_tile(
 def add_bias(
     s, spread_ptr, head, i, j, HAS_BIAS: tl.constexpr, WINDOW: tl.constexpr, SPREAD: tl.constexpr
 ):
-    """Logits plus a bias (H, SPREAD, SPREAD) that was spread before; −inf beyond the window."""
+    """Logits plus a bias (H, SPREAD, SPREAD) that was spread before; −inf beyond the window.
+
+    It goes through the first cache, where the programs beside this one find it too.
+    """
     N: tl.constexpr = WINDOW[0] * WINDOW[1] * WINDOW[2]
     if HAS_BIAS:
         start = spread_ptr + head.to(tl.int64) * (SPREAD * SPREAD)
-        s += tl.load(start + i[:, None] * SPREAD + j[None, :])
+        s += tl.load(start + i[:, None] * SPREAD + j[None, :], cache_modifier=".ca")
     elif N != SPREAD:
         s = tl.where((j < N)[None, :], s, float("-inf"))
     return s
@@ -224,8 +227,8 @@ def add_masks(
     s,
     i,
     j,
-    sides_i,
-    sides_j,
+    sides,
+    sides_ptr,
     crossed,
     mask_value,
     mask_ptr,
@@ -237,18 +240,29 @@ def add_masks(
 ):
     """Logits plus the shift mask, computed only where a window holds two regions, and `mask`.
 
+    The sides of seams on which tokens lie: `sides`, of i and of j as well, or read at `sides_ptr`.
     What is masked by −100 twice is summed first: a row that is masked whole is rounded there.
     """
     if HAS_MASK:
         mask = logits_of(mask_tile(mask_ptr, number, i, j, WINDOW), LOG2)
         if REGIONS[0] or REGIONS[1] or REGIONS[2]:
             if crossed != 0:
+                sides_i, sides_j = _sides_of(i, j, sides, sides_ptr)
                 mask += shift_mask_tile(sides_i, sides_j, crossed, mask_value)
         s += mask
     elif REGIONS[0] or REGIONS[1] or REGIONS[2]:
         if crossed != 0:
+            sides_i, sides_j = _sides_of(i, j, sides, sides_ptr)
             s += shift_mask_tile(sides_i, sides_j, crossed, mask_value)
     return s
+
+
+@triton.jit
+def _sides_of(i, j, sides, sides_ptr):
+    if sides_ptr is None:
+        return sides, sides
+    else:  # a table of them costs a window that no seam cuts nothing, and others no divisions
+        return tl.load(sides_ptr + i), tl.load(sides_ptr + j)
 
 
 @triton.jit

@@ -84,6 +84,21 @@ def token_positions(
 
 
 @triton.jit
+def tile_of(program, heads, windows, windows_at_once, TILES: tl.constexpr):
+    """Tile, head and window of a program, of a grid of windows·heads·TILES.
+
+    As many windows as the device works on at once take one tile of one head together, which so
+    finds its bias in the first cache; then its other tiles, and then the other heads.
+    """
+    together = windows_at_once * heads * TILES
+    first = program // together * windows_at_once
+    here = tl.minimum(windows - first, windows_at_once)
+    within = program - first * (heads * TILES)
+    tile = within // here
+    return tile % TILES, tile // TILES, first + within % here
+
+
+@triton.jit
 def seams_crossed(window, counts, REGIONS: tl.constexpr):
     """A bit per axis on which a window holds two regions: only the last one does, if shifted."""
     crossed = 0
