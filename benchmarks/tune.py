@@ -46,7 +46,7 @@ GAIN = 0.99  # of the best so far that a change must reach: less is noise
 
 WARPS_AND_STAGES = {"num_warps": (1, 2, 4, 8), "loop_stages": (1, 2, 3)}
 PROGRAMS = {"programs_per_multiprocessor": (2, 4, 8, 16, 32)}
-# a spread bias is padded to LARGEST_BLOCK: tiles must divide it
+# a spread bias is padded to LARGEST_BLOCK, of a forward to its queries: tiles must divide it
 BLOCKS = {
     side: tuple(b for b in (16, 32, 64, 128) if b <= configs.LARGEST_BLOCK)
     for side in ("block_m", "block_n")
@@ -55,7 +55,7 @@ BLOCKS = {
 GROUPS: dict[str, tuple[dict[str, tuple[int, ...]], ...]] = {
     "forward": (WARPS_AND_STAGES, PROGRAMS),
     "backward": (WARPS_AND_STAGES, PROGRAMS),
-    "tiled_forward": (BLOCKS, WARPS_AND_STAGES),
+    "tiled_forward": (BLOCKS | {"block_m": (32, 64, configs.MOST_QUERIES)}, WARPS_AND_STAGES),
     "dq": (BLOCKS, WARPS_AND_STAGES),
     "dkv": (BLOCKS, WARPS_AND_STAGES),
     "dbias": (BLOCKS, WARPS_AND_STAGES, PROGRAMS),

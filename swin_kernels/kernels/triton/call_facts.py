@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import torch
 
 from swin_kernels.geometry import Grid
-from swin_kernels.kernels.triton.configs import LARGEST_BLOCK, Config, Gpu, Shape, block_of
+from swin_kernels.kernels.triton.configs import Config, Gpu, Shape, block_of
 from swin_kernels.kernels.triton.plan import Buffer, Plan, Step, TensorFacts
 from swin_kernels.kernels.triton.tokens import Tokens, alignment, divisor, three
 from swin_kernels.problem import Options
@@ -207,11 +207,14 @@ def whole_bias(call: Call) -> tuple[dict[str, str | None], dict[str, Any]]:
 
 
 def tiled_bias(
-    call: Call, buffers: dict[str, Buffer]
+    call: Call, buffers: dict[str, Buffer], block: int
 ) -> tuple[list[Step], dict[str, str | None], dict[str, Any]]:
-    """Lays out bias and seams for kernels that load tiles: the launch, pointers, numbers."""
+    """Lays out bias and seams for kernels that load tiles: the launch, pointers, numbers.
+
+    `block` is a multiple of the sides of all tiles.
+    """
     tokens, geometry = call.grid.tokens, _geometry(call)
-    spread = -(-tokens // LARGEST_BLOCK) * LARGEST_BLOCK
+    spread = -(-tokens // block) * block
     biased, regions = call.bias != "none", any(geometry["REGIONS"])
     numbers = {
         "HAS_BIAS": biased,
@@ -230,10 +233,10 @@ def tiled_bias(
     if not (biased or regions):
         return [], written, numbers
     pointers, bias_numbers = whole_bias(call)
-    block, heads = 1024, call.heads if biased else 1
+    pairs, heads = 1024, call.heads if biased else 1
     step = Step(
         "table._spread_bias_kernel",
-        -(-(spread**2 if biased else spread) // block) * heads,
+        -(-(spread**2 if biased else spread) // pairs) * heads,
         pointers | {"spread_ptr": written["bias_ptr"], "sides_ptr": written["sides_ptr"]},
         bias_numbers
         | {name: geometry[name] for name in ("WINDOW", "REGIONS", "seams")}
@@ -241,9 +244,9 @@ def tiled_bias(
             "heads": heads,
             "LOG2": call.logits_in_log2,
             "SPREAD": spread,
-            "BLOCK": block,
+            "BLOCK": pairs,
         },
-        Config(block, block, 4, 1),
+        Config(pairs, pairs, 4, 1),
     )
     return [step], written, numbers
 
@@ -263,8 +266,6 @@ def at_once(config: Config, gpu: Gpu) -> dict[str, int]:
 
 
 def blocks_of(config: Config) -> dict[str, int]:
-    # the spread bias has whole tiles of LARGEST_BLOCK
-    assert LARGEST_BLOCK % config.block_m == LARGEST_BLOCK % config.block_n == 0, config
     return {
         "BLOCK_M": config.block_m,
         "BLOCK_N": config.block_n,

@@ -20,6 +20,7 @@ from swin_kernels.kernels.triton.call_facts import (
     tiled_bias,
 )
 from swin_kernels.kernels.triton.configs import (
+    LARGEST_BLOCK,
     Config,
     Gpu,
     block_of,
@@ -154,7 +155,7 @@ def _tiled_backward(call: Call, needs: Needs, pointers, numbers, buffers) -> Pla
     shape, tokens = call.shape(needs.bias), call.grid.tokens
     rows = (call.windows, call.heads, tokens)
     buffers["delta"] = Buffer(rows, torch.float32)
-    spread, bias_pointers, bias_numbers = tiled_bias(call, buffers)
+    spread, bias_pointers, bias_numbers = tiled_bias(call, buffers, LARGEST_BLOCK)
     out_shape = call.map_shape(call.value_dim)
     out = Tokens.of("out", out_shape, contiguous_stride(out_shape))
     pointers |= bias_pointers | {

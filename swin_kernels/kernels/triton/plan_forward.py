@@ -18,7 +18,13 @@ from swin_kernels.kernels.triton.call_facts import (
     tiled_bias,
     whole_bias,
 )
-from swin_kernels.kernels.triton.configs import Gpu, block_of, config_for, takes_whole_windows
+from swin_kernels.kernels.triton.configs import (
+    LARGEST_BLOCK,
+    Gpu,
+    block_of,
+    config_for,
+    takes_whole_windows,
+)
 from swin_kernels.kernels.triton.plan import Buffer, Plan, Step, TensorFacts
 from swin_kernels.kernels.triton.tokens import Tokens, contiguous_stride, three
 from swin_kernels.problem import Operands, Options
@@ -108,8 +114,9 @@ def forward_plan(
             config,
         )
         return finish(call, [step], buffers)
-    spread, bias_pointers, bias_numbers = tiled_bias(call, buffers)
     config = config_for("tiled_forward", shape, gpu)
+    block = max(LARGEST_BLOCK, config.block_m)
+    spread, bias_pointers, bias_numbers = tiled_bias(call, buffers, block)
     step = Step(
         "forward._tiled_fwd_kernel",
         -(-shape.tokens // config.block_m) * call.heads * call.windows,

@@ -41,25 +41,24 @@ def _spread_bias_kernel(
     if REGIONS[0] or REGIONS[1] or REGIONS[2]:
         sides = seam_sides(token_places(j, WINDOW), seams)
         tl.store(sides_ptr + j, sides, mask=i + head == 0)
-    if BIAS == NO_BIAS:
-        return
-    inside = (i < N) & (j < N)
-    if BIAS == DENSE_BIAS:
-        start = bias_ptr + head.to(tl.int64) * (N * N)
-        value = tl.load(start + i * N + j, mask=inside, other=0.0).to(tl.float32)
-    else:
-        if BIAS == TABLE_BIAS:
-            row = geometric_row(token_places(i, WINDOW), token_places(j, WINDOW), WINDOW)
+    if BIAS != NO_BIAS:
+        inside = (i < N) & (j < N)
+        if BIAS == DENSE_BIAS:
+            start = bias_ptr + head.to(tl.int64) * (N * N)
+            value = tl.load(start + i * N + j, mask=inside, other=0.0).to(tl.float32)
         else:
-            row = tl.load(index_ptr + i * N + j, mask=inside, other=0)
-        known = (row >= 0) & (row < table_rows)
-        row = tl.where(known, row, 0).to(tl.int32)
-        value = tl.load(bias_ptr + row * heads + head, mask=inside & known, other=0.0)
-        # only the device sees an index that the table lacks: let the user see it too
-        value = tl.where(inside & ~known, float("nan"), value.to(tl.float32))
-    value = tl.where(j < N, logits_of(value, LOG2), float("-inf"))
-    start = spread_ptr + head.to(tl.int64) * (SPREAD * SPREAD)
-    tl.store(start + pair, value, mask=pair < SPREAD * SPREAD)
+            if BIAS == TABLE_BIAS:
+                row = geometric_row(token_places(i, WINDOW), token_places(j, WINDOW), WINDOW)
+            else:
+                row = tl.load(index_ptr + i * N + j, mask=inside, other=0)
+            known = (row >= 0) & (row < table_rows)
+            row = tl.where(known, row, 0).to(tl.int32)
+            value = tl.load(bias_ptr + row * heads + head, mask=inside & known, other=0.0)
+            # only the device sees an index that the table lacks: let the user see it too
+            value = tl.where(inside & ~known, float("nan"), value.to(tl.float32))
+        value = tl.where(j < N, logits_of(value, LOG2), float("-inf"))
+        start = spread_ptr + head.to(tl.int64) * (SPREAD * SPREAD)
+        tl.store(start + pair, value, mask=pair < SPREAD * SPREAD)
 
 
 @triton.jit

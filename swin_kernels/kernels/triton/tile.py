@@ -259,10 +259,10 @@ def add_masks(
 
 @triton.jit
 def _sides_of(i, j, sides, sides_ptr):
-    if sides_ptr is None:
-        return sides, sides
-    else:  # a table of them costs a window that no seam cuts nothing, and others no divisions
-        return tl.load(sides_ptr + i), tl.load(sides_ptr + j)
+    sides_i, sides_j = sides, sides
+    if sides_ptr is not None:  # it spares windows that a seam cuts the divisions
+        sides_i, sides_j = tl.load(sides_ptr + i), tl.load(sides_ptr + j)
+    return sides_i, sides_j
 
 
 @triton.jit
