@@ -6,11 +6,11 @@ import pytest
 import torch
 
 from swin_kernels import shifted_window_attention
-from swin_kernels.kernels.triton.configs import Config
+from swin_kernels.kernels.triton.configs import INTERPRETER, Config, Shape, config_for
 from swin_kernels.ops.dispatch import BACKENDS
 from swin_kernels.problem import Operands, Problem
 from swin_kernels.reference.dropout import dropout_factor
-from swin_kernels.testing import Case, call, make_grad_out, make_operands, run, with_grad
+from swin_kernels.testing import Case, call, check, make_grad_out, make_operands, run, with_grad
 
 pytest.importorskip("triton")
 
@@ -69,6 +69,39 @@ def test_windows_do_not_depend_on_the_run_they_are_in(case, dtype, windows_a_pro
         _assert_same_bits(results[0], other, ("query", "key", "value"))
         # sums over windows are cut elsewhere, and so rounded otherwise
         torch.testing.assert_close(other.grads, results[0].grads, rtol=2e-3, atol=2e-3)
+
+
+@pytest.mark.parametrize("number", [1, 3, 4, 100])
+def test_tiles_do_not_depend_on_the_windows_worked_on_at_once(number, monkeypatch):
+    """Every tile of every head and window has its program, also where the last ones are fewer."""
+    from swin_kernels.kernels.triton import calls, plan_backward, plan_forward
+
+    def forget():
+        calls._forward_run.cache_clear()
+        calls._backward_run.cache_clear()
+
+    case = TILES.but(heads=2)  # 4 windows
+    usual = _run(case)
+    for module in (plan_forward, plan_backward):
+        monkeypatch.setattr(module, "at_once", lambda *args: {"windows_at_once": number})
+    forget()
+    _assert_same_bits(usual, _run(case))
+    forget()
+
+
+@pytest.mark.parametrize("axes", [1, 3])
+def test_seams_cut_windows_in_tiles_that_have_no_bias(axes):
+    shapes = {1: ((150,), (75,), (30,)), 3: ((4, 6, 6), (4, 6, 3), (1, 2, 1))}
+    case = Case(1, *shapes[axes], heads=1, head_dim=16, bias="none", layout="contiguous")
+    check(case, "triton")
+
+
+def test_a_forward_takes_128_queries_at_once():
+    case = Case(1, (16, 20), (16, 16), (0, 8), heads=1, head_dim=16, dtype=torch.float16)
+    case = case.but(bias="table", layout="contiguous")
+    shape = Shape(256, 16, 16, case.dtype, 2, 1)
+    assert config_for("tiled_forward", shape, INTERPRETER).block_m == 128
+    check(case, "triton")
 
 
 def test_channels_more_than_32_bits_apart_are_found():

@@ -238,7 +238,7 @@ def _tiled(kernel: str, shape: Shape, gpu: Gpu) -> Config:
     if shape.scattered and not (shape.odd or shape.fp32):
         warps = max(warps, 8)
     plain = not (crowded or adds or wide or shape.odd or shape.scattered)
-    if kernel == "tiled_forward" and plain and gpu.arch.startswith("sm_9"):
+    if kernel == "tiled_forward" and plain and gpu.arch.startswith(("sm_9", "interpreter")):
         # a fifth fewer instructions, as keys are prepared half as often, if little more is padded
         tiles = -(-shape.tokens // block)
         block = MOST_QUERIES if tiles % 2 == 0 or tiles > 4 else block
