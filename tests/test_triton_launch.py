@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from types import SimpleNamespace
 
 import pytest
@@ -55,8 +54,7 @@ def kernel(monkeypatch):
 def hook(monkeypatch):
     """Triton's knob for a profiler's hook, without Triton."""
     runtime = SimpleNamespace(launch_enter_hook=None)
-    knobs = SimpleNamespace(runtime=runtime)
-    monkeypatch.setitem(sys.modules, "triton", SimpleNamespace(knobs=knobs))
+    monkeypatch.setattr(launch, "_runtime", lambda: runtime)
     return runtime
 
 
@@ -103,6 +101,12 @@ def test_a_profiler_that_listens_gets_the_plain_launch(kernel, hook, calls):
     hook.launch_enter_hook = SimpleNamespace(calls=[])
     step(TENSORS, STREAM)
     assert len(kernel.compiled.runs) == 1
+
+
+def test_the_hook_is_found_where_triton_keeps_it():
+    knobs = pytest.importorskip("triton.knobs")
+    assert launch._runtime() is knobs.runtime
+    assert hasattr(knobs.runtime, "launch_enter_hook")
 
 
 def test_without_a_stream_every_launch_is_plain(kernel):

@@ -106,11 +106,17 @@ def current_stream(device: torch.device) -> int | None:
     return torch._C._cuda_getCurrentRawStream(device.index)
 
 
-def _watched() -> bool:
-    """Whether a profiler asked Triton to tell it of launches: then it launches by itself."""
+@functools.cache
+def _runtime() -> Any:
+    """What Triton lets one set of its launches; found once, as an import costs each call."""
     from triton import knobs
 
-    hook = knobs.runtime.launch_enter_hook
+    return knobs.runtime
+
+
+def _watched() -> bool:
+    """Whether a profiler asked Triton to tell it of launches: then it launches by itself."""
+    hook = _runtime().launch_enter_hook
     return bool(getattr(hook, "calls", hook))
 
 
