@@ -179,6 +179,18 @@ def _whole_forward(shape: Shape, gpu: Gpu) -> Config:
     return Config(block, block, warps, stages)
 
 
+def _narrow_tf32(shape: Shape, gpu: Gpu) -> bool:
+    """Whether a whole backward in TF32 takes no more warps than in half precision.
+
+    Twice as many do 60 to 80 % more instructions, and spill as well where operands are registers.
+    """
+    if not shape.tf32 or shape.scattered or gpu.warp_size != 32:
+        return False
+    if gpu.arch.startswith("sm_9"):
+        return not shape.cosine
+    return not (gpu.multiplies_from_shared and (shape.cosine or shape.fills_padding))
+
+
 def _whole_backward(shape: Shape, gpu: Gpu) -> Config:
     block = block_of(shape.tokens)
     warps = block // 16
@@ -188,7 +200,7 @@ def _whole_backward(shape: Shape, gpu: Gpu) -> Config:
         crowded = shape.scattered or shape.fills_padding or (shape.cosine and hopper)
         if crowded and gpu.warp_size == 32 and not shape.tf32:
             warps *= 4
-        elif shape.cosine or shape.scattered or not (shape.tf32 and hopper):
+        elif not _narrow_tf32(shape, gpu):
             warps *= 2
         stages = 1
     else:
@@ -268,15 +280,21 @@ def _registers(kernel: str, shape: Shape, gpu: Gpu) -> int:
             return 0 if consumer else 255
         older = gpu.arch.startswith("sm_8")
         if kernel == "tiled_forward":
-            return 0 if older or shape.tf32 else 128
-        limited = (older or shape.scattered) and not shape.tf32
-        return 128 if limited and shape.largest_block <= 32 and not shape.cosine else 0
+            return 0 if shape.tf32 or (older and shape.largest_block == 64) else 168
+        limited = (older or shape.scattered) and not (shape.tf32 or shape.cosine)
+        if shape.cosine and shape.fills_padding and not older:
+            return 168
+        return 128 if limited and shape.largest_block <= 32 else 0
     if kernel == "tiled_forward":
+        if data_center and shape.cosine:
+            return 168
         return 255 if gpu.arch.startswith("sm_8") and shape.largest_block == 64 else 0
     if kernel == "dkv":
-        adds = shape.explicit_mask and shape.fills_padding
+        adds = shape.explicit_mask and (shape.fills_padding or gpu.arch.startswith("sm_8"))
         return 255 if gpu.arch.startswith(("sm_10", "sm_12")) or shape.dropout or adds else 0
     if kernel == "dbias":
+        if shape.dropout and shape.cosine and gpu.arch.startswith("sm_9"):
+            return 168
         return 255 if data_center or gpu.arch.startswith("sm_8") else 0
     return 255 if data_center and shape.odd else 0
 
