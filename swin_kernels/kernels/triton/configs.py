@@ -260,42 +260,52 @@ def _tiled(kernel: str, shape: Shape, gpu: Gpu) -> Config:
 
 def _registers(kernel: str, shape: Shape, gpu: Gpu) -> int:
     """A limit where the assembler, left alone, spills a few registers to fit one program more."""
-    data_center = gpu.arch.startswith("sm_10")
+    return (
+        _registers_fp32(kernel, shape, gpu) if shape.fp32 else _registers_half(kernel, shape, gpu)
+    )
+
+
+def _registers_fp32(kernel: str, shape: Shape, gpu: Gpu) -> int:
+    older, consumer = gpu.arch.startswith("sm_8"), gpu.arch.startswith("sm_12")
     if kernel == "forward":
-        free = shape.fp32 or shape.dropout or shape.largest_block > 32
+        return 0
+    if kernel == "backward" and shape.tf32:
+        return 255 if shape.cosine or shape.fills_padding else 0
+    if kernel == "backward":
+        cosine = shape.cosine and (consumer or gpu.arch.startswith("sm_9"))
+        return 0 if shape.fills_padding or shape.scattered or cosine else 255
+    if kernel == "tiled_forward":
+        return 0 if shape.tf32 or (older and shape.largest_block == 64) else 168
+    if kernel in ("dkv", "dbias"):
+        return 0 if kernel == "dbias" and shape.dropout and consumer else 255
+    if shape.largest_block > 32:
+        return 0
+    if shape.cosine:
+        return 168 if shape.fills_padding and not older else 0
+    return 128 if (older or shape.scattered) and not shape.tf32 else 0
+
+
+def _registers_half(kernel: str, shape: Shape, gpu: Gpu) -> int:
+    older, data_center = gpu.arch.startswith("sm_8"), gpu.arch.startswith("sm_10")
+    adds = shape.explicit_mask or shape.fills_padding
+    if kernel == "forward":
+        free = shape.dropout or shape.largest_block > 32
         free = free or (shape.cosine and not shape.explicit_mask)
         return 224 if data_center and not free else 0
     if kernel == "backward":
-        if shape.fp32:
-            if shape.tf32:
-                limited = shape.cosine or shape.fills_padding
-            else:
-                cosine = shape.cosine and gpu.arch.startswith(("sm_9", "sm_12"))
-                limited = not (shape.fills_padding or shape.scattered or cosine)
-            return 255 if limited else 0
         return 255 if data_center or shape.scattered else 0
-    if shape.fp32:
-        if kernel in ("dkv", "dbias"):
-            consumer = kernel == "dbias" and shape.dropout and gpu.arch.startswith("sm_12")
-            return 0 if consumer else 255
-        older = gpu.arch.startswith("sm_8")
-        if kernel == "tiled_forward":
-            return 0 if shape.tf32 or (older and shape.largest_block == 64) else 168
-        limited = (older or shape.scattered) and not (shape.tf32 or shape.cosine)
-        if shape.cosine and shape.fills_padding and not older:
-            return 168
-        return 128 if limited and shape.largest_block <= 32 else 0
     if kernel == "tiled_forward":
         if data_center and shape.cosine:
             return 168
-        return 255 if gpu.arch.startswith("sm_8") and shape.largest_block == 64 else 0
+        return 255 if older and shape.largest_block == 64 else 0
     if kernel == "dkv":
-        adds = shape.explicit_mask and (shape.fills_padding or gpu.arch.startswith("sm_8"))
-        return 255 if gpu.arch.startswith(("sm_10", "sm_12")) or shape.dropout or adds else 0
+        masked = shape.explicit_mask and (shape.fills_padding or older)
+        newer = data_center or gpu.arch.startswith("sm_12")
+        return 255 if newer or shape.dropout or masked else 0
     if kernel == "dbias":
         if shape.dropout and shape.cosine and gpu.arch.startswith("sm_9"):
-            return 168
-        return 255 if data_center or gpu.arch.startswith("sm_8") else 0
+            return 0 if adds else 168
+        return 255 if data_center or older else 0
     return 255 if data_center and shape.odd else 0
 
 
