@@ -50,10 +50,9 @@ def key_of(operands: Operands, backend: str | None, options: Mapping[str, Any]) 
     # first what tracing folds to a constant
     if torch.compiler.is_compiling() or not isinstance(operands.query, Tensor):
         return None
-    device = operands.query.device.type
     if (
-        device not in DEVICES
-        or torch.is_autocast_enabled(device)
+        operands.query.device.type not in DEVICES
+        or torch._C._is_any_autocast_enabled()
         or torch._C._len_torch_dispatch_stack() > 0
         or torch._C._len_torch_function_stack() > 0
         or torch._C._is_tracing()
