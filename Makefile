@@ -21,7 +21,7 @@ demo: build  ## a timm Swin on a photograph, patched against stock; ARGS="--help
 test: build  ## the tests, and those of the Triton kernels interpreted; ARGS="-k name" picks some
 	@.ci/tests $(RUN) $(ARGS)
 
-gpu:  ## on a machine with a GPU: the tests there, then the benchmark; under 10 minutes
+gpu:  ## on a machine with a GPU: tests, benchmark, counters; under 10 minutes
 	$(GPU_PYTHON) .ci/gpu.py $(ARGS)
 
 aot-report: build  ## docs/machine-code.md: what every kernel compiles to, without a GPU

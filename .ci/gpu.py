@@ -14,6 +14,7 @@ without a GPU, on toy sizes.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import os
 import shutil
 import signal
@@ -90,18 +91,20 @@ class Session:
     @staticmethod
     def stop(process: subprocess.Popen) -> None:
         """Interrupted first, so that it may say what it has; then ended with its children."""
-        for how, whom in (
-            (signal.SIGINT, os.kill),
-            (signal.SIGTERM, os.killpg),
-            (signal.SIGKILL, os.killpg),
-        ):
+        if process.poll() is not None:
+            return
+        for how, whom in ((signal.SIGINT, os.kill), (signal.SIGTERM, os.killpg)):
             if process.poll() is not None:
-                return
+                break
             try:
                 whom(process.pid, how)
                 process.wait(5)
             except (ProcessLookupError, subprocess.TimeoutExpired):
                 continue
+        with contextlib.suppress(ProcessLookupError):  # children that outlast it, or it itself
+            os.killpg(process.pid, signal.SIGKILL)
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(5)
 
     def copy(self) -> None:
         """What this run wrote, to OUT."""
@@ -191,13 +194,13 @@ def take_counters(session: Session) -> None:
 
 def tune(session: Session) -> int:
     """Layouts, timed for as long as there is time."""
-    log, table = fresh("gpu-tune.log"), RESULTS / "gpu-tuned.json"
+    log, table = fresh("gpu-tune.log"), fresh("gpu-tuned.json")
     arguments = ["--budget", f"{session.left() - 2 * MARGIN:.0f}", "--out", str(table)]
     process = session.start(session.command("benchmarks.tune", *arguments), log)
     code = session.wait(process, session.left() - MARGIN / 2)
     session.copy()
     show(log, SHOWN_LINES[1])
-    print(f"tuning: exit code {code}; {table.relative_to(ROOT)} is for the package", flush=True)
+    print(f"tuning: exit code {code}; layouts: {table.relative_to(ROOT)}", flush=True)
     return code
 
 

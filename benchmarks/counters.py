@@ -4,8 +4,8 @@
 
 Each kernel of a training step's attention is profiled once, after warm-up, at the clocks as they
 are: bytes and the share of the memory's rate, instructions and the share of issue slots, and why
-warps waited. What is predicted of the same launch (`benchmarks.predict`) stands beside it. Exit
-code: 0; 1 where the profiler gave nothing; 2 without a GPU or a profiler.
+warps waited. Rows are written case by case. Exit code: 0; 1 where the profiler gave nothing; 2
+without a GPU or a profiler.
 """
 
 from __future__ import annotations
@@ -260,6 +260,18 @@ def table_of(rows: Sequence[Counted]) -> tuple[list[str], list[list[str]]]:
     return header, lines
 
 
+def count(name: str, ncu: str, rehearse: bool) -> list[Counted]:
+    """The rows of a case, run in a process of its own under the profiler."""
+    with tempfile.TemporaryDirectory() as folder:
+        launches = Path(folder) / "launches.json"
+        start = [sys.executable, "-m", "benchmarks.counters"]
+        if rehearse:
+            start = [sys.executable, "tests/interpreted.py", "benchmarks.counters", "--rehearse"]
+        command = [*start, "--cases", name, "--launches", str(launches)]
+        text = profile(command, ncu, Path(folder) / "profile.csv")
+        return joined(json.loads(launches.read_text()), text)
+
+
 def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     known = swin_cases() | other_cases() | toy_cases()
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -287,20 +299,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print("no Nsight Compute: give --ncu its path", file=sys.stderr)
         return 2
     facts = facts_of(device)
-    with tempfile.TemporaryDirectory() as folder:
-        launches = Path(folder) / "launches.json"
-        start = [sys.executable, "-m", "benchmarks.counters"]
-        if options.rehearse:
-            start = [sys.executable, "tests/interpreted.py", "benchmarks.counters", "--rehearse"]
-        command = [*start, "--cases", *options.cases, "--launches", str(launches)]
+    path, rows = options.csv or COUNTED / file_name(facts), []
+    for name in options.cases:
         try:
-            text = profile(command, ncu, Path(folder) / "profile.csv")
-            rows = joined(json.loads(launches.read_text()), text)
+            rows += count(name, ncu, options.rehearse)
         except (OSError, RuntimeError) as error:
-            print(f"nothing was counted: {error}", file=sys.stderr)
+            print(f"{name}: nothing was counted: {error}", file=sys.stderr)
             return 1
-    path = options.csv or COUNTED / file_name(facts)
-    write(path, rows, facts)
+        write(path, rows, facts)
     print_table(*table_of(rows))
     print(path)
     return 0

@@ -65,11 +65,12 @@ PREDICTED = """\
 ## Predicted
 
 What these kernels would take for the cases that `make gpu` times, in bf16, by `benchmarks.predict`:
-every time below is predicted, from instructions, the data sheet of one GPU of each architecture
-and, of H200 alone, a measured copy rate. A launch is bound by the longest of its columns, in µs:
-bytes at the rate of a copy; bytes in flight, at 0.7 µs from a load to its data; four instructions a
-clock; then what each unit does. Waits, bank conflicts, the second cache and imperfect overlap are
-not in it, so that the truth is longer. `off by` is predicted against measured.\
+every time below is predicted, from instructions and the data sheet of one GPU of each architecture,
+nine tenths of whose memory rate a copy is taken to reach. A launch is bound by the longest of its
+columns, in µs: bytes at the rate of a copy; bytes in flight, at 0.7 µs from a load to its data;
+four instructions a clock; then what each unit does, where the trips through a loop tell it
+(products of sm_100 are not counted). Waits, bank conflicts, the second cache and imperfect overlap
+are not in it, so that the truth is longer. `off by` is predicted against measured.\
 """
 
 

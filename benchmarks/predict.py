@@ -62,8 +62,7 @@ class Chip:
     special: int = 16  # lanes a clock and multiprocessor, of exp2 and the like
 
 
-# the copy rate of H200 was measured; of the others it is taken as nine tenths of the data sheet's,
-# of A100 that of 80 GB
+# a copy is taken to reach nine tenths of the data sheet's rate (H200: 4.3 of 4.8 TB/s; A100: 80 GB)
 CHIPS = {
     chip.arch: chip
     for chip in (
@@ -193,12 +192,14 @@ def predict(step: Step, code: Code, chip: Chip, sizes: Mapping[str, int], itemsi
     seconds = {"memory": sum(sizes[name] for name in named) / chip.copy_rate}
     trips, tokens = _trips(step)
     border = _border(numbers) if trips else 0.0
+    # where the one trip was unrolled no loop tells what the units do, least of all one that waits
+    looped = any("MMA" in name for name, _ in code.longest) or not trips
     ways = {way: demands(way, warps, chip) for way in (code.shortest, code.longest)}
-    outside = code.instructions - sum(n for _, n in code.longest)
+    outside = code.instructions - looped * sum(n for _, n in code.longest)
     rounds = -(-step.grid // chip.multiprocessors)  # programs of the busiest multiprocessor
-    for unit in ways[code.shortest]:
+    for unit in ways[code.shortest] if looped else ("issue",):
         inside, cut = ways[code.shortest][unit], ways[code.longest][unit]
-        clocks = max(1, trips) * ((1 - border) * inside + border * cut)
+        clocks = looped * max(1, trips) * ((1 - border) * inside + border * cut)
         if unit == "issue":
             clocks += outside * warps / SCHEDULERS
         seconds[unit] = rounds * clocks / chip.clock
@@ -212,7 +213,7 @@ def predict(step: Step, code: Code, chip: Chip, sizes: Mapping[str, int], itemsi
         one = tokens * channels * itemsize
         in_flight = programs * one * max(1, step.config.loop_stages - 1)
         seconds["latency"] = step.grid * trips * one * LATENCY / in_flight / chip.multiprocessors
-    inside, cut = (sum(n for _, n in way) * warps for way in (code.shortest, code.longest))
+    inside, cut = (looped * sum(n for _, n in w) * warps for w in (code.shortest, code.longest))
     return Launch(
         step.kernel.split(".")[1], inside, cut, code.registers, programs, in_flight, seconds
     )
@@ -290,9 +291,13 @@ def tables(
             for launch in (x for launches in directions.values() for x in launches):
                 trips = (n for n in dict.fromkeys((launch.inside, launch.border)) if n)
                 ways = " to ".join(f"{n:,}" for n in trips) or "–"
-                units = " | ".join(f"{launch.seconds.get(u, 0) * 1e6:.1f}" for u in UNITS)
+                units = " | ".join(_cell(launch.seconds.get(u)) for u in UNITS)
                 held = f"{launch.registers} | {launch.programs} | {launch.in_flight / 1024:.1f} KB"
                 yield f"| {case} | `{launch.kernel}` | {ways} | {held} | {units} | {launch.bound} |"
+
+
+def _cell(seconds: float | None) -> str:
+    return "–" if seconds is None else f"{seconds * 1e6:.1f}"
 
 
 def _us(seconds: float) -> str:

@@ -222,6 +222,8 @@ def section(source: Measured) -> str:
 def counted_in(folder: Path) -> Iterator[str]:
     """What a profiler counted, a section a file."""
     for path in sorted(folder.glob("*.csv")):
+        if path.name.startswith("gpu-none"):  # of a rehearsal
+            continue
         rows, facts = counters.read(path)
         header, lines = counters.table_of(rows)
         yield f"## Counted by Nsight Compute: {facts['machine']}, {facts['date']}\n"

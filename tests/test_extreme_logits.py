@@ -110,15 +110,36 @@ def test_gradient_of_a_logit_scale_at_its_clamp_matches_float64(window, dtype, b
     check(case, backend, change=clamped)
 
 
+@over_dtypes
 @pytest.mark.parametrize("size", [(8,), (140,)], ids=["short", "long"])
-def test_a_mask_of_the_lowest_finite_number_is_finite(size, backend):
-    case = Case(1, size, (size[0] // 2,), heads=1, mask="soft")
+@pytest.mark.parametrize("name", ["mask", "bias"])
+def test_a_row_of_the_lowest_finite_number_is_finite(name, size, dtype, backend):
+    case = Case(1, size, (size[0] // 2,), heads=1, mask="soft", bias="dense", dtype=dtype)
     operands = make_operands(case)
-    mask = torch.zeros_like(operands.mask)
-    mask[:, 1] = torch.finfo(torch.float32).min
-    out = call(case, operands._replace(mask=mask), backend)
-    mean = operands.value[:, : size[0] // 2].mean(1)
-    torch.testing.assert_close(out[:, 1], mean, rtol=1e-4, atol=1e-5)
+    if name == "bias":
+        operands = operands._replace(mask=None)
+    lowest = torch.zeros_like(getattr(operands, name), dtype=torch.float32)
+    lowest[:, 1] = torch.finfo(torch.float32).min
+    lowest[:, 2, 0] = -2.5e38
+    lowest[:, 3, 1] = 2.5e38
+    out = call(case, operands._replace(**{name: lowest}), backend)
+    value = operands.value[:, : size[0] // 2].float()
+    close = {"rtol": 1e-4, "atol": 1e-5} if dtype == torch.float32 else {"rtol": 1e-2, "atol": 1e-2}
+    torch.testing.assert_close(out[:, 1].float(), value.mean(1), **close)
+    assert out.isfinite().all()
+    torch.testing.assert_close(out[:, 3].float(), value[:, 1], **close)
+
+
+@over_dtypes
+@pytest.mark.parametrize("size", [(8,), (140,)], ids=["short", "long"])
+def test_a_shift_mask_of_the_lowest_finite_number_is_finite(size, dtype, backend):
+    case = Case(1, size, (size[0] // 2,), (1,), heads=1, bias="dense", dtype=dtype)
+    case = case.but(mask_value=torch.finfo(torch.float32).min)
+    operands = make_operands(case)
+    low = operands._replace(bias=torch.full_like(operands.bias, -1e38, dtype=torch.float32))
+    out, expected = call(case, low, backend), call(case, low, "reference")
+    close = {"rtol": 1e-4, "atol": 1e-5} if dtype == torch.float32 else {"rtol": 1e-2, "atol": 1e-2}
+    torch.testing.assert_close(out, expected, **close)
 
 
 @over(

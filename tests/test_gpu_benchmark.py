@@ -380,7 +380,7 @@ def test_driver_tunes_for_its_whole_time_and_keeps_the_table(driver, tmp_path, m
 
     monkeypatch.setattr(driver.Session, "command", command)
     assert driver.tune(driver.Session(300, rehearse=True)) == 0
-    assert "gpu-tuned.json is for the package" in capsys.readouterr().out
+    assert "layouts: results/gpu-tuned.json" in capsys.readouterr().out
     assert (tmp_path / "out" / "gpu-tuned.json").read_text() == "{}"
 
 

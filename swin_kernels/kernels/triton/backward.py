@@ -190,7 +190,6 @@ def _whole_window_bwd_kernel(
                 REGIONS,
                 HAS_MASK,
                 WINDOW,
-                LOG2,
             )
         top = tl.max(s, 1)
         top = tl.where(top == float("-inf"), 0.0, top)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
@@ -13,6 +14,7 @@ from swin_kernels.kernels.triton.plan import Buffer, Plan, Step, TensorFacts
 from swin_kernels.kernels.triton.tokens import Tokens, alignment, divisor, three
 from swin_kernels.problem import Options
 
+LARGEST_LOGIT = 1.1e38  # as in tile.py
 # the values of the kernels' BIAS
 BIAS_KINDS = {"none": 0, "dense": 1, "table": 2, "indexed": 3}
 
@@ -41,7 +43,15 @@ class Call(NamedTuple):
     @property
     def logits_in_log2(self) -> bool:
         """Whether kernels keep logits in units of log2: see tile.py."""
-        return self.dtype != torch.float32
+        return self.dtype != torch.float32 and "mask" not in self.facts
+
+    @property
+    def mask_value(self) -> float:
+        """Of the shift mask; what is finite stays so in units of log2."""
+        value = float(self.options.mask_value)
+        if self.logits_in_log2 and math.isfinite(value):
+            return max(-LARGEST_LOGIT, min(value, LARGEST_LOGIT))
+        return value
 
     @property
     def windows(self) -> int:
@@ -163,7 +173,7 @@ def numbers_of(call: Call, *more: Tokens) -> dict[str, Any]:
         "value_start": call.value.start,
         "heads": call.heads,
         "scale": float(options.scale),
-        "mask_value": float(options.mask_value),
+        "mask_value": call.mask_value,
         "kept_factor": 1.0 / (1.0 - p) if p < 1 else 0.0,
         "WIDE": any(t.wide for t in tokens),
         "ALIGNED": alignment(tokens),
@@ -260,9 +270,13 @@ def finish(call: Call, steps, buffers, sums=None, after=()) -> Plan:
     return Plan(steps, buffers, dtypes, sums or {}, tuple(after))
 
 
-def at_once(config: Config, gpu: Gpu) -> dict[str, int]:
-    """How many programs of a layout the device works on at once: sixteen warps a multiprocessor."""
-    return {"windows_at_once": gpu.multiprocessors * max(1, 16 // config.num_warps)}
+def at_once(call: Call, config: Config) -> dict[str, int]:
+    """Windows that the device works on at once, a program each: sixteen warps a multiprocessor.
+
+    Not more than there are, so that all their programs have a number of 32 bits.
+    """
+    programs = call.gpu.multiprocessors * max(1, 16 // config.num_warps)
+    return {"windows_at_once": max(1, min(programs, call.windows))}
 
 
 def blocks_of(config: Config) -> dict[str, int]:

@@ -28,27 +28,35 @@ _ready: dict[Hashable, Direct] = {}
 
 
 class Direct:
-    """One launch that writes an output, on operands of the same facts again and again."""
+    """The launches of a forward, on operands of the same facts again and again."""
 
-    def __init__(self, launch: Launch, run: Run, device: torch.device) -> None:
-        self.launch, self.device = launch, device
-        self.shape, self.dtype = run.plan.buffers["out"]
-        places = (*Operands._fields, "out")
-        self.places = [None if name is None else places.index(name) for name in launch.tensors]
+    def __init__(self, run: Run, device: torch.device) -> None:
+        self.device = device
+        self.buffers = tuple(run.plan.buffers.values())
+        places = (*Operands._fields, *run.plan.buffers)
+        self.out = places.index("out")
+        self.launches: list[tuple[Launch, list[int | None]]] = [
+            (step, [None if name is None else places.index(name) for name in step.tensors])
+            for step in run.steps
+        ]
 
     def __call__(self, operands: Operands) -> Tensor:
-        out = torch.empty(self.shape, dtype=self.dtype, device=self.device)
-        tensors = (*operands, out)
-        pointers = [None if place is None else tensors[place] for place in self.places]
+        made = [torch.empty(x, dtype=dtype, device=self.device) for x, dtype in self.buffers]
+        tensors: tuple[Any, ...] = (*operands, *made)
         with on_device(self.device):
-            self.launch.start(pointers, current_stream(self.device))
-        return out
+            stream = current_stream(self.device)
+            for launch, places in self.launches:
+                pointers = [None if place is None else tensors[place] for place in places]
+                launch.start(pointers, stream)
+        return tensors[self.out]
 
 
 def key_of(operands: Operands, backend: str | None, options: Mapping[str, Any]) -> Hashable | None:
     """What tells a call from others; None where it has to go the long way."""
     # first what tracing folds to a constant
     if torch.compiler.is_compiling() or not isinstance(operands.query, Tensor):
+        return None
+    if options["dropout_p"]:  # it draws a seed
         return None
     if (
         operands.query.device.type not in DEVICES
@@ -67,35 +75,44 @@ def key_of(operands: Operands, backend: str | None, options: Mapping[str, Any]) 
         if x is None:
             facts.append(None)
             continue
-        if type(x) not in _PLAIN or (grad and x.requires_grad):
+        if (
+            type(x) not in _PLAIN
+            or (grad and x.requires_grad)
+            or x.layout is not torch.strided
+            or x.is_neg()  # as are views of complex numbers: the dispatcher writes these out
+            or x._is_zerotensor()
+        ):
             return None
         facts.append((x.shape, x.stride(), x.dtype, x.device, x.data_ptr() % 16 == 0))
     precision = None
     if operands.query.dtype == torch.float32:
         precision = torch.backends.cuda.matmul.fp32_precision
-    return (*facts, precision, backend, *options.values())
+    given = (backend, *options.values())
+    kinds = tuple(map(type, given))
+    if list in kinds:  # no key; and in one, 2, 2.0 and True are the same
+        return None
+    parts = [tuple(map(type, x)) for x in given if type(x) is tuple]
+    return (*facts, precision, *given, *kinds, *parts)
 
 
 def find(key: Hashable) -> Direct | None:
-    """The launch of a call like this one, if there was any."""
+    """The launches of a call like this one, if there was any."""
     try:
         return _ready.get(key)
-    except TypeError:  # an option that is a list, say
+    except TypeError:  # an option that no dict takes
         return None
 
 
 def remember(key: Hashable, operands: Operands, options: Options) -> None:
-    """Keeps the launch of a call that ran, if it was a single one, on operands as they are."""
+    """Keeps the launches of a call that ran on operands as they are."""
     small = [x for name, x in zip(Operands._fields, operands) if name not in STRIDED]
-    if options.dropout_p > 0 or not all(x is None or x.is_contiguous() for x in small):
+    if not all(x is None or x.is_contiguous() for x in small):
         return
     run = forward_run(operands, options, False)
-    if len(run.steps) != 1:
-        return
     if len(_ready) >= _MOST:
         _ready.clear()
     with contextlib.suppress(TypeError):  # as in `find`
-        _ready[key] = Direct(run.steps[0], run, operands.query.device)
+        _ready[key] = Direct(run, operands.query.device)
 
 
 def forget() -> None:

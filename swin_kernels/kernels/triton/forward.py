@@ -186,7 +186,6 @@ def _whole_window_fwd_kernel(
             REGIONS,
             HAS_MASK,
             WINDOW,
-            LOG2,
         )
         top = tl.max(s, 1)
         top = tl.where(top == float("-inf"), 0.0, top)  # a row whose keys are all at −inf
@@ -333,7 +332,6 @@ def _tiled_fwd_kernel(
             REGIONS,
             HAS_MASK,
             WINDOW,
-            LOG2,
         )
         higher = tl.maximum(top, tl.max(s, 1))
         base = tl.where(higher == float("-inf"), 0.0, higher)

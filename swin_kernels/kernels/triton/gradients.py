@@ -71,7 +71,6 @@ def tile_gradients(
         REGIONS,
         HAS_MASK,
         WINDOW,
-        LOG2,
     )
     N: tl.constexpr = WINDOW[0] * WINDOW[1] * WINDOW[2]
     p = exponential(s - top[:, None], LOG2) * share[:, None]

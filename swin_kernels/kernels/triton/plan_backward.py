@@ -171,7 +171,7 @@ def _tiled_backward(call: Call, needs: Needs, pointers, numbers, buffers) -> Pla
         "backward_tiled._tiled_dq_kernel",
         query_tiles * call.heads * call.windows,
         pointers,
-        numbers | blocks_of(config) | at_once(config, call.gpu),
+        numbers | blocks_of(config) | at_once(call, config),
         config,
     )
     config = config_for("dkv", shape, call.gpu)
@@ -180,7 +180,7 @@ def _tiled_backward(call: Call, needs: Needs, pointers, numbers, buffers) -> Pla
         "backward_tiled._tiled_dkv_kernel",
         key_tiles * call.heads * call.windows,
         pointers,
-        numbers | blocks_of(config) | at_once(config, call.gpu),
+        numbers | blocks_of(config) | at_once(call, config),
         config,
     )
     steps, runs = [*spread, dq, dkv], 0

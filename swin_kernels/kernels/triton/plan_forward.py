@@ -121,7 +121,7 @@ def forward_plan(
         "forward._tiled_fwd_kernel",
         -(-shape.tokens // config.block_m) * call.heads * call.windows,
         pointers | bias_pointers,
-        numbers | bias_numbers | blocks_of(config) | at_once(config, gpu),
+        numbers | bias_numbers | blocks_of(config) | at_once(call, config),
         config,
     )
     return finish(call, [*spread, step], buffers)

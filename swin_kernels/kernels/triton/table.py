@@ -8,7 +8,7 @@ from swin_kernels.kernels.triton.tile import (
     INDEXED_BIAS,
     NO_BIAS,
     TABLE_BIAS,
-    logits_of,
+    bias_logits,
 )
 from swin_kernels.kernels.triton.window import geometric_row, seam_sides, token_places
 
@@ -56,7 +56,7 @@ def _spread_bias_kernel(
             value = tl.load(bias_ptr + row * heads + head, mask=inside & known, other=0.0)
             # only the device sees an index that the table lacks: let the user see it too
             value = tl.where(inside & ~known, float("nan"), value.to(tl.float32))
-        value = tl.where(j < N, logits_of(value, LOG2), float("-inf"))
+        value = tl.where(j < N, bias_logits(value, LOG2), float("-inf"))
         start = spread_ptr + head.to(tl.int64) * (SPREAD * SPREAD)
         tl.store(start + pair, value, mask=pair < SPREAD * SPREAD)
 

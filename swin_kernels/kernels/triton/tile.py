@@ -1,8 +1,9 @@
 """Tiles of tokens and of logits, as device code: what the forward and backward kernels share.
 
-Logits are in units of log2 for exp2 where tokens have half precision (LOG2); of fp32 tokens only
-their differences are: at −100 logits would be rounded more than such tokens allow. Strides are
-tuples of (image, axis 0, axis 1, axis 2, head, channel), in elements.
+Logits are in units of log2 for exp2 where tokens have half precision (LOG2) and no explicit mask is
+added; else only their differences are: at −100 logits of fp32 tokens would be rounded more than
+those allow, and a mask would cost more than it spares. Strides are tuples of (image, axis 0,
+axis 1, axis 2, head, channel), in elements.
 """
 
 import triton
@@ -11,6 +12,8 @@ import triton.language as tl
 from swin_kernels.kernels.triton.window import geometric_row
 
 LOG2_E = tl.constexpr(1.4426950408889634)
+# as `call_facts`: in log2 the sum of a bias and of a shift mask as large is still finite
+LARGEST_LOGIT = tl.constexpr(1.1e38)
 NORM_CLAMP = tl.constexpr(1e-12)  # as in the reference
 
 # the kinds of BIAS
@@ -24,6 +27,16 @@ INDEXED_BIAS = tl.constexpr(3)  # (T, H), by an index (N, N)
 def logits_of(x, LOG2: tl.constexpr):
     """What is added to logits, or multiplies products to them, in their units."""
     return x * LOG2_E if LOG2 else x
+
+
+@triton.jit
+def bias_logits(bias, LOG2: tl.constexpr):
+    """A bias in the units of logits; what is finite stays so, up to the lowest fp32 number."""
+    if LOG2:
+        size = tl.abs(bias)
+        beyond = (size > LARGEST_LOGIT) & (size < float("inf"))
+        bias = tl.where(beyond, tl.where(bias < 0, -LARGEST_LOGIT, LARGEST_LOGIT), bias)
+    return logits_of(bias, LOG2)
 
 
 @triton.jit
@@ -177,7 +190,7 @@ def bias_tile(
         value = tl.load(bias_ptr + row * heads + head, mask=inside & known, other=0.0)
         # only the device sees an index that the table lacks: let the user see it too
         bias = tl.where(inside & ~known, float("nan"), value.to(tl.float32))
-    return tl.where((j < N)[None, :], logits_of(bias, LOG2), float("-inf"))
+    return tl.where((j < N)[None, :], bias_logits(bias, LOG2), float("-inf"))
 
 
 @triton.jit
@@ -236,7 +249,6 @@ def add_masks(
     REGIONS: tl.constexpr,
     HAS_MASK: tl.constexpr,
     WINDOW: tl.constexpr,
-    LOG2: tl.constexpr,
 ):
     """Logits plus the shift mask, computed only where a window holds two regions, and `mask`.
 
@@ -244,7 +256,7 @@ def add_masks(
     What is masked by −100 twice is summed first: a row that is masked whole is rounded there.
     """
     if HAS_MASK:
-        mask = logits_of(mask_tile(mask_ptr, number, i, j, WINDOW), LOG2)
+        mask = mask_tile(mask_ptr, number, i, j, WINDOW)
         if REGIONS[0] or REGIONS[1] or REGIONS[2]:
             if crossed != 0:
                 sides_i, sides_j = _sides_of(i, j, sides, sides_ptr)
