@@ -127,6 +127,8 @@ def test_tiles_read_the_other_side_once_a_tile(shift):
     # of the bias, spread once in fp32 to whole tiles of 64, a program reads those that it needs
     assert {c.block_n for c in blocks.values()} == {64}
     biases = windows * HEADS * 192 * 192 * 4
+    # only the one window that the seam cuts reads on which sides of it the tokens of a tile lie
+    sides = {"sides": HEADS * 3 * 3 * (64 + 64) * 4} if any(shift) else {}
     traffic = _traffic(case)
 
     # each tile of queries reads all keys and values
@@ -136,6 +138,7 @@ def test_tiles_read_the_other_side_once_a_tile(shift):
         "key": t * a_pass,
         "value": t * a_pass,
         "spread_bias": biases,
+        **sides,
     }
     assert forward.stored == {"out": a_pass, "stats": 2 * rows}
 
@@ -148,6 +151,7 @@ def test_tiles_read_the_other_side_once_a_tile(shift):
         "key": t * a_pass,
         "value": t * a_pass,
         "spread_bias": biases,
+        **sides,
     }
     assert dq.stored == {"grad_query": a_pass, "delta": rows}
 
@@ -161,6 +165,7 @@ def test_tiles_read_the_other_side_once_a_tile(shift):
         "stats": 2 * t * rows,
         "delta": t * rows,
         "spread_bias": biases,
+        **sides,
     }
     assert dkv.stored == {"grad_key": a_pass, "grad_value": a_pass}
 
