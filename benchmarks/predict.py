@@ -53,8 +53,8 @@ class Chip:
     clock: float  # Hz, under load
     copy_rate: float  # bytes a second, read and written
     matrix: int  # FLOP of half precision, a clock and multiprocessor
-    fp32: int  # lanes a clock and multiprocessor, of fp32 and of integer multiply-add
-    arithmetic: int  # of other integer, logical, comparing and converting instructions
+    fp32: int  # lanes a clock and multiprocessor, of fp32
+    arithmetic: int  # of integer, logical, comparing and converting instructions
     shared: int  # bytes that all programs of a multiprocessor have
     warps: int
     programs: int
@@ -74,7 +74,7 @@ CHIPS = {
 }
 
 UNITS = ("memory", "latency", "issue", "fp32", "arithmetic", "exp", "shared", "matrix")
-_FP32 = re.compile(r"^(FFMA|FADD|FMUL|IMAD|HFMA2|HADD2|HMUL2)")
+_FP32 = re.compile(r"^(FFMA|FADD|FMUL|HFMA2|HADD2|HMUL2)")
 _MEMORY = re.compile(r"^(LD|ST)(G|S)(TS)?|^LDSM|^STSM|^SHFL|^LDGSTS")
 _UNIFORM = re.compile(
     r"^(U[A-Z]|BRA|BSYNC|BSSY|BAR|WARPSYNC|DEPBAR|LDGDEPBAR|SYNCS|LDC|S2|CS2|R2UR)"
@@ -112,6 +112,8 @@ def demands(instructions: Histogram, warps: int, chip: Chip) -> dict[str, float]
             counts["matrix"] += n * _matrix_flop(name) / chip.matrix
         elif _FP32.match(name):
             counts["fp32"] += n * WARP / chip.fp32
+        elif name.startswith("IMAD"):  # in that unit, at the rate of integers
+            counts["fp32"] += n * WARP / chip.arithmetic
         elif _MEMORY.match(name):
             counts["shared"] += n * _wavefronts(name)
         elif not _UNIFORM.match(name):
@@ -203,7 +205,9 @@ def predict(step: Step, code: Code, chip: Chip, sizes: Mapping[str, int], itemsi
         if unit == "issue":
             clocks += outside * warps / SCHEDULERS
         seconds[unit] = rounds * clocks / chip.clock
-    programs, in_flight = programs_at_once(code, warps, chip), 0
+    if any(name.startswith("UTC") for name, _ in code.longest):  # whose sizes are in descriptors
+        del seconds["matrix"]
+    programs, in_flight = min(programs_at_once(code, warps, chip), rounds), 0
     if trips:
         channels = numbers["HEAD_DIM"] + numbers["VALUE_DIM"]
         if "_whole_window_fwd" in step.kernel:
@@ -211,8 +215,12 @@ def predict(step: Step, code: Code, chip: Chip, sizes: Mapping[str, int], itemsi
         elif "_whole_window_bwd" in step.kernel:
             channels *= 2
         one = tokens * channels * itemsize
-        in_flight = programs * one * max(1, step.config.loop_stages - 1)
-        seconds["latency"] = step.grid * trips * one * LATENCY / in_flight / chip.multiprocessors
+        ahead_of_use = step.config.loop_stages - 1
+        in_flight = programs * one * max(1, ahead_of_use)
+        trip = LATENCY
+        if not ahead_of_use:  # a program waits for its loads, and then works
+            trip += sum(n for _, n in code.longest) * warps / SCHEDULERS / chip.clock
+        seconds["latency"] = step.grid * trips * one * trip / in_flight / chip.multiprocessors
     inside, cut = (looped * sum(n for _, n in w) * warps for w in (code.shortest, code.longest))
     return Launch(
         step.kernel.split(".")[1], inside, cut, code.registers, programs, in_flight, seconds
@@ -220,12 +228,16 @@ def predict(step: Step, code: Code, chip: Chip, sizes: Mapping[str, int], itemsi
 
 
 def launches_of(case: Case, chip: Chip) -> dict[str, list[Launch]]:
-    """The launches of a training step's attention, by direction."""
+    """The launches of the attention by direction, as `benchmarks.gpu` times it.
+
+    That is an inference's forward and a training step's backward, which sums its partial sums by
+    torch, so that they are read once more.
+    """
     gpu = KNOWN_GPUS[chip.arch]
     plans = plans_of(case, gpu)
     sizes = _sizes(case, plans)
     found: dict[str, list[Launch]] = {}
-    for direction, plan in zip(("forward", "backward"), plans):
+    for direction, plan in (("forward", plans.inference), ("backward", plans.backward)):
         found[direction] = [
             predict(
                 step,
@@ -236,21 +248,24 @@ def launches_of(case: Case, chip: Chip) -> dict[str, list[Launch]]:
             )
             for step in (*plan.steps, *plan.after)
         ]
+    if sums := plans.backward.sums:
+        summed = sum(sizes[name] for name in sums) / chip.copy_rate
+        found["backward"].append(Launch("sums by torch", 0, 0, 0, 0, 0, {"memory": summed}))
     return found
 
 
 def measured_seconds(case: str, chip: Chip, direction: str) -> float | None:
     """The newest median of our kernels under a graph on this GPU, from benchmarks/results."""
-    found = None
-    for path in sorted(RESULTS.glob("gpu-*.csv")):
+    found: dict[str, float] = {}  # by date
+    for path in RESULTS.glob("gpu-*.csv"):
         rows, facts = read(path)
-        if chip.name not in facts.get("machine", ""):
+        if not re.search(rf"\b{chip.name}\b", facts.get("machine", "")):  # a GH200 is no H200
             continue
         for row in rows:
             same = (row.case, row.provider, row.direction) == (case, "ours, graph", direction)
             if same and row.median_us is not None:
-                found = row.median_us * 1e-6
-    return found
+                found[facts.get("date", "")] = row.median_us * 1e-6
+    return found[max(found)] if found else None
 
 
 def _job(name: str, arch: str) -> dict[str, list[Launch]]:

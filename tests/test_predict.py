@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
 pytest.importorskip("triton", reason="the Triton kernels cannot be compiled without Triton")
@@ -36,6 +38,7 @@ def test_each_instruction_is_charged_to_its_unit():
     assert found["exp"] == 4 * 2 * 32 / 16
     assert found["shared"] == 4 * (3 * 4 + 4)  # 128 bytes a clock
     assert found["matrix"] == 2 * 64 * 64 * 16 / 4096  # four warps share an instruction
+    assert demands((("IMAD.WIDE", 8),), 4, H200)["fp32"] == 4 * 8 * 32 / 64  # half as fast
     assert demands((("HMMA.16816.F32.BF16", 1),), 1, H200)["matrix"] == 2 * 16 * 8 * 16 / 4096
 
 
@@ -62,13 +65,37 @@ def test_memory_is_every_tensor_once_and_seams_cut_their_share_of_windows():
     trip = (("MUFU.EX2", 32), PRODUCT), (("MUFU.EX2", 64), PRODUCT)
     found = launch(Code(128, 0, 0, 28_672, 65, 6, *trip), "_fwd_")
     tokens = 128 * 56 * 56 * 96 * 2
-    read_and_written = 4 * tokens + 169 * 3 * 2 + 4 * 3 * 64 * 64 * 4  # map, table, kept tiles
+    read_and_written = 4 * tokens + 169 * 3 * 2  # map and table
     assert found.seconds["memory"] == pytest.approx(read_and_written / 4.3e12)
     border = 1 - (7 / 8) ** 2
     clocks = TILES / 132 * 4 * 2 * (32 * (1 - border) + 64 * border)
     assert found.seconds["exp"] == pytest.approx(clocks / 1.755e9, rel=0.05)  # programs are whole
     assert found.in_flight == 4 * 49 * 32 * 2 * 3  # programs, tokens of q, k and v of one window
     assert (found.inside, found.border) == (132, 260)
+
+
+def test_a_loop_of_one_stage_waits_for_each_of_its_loads():
+    plans = plans_of(CASE, KNOWN_GPUS["sm_90"])
+    step, sizes = plans.inference.steps[0], predict._sizes(CASE, plans)
+    trip = ("FADD", 1755), PRODUCT
+    code = Code(128, 0, 0, 28_672, 1756, 6, trip, trip)
+    found = {}
+    for stages in (1, 2):
+        config = replace(step.config, loop_stages=stages)
+        found[stages] = predict.predict(replace(step, config=config), code, H200, sizes, 2)
+    assert found[1].in_flight == found[2].in_flight
+    waits = found[1].seconds["latency"] / found[2].seconds["latency"]
+    assert waits == pytest.approx((0.7e-6 + 1756 / 1.755e9) / 0.7e-6)
+
+
+def test_no_more_programs_are_in_flight_than_there_are():
+    few = CASE.but(batch=1, size=(7, 7), shift=(0, 0))
+    plans = plans_of(few, KNOWN_GPUS["sm_90"])
+    code = Code(128, 0, 0, 28_672, 65, 6, (PRODUCT,), (PRODUCT,))
+    sizes = predict._sizes(few, plans)
+    found = predict.predict(plans.inference.steps[0], code, H200, sizes, 2)
+    assert found.programs == 1
+    assert found.in_flight == 49 * 32 * 2 * 3
 
 
 def test_the_bound_is_what_takes_longest():
@@ -98,6 +125,14 @@ def test_measured_medians_stand_beside_what_was_predicted(tmp_path, monkeypatch)
     book.add(Row("T1 shift 3", "ours, graph", "forward", found.predicted * 2e6))
     page = "\n".join(tables({key: {"forward": [found]}}))
     assert "| -50% |" in page
+    for name, machine, date in (
+        ("gpu-a.csv", "NVIDIA H200", "2027-01-01"),
+        ("gpu-z.csv", "NVIDIA H200", "2026-01-01"),
+        ("gpu-gh200.csv", "NVIDIA GH200 480GB", "2028-01-01"),
+    ):
+        other = Book(tmp_path / name, {"machine": machine, "date": date})
+        other.add(Row("T1 shift 3", "ours, graph", "forward", float(date[:4])))
+    assert predict.measured_seconds("T1 shift 3", H200, "forward") == pytest.approx(2027e-6)
     other = "\n".join(tables({("T1 shift 3", "sm_80"): {"forward": [found]}}))
     assert "| – | – |" in other  # another GPU's
 
