@@ -49,8 +49,7 @@ SECTIONS = (
     "Occupancy",
 )
 _STALLED = "smsp__average_warps_issue_stalled_", "_per_issue_active.ratio"
-_SCALE = {"ns": 1e-3, "us": 1.0, "ms": 1e3, "s": 1e6, "byte": 1.0, "kbyte": 1e3, "mbyte": 1e6}
-_SCALE |= {"nsecond": 1e-3, "usecond": 1.0, "msecond": 1e3, "second": 1e6, "gbyte": 1e9}
+_MICROSECONDS = {"ns": 1e-3, "nsecond": 1e-3}  # base units of time, by version
 
 
 class Counted(NamedTuple):
@@ -88,7 +87,7 @@ COUNTERS = {
 
 def _number(text: str, unit: str) -> float | None:
     try:
-        return float(text.replace(",", "")) * _SCALE.get(unit.lower(), 1.0)
+        return float(text.replace(",", "")) * _MICROSECONDS.get(unit, 1.0)
     except ValueError:  # "n/a"
         return None
 
