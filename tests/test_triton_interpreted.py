@@ -16,6 +16,8 @@ pytest.importorskip("triton")
 
 from triton_interpreter import fast_interpreter
 
+from swin_kernels.kernels.triton import call_facts, tile
+
 pytestmark = pytest.mark.interpreted
 
 WHOLE = Case(2, (7, 5), (4, 4), (2, 2), heads=2, head_dim=16, bias="table", pads=True)
@@ -102,6 +104,25 @@ def test_a_forward_takes_128_queries_at_once():
     shape = Shape(256, 16, 16, case.dtype, 2, 1)
     assert config_for("tiled_forward", shape, INTERPRETER).block_m == 128
     check(case, "triton")
+
+
+def test_numbers_of_plans_are_those_of_the_kernels():
+    assert tile.LARGEST_LOGIT.value == call_facts.LARGEST_LOGIT
+    kinds = (tile.NO_BIAS, tile.DENSE_BIAS, tile.TABLE_BIAS, tile.INDEXED_BIAS)
+    assert [kind.value for kind in kinds] == list(call_facts.BIAS_KINDS.values())
+
+
+def test_backward_bias_sums_what_each_image_gives():
+    """`backward_bias`, of a run that ends within an image, against a call for each image."""
+    case = TILES.but(batch=3, bias="dense", cosine=False, pads=False, layout="contiguous")
+    operands, grad_out = make_operands(case), make_grad_out(case)
+    whole = run(case, operands, grad_out, "triton").grads["bias"]
+    parts = []
+    for image in range(3):
+        one = [x[image : image + 1] for x in operands[:3]]
+        few = operands._replace(query=one[0], key=one[1], value=one[2])
+        parts.append(run(case.but(batch=1), few, grad_out[image : image + 1], "triton").grads)
+    torch.testing.assert_close(whole, sum(p["bias"] for p in parts), rtol=1e-4, atol=1e-5)
 
 
 def test_channels_more_than_32_bits_apart_are_found():
