@@ -3,13 +3,13 @@
     python -m benchmarks.predict --arch sm_90 --case "T1 shift 3"
 
 A launch takes the longest of: its bytes at the rate of a copy, what a multiprocessor can keep in
-flight of them, its instructions at four a clock, and what it asks of each unit: fp32, the other
-arithmetic, exp2 (the special function unit), shared memory, matrices. Instructions are those of the
-trips through its loop, by the short way for windows inside, by the long one for those that a seam
-cuts, and once a program what is outside the loop. Waits, bank conflicts and how well units overlap
-are not in it, nor is the second cache: a prediction is a floor of this code. Launches are those of
-a CUDA graph. `make aot-report` writes the tables for every case of the speed table to
-docs/machine-code.md.
+flight of them (a loop of one stage loads, waits and then works), its instructions at four a clock,
+and what it asks of each unit: fp32, the other arithmetic, exp2 (the special function unit), shared
+memory, matrices. Instructions are those of the trips through its loop, by the short way for windows
+inside, by the long one for those that a seam cuts, and once a program what is outside the loop.
+Waits, bank conflicts and how well units overlap are not in it, nor is the second cache: a
+prediction is a floor of this code. Launches are those of a CUDA graph. `make aot-report` writes the
+tables for every case of the speed table to docs/machine-code.md.
 """
 
 from __future__ import annotations
