@@ -36,7 +36,7 @@ setup(
     ext_modules=[
         CppExtension(
             "swin_kernels._C_cpu",
-            ["csrc/registration.cpp", *files("csrc/cpu/*.cpp")],
+            files("csrc/*.cpp", "csrc/cpu/*.cpp"),
             include_dirs=[str(Path("csrc").resolve())],  # ninja compiles from another directory
             depends=["setup.py", *files("csrc/**/*.h")],
             py_limited_api=True,

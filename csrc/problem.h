@@ -56,6 +56,22 @@ struct Problem {
   }
 };
 
+enum class Element : int { kFloat = 0, kDouble = 1, kHalf = 2, kBFloat16 = 3 };
+constexpr int kElements = 4;
+
+// A tensor (batch, *S, heads, channels) at its strides, in elements.
+struct TokenView {
+  void* data = nullptr;
+  int64_t batch = 0, axis[kAxes] = {0, 0, 0}, head = 0, channel = 1;
+};
+
+// A mask (nW, N, N) at its strides, in elements, of any floating dtype.
+struct MaskView {
+  const void* data = nullptr;
+  Element element = Element::kFloat;
+  int64_t window = 0, row = 0, column = 1;
+};
+
 // The counter-based dropout mask of docs/contract.md: Philox4x32-10, first word of the block.
 SWIN_HOST_DEVICE inline uint32_t philox_first_word(uint32_t c0, uint32_t c1, uint32_t c2,
                                                    uint32_t c3, uint64_t seed) {

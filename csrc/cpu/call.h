@@ -1,33 +1,16 @@
-// A call of the native ops as the dispatcher hands it over, checked and turned into what the tiles
-// read.
+// A checked call turned into what the tiles read.
 #pragma once
 
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 
 #include <cstdint>
-#include <optional>
 #include <vector>
 
+#include "arguments.h"
 #include "cpu/tile.h"
 
 namespace swin_kernels::cpu {
-
-using torch::stable::Tensor;
-using MaybeTensor = std::optional<Tensor>;
-
-// The arguments of both ops, in the order of their schemas (registration.cpp).
-struct Arguments {
-  const Tensor& query;
-  const MaybeTensor &key, &value, &bias, &bias_table, &bias_index, &mask, &pad_key, &pad_value,
-      &logit_scale, &dropout_seed;
-  const std::vector<int64_t>&window_size, &shift_size;
-  const std::vector<bool>& periodic;
-  bool roll_then_pad;
-  double mask_value, scale, dropout_p;
-
-  bool packed() const { return !key.has_value(); }
-};
 
 // Numbers in memory that torch's allocator knows of, so that its record of what a call holds is
 // whole. They begin with whatever lies there.
@@ -64,15 +47,6 @@ inline int64_t heads_at_once(int64_t tokens) {
   return tokens * tokens < kNumbers ? kNumbers / (tokens * tokens) : 1;
 }
 
-// Throws, with what came and what was expected, before anything is computed.
-Problem checked_problem(const Arguments& a);
-
-Element element_of(const Tensor& t);
-
-// Spatial axes of `t` are its axes 1 … ; `part` picks query, key or value out of a packed tensor
-// (B, *S, 3, H, D), −1 says that it is not packed.
-TokenView view_of(const Tensor& t, void* data, int part);
-
 template <class T>
 Operands operands_of(const Arguments& a, const Problem& p, int64_t lanes, Buffers<T>& buffers);
 
@@ -80,8 +54,5 @@ extern template Operands operands_of<float>(const Arguments&, const Problem&, in
                                             Buffers<float>&);
 extern template Operands operands_of<double>(const Arguments&, const Problem&, int64_t,
                                              Buffers<double>&);
-
-// Rows of a table of all relative positions in a window.
-int64_t table_length(const Problem& p);
 
 }  // namespace swin_kernels::cpu

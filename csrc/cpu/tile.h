@@ -7,22 +7,6 @@
 
 namespace swin_kernels::cpu {
 
-enum class Element : int { kFloat = 0, kDouble = 1, kHalf = 2, kBFloat16 = 3 };
-constexpr int kElements = 4;
-
-// A tensor (batch, *S, heads, channels) at its strides, in elements.
-struct TokenView {
-  void* data = nullptr;
-  int64_t batch = 0, axis[kAxes] = {0, 0, 0}, head = 0, channel = 1;
-};
-
-// A mask (nW, N, N) at its strides, in elements, of any floating dtype.
-struct MaskView {
-  const void* data = nullptr;
-  Element element = Element::kFloat;
-  int64_t window = 0, row = 0, column = 1;
-};
-
 // Everything a tile reads. Sums are in double for double tokens, else in float: `Sum` below.
 // Pointers to void hold Sum; they are null where the call has no such operand.
 struct Operands {

@@ -55,20 +55,6 @@ Tensor empty_tensor(const std::vector<int64_t>& shape, ScalarType dtype) {
   return torch::stable::empty(shape, dtype);
 }
 
-std::vector<int64_t> shape_of(const Tensor& t) {
-  std::vector<int64_t> shape;
-  for (int64_t i = 0; i < t.dim(); ++i) shape.push_back(t.size(i));
-  return shape;
-}
-
-// (B, *S, H, Dv)
-std::vector<int64_t> output_shape(const Arguments& a) {
-  if (!a.packed()) return shape_of(*a.value);
-  std::vector<int64_t> shape = shape_of(a.query);
-  shape.erase(shape.end() - 3);
-  return shape;
-}
-
 template <class T>
 Tensor forward_as(const Arguments& a, const Problem& p) {
   const Element element = element_of(a.query);
@@ -258,17 +244,6 @@ Gradients backward_as(const Tensor& grad_out, const Arguments& a, const Problem&
           finish(wants_logit_scale, a.logit_scale, logit_scales, 1, as_it_is)};
 }
 
-#define SWIN_PARAMETERS                                                                       \
-  Tensor query, MaybeTensor key, MaybeTensor value, MaybeTensor bias, MaybeTensor bias_table, \
-      MaybeTensor bias_index, MaybeTensor mask, MaybeTensor pad_key, MaybeTensor pad_value,   \
-      MaybeTensor logit_scale, MaybeTensor dropout_seed, std::vector<int64_t> window_size,    \
-      std::vector<int64_t> shift_size, std::vector<bool> periodic, bool roll_then_pad,        \
-      double mask_value, double scale, double dropout_p
-#define SWIN_ARGUMENTS                                                          \
-  {query,      key,      value,         bias,        bias_table,   bias_index,  \
-   mask,       pad_key,  pad_value,     logit_scale, dropout_seed, window_size, \
-   shift_size, periodic, roll_then_pad, mask_value,  scale,        dropout_p}
-
 Tensor window_attention_forward(SWIN_PARAMETERS) {
   const Arguments a SWIN_ARGUMENTS;
   const Problem p = checked_problem(a);
@@ -278,9 +253,7 @@ Tensor window_attention_forward(SWIN_PARAMETERS) {
 Gradients window_attention_backward(Tensor grad_out, SWIN_PARAMETERS, int64_t needs) {
   const Arguments a SWIN_ARGUMENTS;
   const Problem p = checked_problem(a);
-  STD_TORCH_CHECK(shape_of(grad_out) == output_shape(a) &&
-                      grad_out.scalar_type() == query.scalar_type() && grad_out.is_cpu(),
-                  "swin_kernels: grad_out: expected the shape, dtype and device of the output");
+  check_grad_out(grad_out, a);
   return element_of(query) == Element::kDouble ? backward_as<double>(grad_out, a, p, needs)
                                                : backward_as<float>(grad_out, a, p, needs);
 }

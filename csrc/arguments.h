@@ -1,0 +1,62 @@
+// A call of the native ops as the dispatcher hands it over, and its checks: for every device.
+#pragma once
+
+#include <torch/csrc/stable/tensor.h>
+
+#include <cstdint>
+#include <optional>
+#include <vector>
+
+#include "problem.h"
+
+namespace swin_kernels {
+
+using torch::stable::Tensor;
+using MaybeTensor = std::optional<Tensor>;
+
+// The arguments of both ops, in the order of their schemas (registration.cpp).
+struct Arguments {
+  const Tensor& query;
+  const MaybeTensor &key, &value, &bias, &bias_table, &bias_index, &mask, &pad_key, &pad_value,
+      &logit_scale, &dropout_seed;
+  const std::vector<int64_t>&window_size, &shift_size;
+  const std::vector<bool>& periodic;
+  bool roll_then_pad;
+  double mask_value, scale, dropout_p;
+
+  bool packed() const { return !key.has_value(); }
+};
+
+// The parameters of the forward op, and of the backward op after grad_out; what makes Arguments of
+// them.
+#define SWIN_PARAMETERS                                                                       \
+  Tensor query, MaybeTensor key, MaybeTensor value, MaybeTensor bias, MaybeTensor bias_table, \
+      MaybeTensor bias_index, MaybeTensor mask, MaybeTensor pad_key, MaybeTensor pad_value,   \
+      MaybeTensor logit_scale, MaybeTensor dropout_seed, std::vector<int64_t> window_size,    \
+      std::vector<int64_t> shift_size, std::vector<bool> periodic, bool roll_then_pad,        \
+      double mask_value, double scale, double dropout_p
+#define SWIN_ARGUMENTS                                                          \
+  {query,      key,      value,         bias,        bias_table,   bias_index,  \
+   mask,       pad_key,  pad_value,     logit_scale, dropout_seed, window_size, \
+   shift_size, periodic, roll_then_pad, mask_value,  scale,        dropout_p}
+
+// Throws, with what came and what was expected, before anything is computed.
+Problem checked_problem(const Arguments& a);
+
+void check_grad_out(const Tensor& grad_out, const Arguments& a);
+
+Element element_of(const Tensor& t);
+
+// Spatial axes of `t` are its axes 1 … ; `part` picks query, key or value out of a packed tensor
+// (B, *S, 3, H, D), −1 says that it is not packed.
+TokenView view_of(const Tensor& t, void* data, int part);
+
+// Rows of a table of all relative positions in a window.
+int64_t table_length(const Problem& p);
+
+std::vector<int64_t> shape_of(const Tensor& t);
+
+// (B, *S, H, Dv)
+std::vector<int64_t> output_shape(const Arguments& a);
+
+}  // namespace swin_kernels
