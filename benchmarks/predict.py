@@ -206,7 +206,7 @@ def predict(step: Step, code: Code, chip: Chip, sizes: Mapping[str, int], itemsi
             clocks += outside * warps / SCHEDULERS
         seconds[unit] = rounds * clocks / chip.clock
     if any(name.startswith("UTC") for name, _ in code.longest):  # whose sizes are in descriptors
-        del seconds["matrix"]
+        seconds.pop("matrix", None)
     programs, in_flight = min(programs_at_once(code, warps, chip), rounds), 0
     if trips:
         channels = numbers["HEAD_DIM"] + numbers["VALUE_DIM"]

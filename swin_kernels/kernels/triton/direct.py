@@ -8,12 +8,21 @@ want no gradient: nothing there would see the op (no mode, transform, autocast, 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Hashable, Mapping
+from collections.abc import Callable, Hashable, Mapping
+from operator import itemgetter
 from typing import Any
 
 import torch
 import torch.autograd.forward_ad as forward_ad
 from torch import Tensor, nn
+from torch._C import (
+    _are_functorch_transforms_active,
+    _is_any_autocast_enabled,
+    _is_tracing,
+    _len_torch_dispatch_stack,
+    _len_torch_function_stack,
+)
+from torch.autograd import _profiler_enabled
 
 from swin_kernels.kernels.triton.calls import forward_run
 from swin_kernels.kernels.triton.launch import Launch, Run, current_stream, on_device
@@ -22,6 +31,7 @@ from swin_kernels.problem import Operands, Options
 
 DEVICES = ("cuda",)
 _MOST = 1024  # as many as the cache of plans
+_PER_AXIS = ("window_size", "shift_size", "periodic")
 _PLAIN = (Tensor, nn.Parameter)  # a subclass may want to see every op
 
 _ready: dict[Hashable, Direct] = {}
@@ -33,22 +43,24 @@ class Direct:
     def __init__(self, run: Run, device: torch.device) -> None:
         self.device = device
         self.buffers = tuple(run.plan.buffers.values())
-        places = (*Operands._fields, *run.plan.buffers)
+        places = (*Operands._fields, *run.plan.buffers, None)  # a tensor that there is not
         self.out = places.index("out")
-        self.launches: list[tuple[Launch, list[int | None]]] = [
-            (step, [None if name is None else places.index(name) for name in step.tensors])
-            for step in run.steps
+        self.launches: list[tuple[Launch, Callable]] = [
+            (step, itemgetter(*(places.index(name) for name in step.tensors))) for step in run.steps
         ]
 
     def __call__(self, operands: Operands) -> Tensor:
         made = [torch.empty(x, dtype=dtype, device=self.device) for x, dtype in self.buffers]
-        tensors: tuple[Any, ...] = (*operands, *made)
+        tensors: tuple[Any, ...] = (*operands, *made, None)
         with on_device(self.device):
             stream = current_stream(self.device)
-            for launch, places in self.launches:
-                pointers = [None if place is None else tensors[place] for place in places]
-                launch.start(pointers, stream)
+            for launch, pointers in self.launches:
+                launch.start(pointers(tensors), stream)
         return tensors[self.out]
+
+
+def _types_within(option: object) -> tuple[type, ...] | None:
+    return tuple(map(type, option)) if type(option) is tuple else None
 
 
 def key_of(operands: Operands, backend: str | None, options: Mapping[str, Any]) -> Hashable | None:
@@ -60,13 +72,13 @@ def key_of(operands: Operands, backend: str | None, options: Mapping[str, Any]) 
         return None
     if (
         operands.query.device.type not in DEVICES
-        or torch._C._is_any_autocast_enabled()
-        or torch._C._len_torch_dispatch_stack() > 0
-        or torch._C._len_torch_function_stack() > 0
-        or torch._C._is_tracing()
-        or torch._C._are_functorch_transforms_active()
+        or _is_any_autocast_enabled()
+        or _len_torch_dispatch_stack()
+        or _len_torch_function_stack()
+        or _is_tracing()
+        or _are_functorch_transforms_active()
         or forward_ad._current_level >= 0
-        or torch.autograd._profiler_enabled()
+        or _profiler_enabled()
     ):
         return None
     grad = torch.is_grad_enabled()
@@ -75,24 +87,25 @@ def key_of(operands: Operands, backend: str | None, options: Mapping[str, Any]) 
         if x is None:
             facts.append(None)
             continue
-        if (
-            type(x) not in _PLAIN
-            or (grad and x.requires_grad)
-            or x.layout is not torch.strided
-            or x.is_neg()  # as are views of complex numbers: the dispatcher writes these out
-            or x._is_zerotensor()
-        ):
+        # a view that negates is none of its memory: the dispatcher writes it out
+        if type(x) not in _PLAIN or (grad and x.requires_grad) or x.is_neg():
             return None
-        facts.append((x.shape, x.stride(), x.dtype, x.device, x.data_ptr() % 16 == 0))
+        try:
+            start = x.data_ptr()
+            facts.append((x.shape, x.stride(), x.dtype, x.device, start % 16))
+        except RuntimeError:  # a sparse tensor
+            return None
+        if not start:  # zeros without memory
+            return None
     precision = None
     if operands.query.dtype == torch.float32:
         precision = torch.backends.cuda.matmul.fp32_precision
     given = (backend, *options.values())
-    kinds = tuple(map(type, given))
-    if list in kinds:  # no key; and in one, 2, 2.0 and True are the same
+    kinds = tuple(map(type, given))  # in a key 2, 2.0 and True are the same
+    if list in kinds:  # no key
         return None
-    parts = [tuple(map(type, x)) for x in given if type(x) is tuple]
-    return (*facts, precision, *given, *kinds, *parts)
+    window, shift, periodic = map(_types_within, map(options.get, _PER_AXIS))
+    return (*facts, precision, *given, *kinds, window, shift, periodic)
 
 
 def find(key: Hashable) -> Direct | None:
