@@ -1,0 +1,284 @@
+#include "emulator.h"
+
+#include <setjmp.h>
+#include <ucontext.h>
+
+#include <algorithm>
+#include <cmath>
+#include <cstring>
+#include <stdexcept>
+#include <string>
+#include <vector>
+
+namespace swin_kernels::cuda::emulator {
+namespace {
+
+constexpr int kWarp = 32;
+constexpr size_t kStack = 256 << 10;
+
+enum class State { kReady, kAtBarrier, kInWarp, kDone };
+
+struct Copy {
+  void* to;
+  const void* from;
+};
+
+struct Thread {
+  State state = State::kReady;
+  bool entered = false;
+  ucontext_t start;
+  jmp_buf paused;
+  std::vector<char> stack;
+  const char* what = nullptr;  // the warp's operation it waits in
+  void* arguments = nullptr;
+  void (*compute)(const Warp&) = nullptr;
+  std::vector<std::vector<Copy>> groups;  // of copies under way, the last not yet committed
+};
+
+struct Block {
+  std::vector<Thread> threads;
+  std::vector<char> shared;
+  char* memory = nullptr;
+  int64_t index = 0;
+  int current = 0;
+  const std::function<void()>* body = nullptr;
+  std::string error;
+  jmp_buf scheduler;
+};
+
+thread_local Block* block = nullptr;
+
+Thread& self() { return block->threads[size_t(block->current)]; }
+
+// Back to the scheduler; returns when the thread is ready again.
+void pause(State state) {
+  Thread& own = self();
+  own.state = state;
+  if (_setjmp(own.paused) == 0) _longjmp(block->scheduler, 1);
+  if (!block->error.empty()) throw std::runtime_error(block->error);
+}
+
+void enter() {
+  try {
+    (*block->body)();
+  } catch (const std::exception& error) {
+    if (block->error.empty()) block->error = error.what();
+  }
+  self().state = State::kDone;
+  _longjmp(block->scheduler, 1);
+}
+
+void resume(int index) {
+  block->current = index;
+  Thread& thread = self();
+  if (_setjmp(block->scheduler) != 0) return;
+  if (thread.entered) _longjmp(thread.paused, 1);
+  thread.entered = true;
+  setcontext(&thread.start);
+}
+
+void finish_warp(int first) {
+  Warp arguments;
+  const Thread* lanes = &block->threads[size_t(first)];
+  for (int lane = 0; lane < kWarp; ++lane) {
+    if (lanes[lane].state != State::kInWarp) return;
+    if (std::strcmp(lanes[lane].what, lanes[0].what) != 0) {
+      block->error =
+          std::string("lanes of a warp wait in ") + lanes[0].what + " and in " + lanes[lane].what;
+      break;
+    }
+    arguments[lane] = lanes[lane].arguments;
+  }
+  if (block->error.empty()) lanes[0].compute(arguments);
+  for (int lane = 0; lane < kWarp; ++lane)
+    block->threads[size_t(first + lane)].state = State::kReady;
+}
+
+void run_block() {
+  const int threads = int(block->threads.size());
+  const bool reversed = block->index % 2 != 0;
+  for (;;) {
+    bool ran = false;
+    for (int i = 0; i < threads; ++i) {
+      const int index = reversed ? threads - 1 - i : i;
+      if (block->threads[size_t(index)].state != State::kReady) continue;
+      resume(index);
+      ran = true;
+      finish_warp(index / kWarp * kWarp);
+    }
+    if (ran) continue;
+    const auto is = [](State state) {
+      return [state](const Thread& t) { return t.state == state; };
+    };
+    auto& all = block->threads;
+    if (std::all_of(all.begin(), all.end(), is(State::kDone))) return;
+    const bool together = std::all_of(all.begin(), all.end(), is(State::kAtBarrier));
+    if (!together && block->error.empty())
+      block->error = "threads of a block wait for each other at different places";
+    for (Thread& t : all)
+      if (t.state != State::kDone) t.state = State::kReady;
+  }
+}
+
+float half_bits(uint32_t word, int which) {
+  return float(Half(uint16_t(word >> (16 * which)), Half::from_bits()));
+}
+float bfloat16_bits(uint32_t word, int which) {
+  return float(BFloat16(uint16_t(word >> (16 * which)), BFloat16::from_bits()));
+}
+float float_bits(uint32_t word, int) {
+  float x;
+  std::memcpy(&x, &word, 4);
+  return x;
+}
+
+struct Product {
+  float* c;
+  uint32_t a[4], b[2];
+};
+
+// PTX ISA, "Matrix fragments for mma.m16n8k16" (two numbers a register) and "for mma.m16n8k8" with
+// .tf32 (one). `Each` numbers a register: A is (16, 8·Each), B (8·Each, 8).
+template <int Each, float (*Number)(uint32_t, int)>
+void multiply_warp(const Warp& warp) {
+  constexpr int kDepth = 8 * Each;
+  float a[16][kDepth], b[kDepth][8];
+  for (int lane = 0; lane < kWarp; ++lane) {
+    const auto* own = static_cast<const Product*>(warp[lane]);
+    const int group = lane >> 2, member = lane & 3;
+    for (int i = 0; i < 4; ++i)
+      for (int e = 0; e < Each; ++e)
+        a[group + (i & 1) * 8][member * Each + e + (i >> 1) * 4 * Each] = Number(own->a[i], e);
+    for (int i = 0; i < 2; ++i)
+      for (int e = 0; e < Each; ++e)
+        b[member * Each + e + i * 4 * Each][group] = Number(own->b[i], e);
+  }
+  for (int lane = 0; lane < kWarp; ++lane) {
+    auto* own = static_cast<Product*>(warp[lane]);
+    const int group = lane >> 2, member = lane & 3;
+    for (int i = 0; i < 4; ++i) {
+      double sum = own->c[i];
+      for (int k = 0; k < kDepth; ++k)
+        sum += double(a[group + (i >> 1) * 8][k]) * double(b[k][member * 2 + (i & 1)]);
+      own->c[i] = float(sum);
+    }
+  }
+}
+
+template <int Each, float (*Number)(uint32_t, int)>
+void multiply(const char* what, float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
+  Product own{c, {a[0], a[1], a[2], a[3]}, {b0, b1}};
+  together(what, &own, multiply_warp<Each, Number>);
+}
+
+struct Load {
+  uint32_t* r;
+  const char* row;
+  bool transposed;
+};
+
+void load_warp(const Warp& warp) {
+  for (int lane = 0; lane < kWarp; ++lane) {
+    const auto* own = static_cast<const Load*>(warp[lane]);
+    for (int matrix = 0; matrix < 4; ++matrix) {
+      uint16_t pair[2];
+      for (int e = 0; e < 2; ++e) {
+        int row = lane / 4, column = lane % 4 * 2 + e;
+        if (own->transposed) std::swap(row, column);
+        const auto* from = static_cast<const Load*>(warp[8 * matrix + row]);
+        std::memcpy(&pair[e], from->row + 2 * column, 2);
+      }
+      own->r[matrix] = uint32_t(pair[0]) | uint32_t(pair[1]) << 16;
+    }
+  }
+}
+
+}  // namespace
+
+int thread_index() { return block->current; }
+int block_threads() { return int(block->threads.size()); }
+int64_t block_index() { return block->index; }
+char* shared_memory() { return block->memory; }
+void block_barrier() { pause(State::kAtBarrier); }
+
+void together(const char* what, void* arguments, void (*compute)(const Warp&)) {
+  Thread& own = self();
+  own.what = what;
+  own.arguments = arguments;
+  own.compute = compute;
+  pause(State::kInWarp);
+}
+
+void copy_async(void* to, const void* from) {
+  if ((reinterpret_cast<uintptr_t>(to) | reinterpret_cast<uintptr_t>(from)) % 16 != 0)
+    throw std::runtime_error("a copy of 16 bytes is not aligned to them");
+  std::memset(to, 0xFF, 16);
+  auto& groups = self().groups;
+  if (groups.empty()) groups.emplace_back();
+  groups.back().push_back({to, from});
+}
+
+void commit_copies() {
+  auto& groups = self().groups;
+  if (groups.empty()) groups.emplace_back();
+  groups.emplace_back();
+}
+
+void wait_for_copies(int left) {
+  auto& groups = self().groups;  // the last is not committed
+  while (int(groups.size()) - 1 > left) {
+    for (const Copy& copy : groups.front()) std::memcpy(copy.to, copy.from, 16);
+    groups.erase(groups.begin());
+  }
+}
+
+void load_matrices(const char* what, uint32_t (&r)[4], const void* row, bool transposed) {
+  if (reinterpret_cast<uintptr_t>(row) % 16 != 0)
+    throw std::runtime_error("a row of a matrix is not aligned to 16 bytes");
+  Load own{r, static_cast<const char*>(row), transposed};
+  together(what, &own, load_warp);
+}
+
+void multiply_half(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
+  multiply<2, half_bits>("multiply_half", c, a, b0, b1);
+}
+void multiply_bfloat16(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
+  multiply<2, bfloat16_bits>("multiply_bfloat16", c, a, b0, b1);
+}
+void multiply_tf32(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
+  multiply<1, float_bits>("multiply_tf32", c, a, b0, b1);
+}
+
+void run(int64_t blocks, int threads, int64_t shared_bytes, const std::function<void()>& thread) {
+  if (threads <= 0 || threads % kWarp != 0 || threads > 1024)
+    throw std::runtime_error("a block of " + std::to_string(threads) + " threads");
+  static thread_local Block storage;  // its stacks are used again
+  Block* const outer = block;
+  block = &storage;
+  storage.threads.resize(size_t(threads));
+  storage.shared.resize(size_t(shared_bytes) + 128);
+  storage.memory = reinterpret_cast<char*>(
+      (reinterpret_cast<uintptr_t>(storage.shared.data()) + 127) / 128 * 128);
+  storage.body = &thread;
+  storage.error.clear();
+  for (int64_t index = 0; index < blocks && storage.error.empty(); ++index) {
+    storage.index = index;
+    std::fill(storage.shared.begin(), storage.shared.end(), char(0xFF));
+    for (Thread& t : storage.threads) {
+      t.state = State::kReady;
+      t.entered = false;
+      t.groups.clear();
+      t.stack.resize(kStack);
+      getcontext(&t.start);
+      t.start.uc_stack.ss_sp = t.stack.data();
+      t.start.uc_stack.ss_size = t.stack.size();
+      t.start.uc_link = nullptr;
+      makecontext(&t.start, enter, 0);
+    }
+    run_block();
+  }
+  block = outer;
+  if (!storage.error.empty()) throw std::runtime_error("emulated kernel: " + storage.error);
+}
+
+}  // namespace swin_kernels::cuda::emulator
