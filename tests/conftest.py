@@ -13,6 +13,8 @@ from modes import (
     BACKEND_FIXTURES,
     CPU,
     CUDA,
+    CUDA_CPP,
+    EMULATOR,
     INTERPRETER,
     NOT_INTERPRETED,
     Mode,
@@ -42,6 +44,17 @@ def pytest_addoption(parser):
         help="cuda: the Triton kernels on a GPU, the tests of a backend and those marked gpu",
     )
     parser.addoption(
+        "--backend",
+        choices=("triton", "cuda"),
+        default="triton",
+        help="with --device cuda: whose kernels, Triton's or those of CUDA C++",
+    )
+    parser.addoption(
+        "--emulate-cuda",
+        action="store_true",
+        help="the CUDA kernels on the host (tests/cuda/emulator.h), as under the interpreter",
+    )
+    parser.addoption(
         "--part",
         metavar="I/N",
         help="every N-th of the tests, from the I-th, counted from 0: N processes share them",
@@ -63,6 +76,11 @@ def _part(text: str | None) -> slice:
 def pytest_configure(config):
     config.stash[PART] = _part(config.getoption("--part"))
     mode = INTERPRETER if INTERPRETED else CPU
+    if config.getoption("--emulate-cuda"):
+        from cuda_emulator import emulated_backend
+
+        mode = EMULATOR
+        BACKENDS["cuda"] = emulated_backend()
     if config.getoption("--device") == "cuda":
         if INTERPRETED:
             raise pytest.UsageError("--device cuda: TRITON_INTERPRET=1 runs on the CPU; unset it")
@@ -71,7 +89,7 @@ def pytest_configure(config):
                 f"--device cuda: torch {torch.__version__} finds no CUDA device "
                 "(torch.cuda.is_available() is False)"
             )
-        mode = CUDA
+        mode = CUDA if config.getoption("--backend") == "triton" else CUDA_CPP
         torch.set_default_device("cuda")  # before the tests are imported: some hold tensors
     config.stash[MODE] = mode
 
@@ -113,6 +131,8 @@ def pytest_collection_modifyitems(config, items):
     elsewhere = {
         "gpu": "needs a GPU: pytest --device cuda",
         "interpreted": "needs TRITON_INTERPRET=1 in the environment",
+        "emulated": "runs the CUDA kernels on the host: pytest --emulate-cuda",
+        "cuda_cpp": "needs a GPU and the compiled object: pytest --device cuda --backend cuda",
     }
     for item in items:
         for mark, reason in elsewhere.items():

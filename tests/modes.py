@@ -1,8 +1,9 @@
-"""The three ways to run the tests, and cases cut to what Triton's interpreter can afford.
+"""The ways to run the tests, and cases cut to what Triton's interpreter can afford.
 
 By themselves the tests run the CPU backends. With TRITON_INTERPRET=1 in the environment they run
-the Triton kernels on CPU tensors, and with `--device cuda` on a GPU: there only tests of a backend
-are kept, those with one of `BACKEND_FIXTURES`, and those marked for that way.
+the Triton kernels on CPU tensors, with `--emulate-cuda` the CUDA kernels on CPU tensors, and with
+`--device cuda` either kind on a GPU: there only tests of a backend are kept, those with one of
+`BACKEND_FIXTURES`, and those marked for that way.
 """
 
 from __future__ import annotations
@@ -45,7 +46,9 @@ INTERPRETER = Mode(
     _NO_FP64 | {torch.bfloat16: "Triton's interpreter multiplies bf16 wrongly"},
     "interpreted",
 )
+EMULATOR = Mode("emulator", ("cuda",), {}, "emulated")
 CUDA = Mode("cuda", ("triton",), _NO_FP64, "gpu")
+CUDA_CPP = Mode("cuda", ("cuda",), {}, "cuda_cpp")
 
 # tests marked with these are deselected under the interpreter
 NOT_INTERPRETED = {

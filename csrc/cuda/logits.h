@@ -194,14 +194,37 @@ SWIN_DEVICE void to_exponentials(typename P::Sum (&s)[Tiles][4], typename P::Sum
   sum_over_row(total);
 }
 
+// What a row's exponentials are to be divided by: of 2 bytes as what multiplies them, as that division
+// is rounded far less than they are then. 0 where no key is left.
+template <class P>
+SWIN_DEVICE typename P::Sum divisor(typename P::Sum total) {
+  return P::kUnit == Unit::kHalf && total != 0 ? 1 / total : total;
+}
+template <class P>
+SWIN_DEVICE typename P::Sum divided(typename P::Sum x, typename P::Sum divisor) {
+  if (P::kUnit == Unit::kHalf) return x * divisor;
+  return divisor == 0 ? 0 : x / divisor;
+}
+
 template <class P, int Tiles>
 SWIN_DEVICE void to_probabilities(typename P::Sum (&s)[Tiles][4], int tiles, int lane) {
   using Sum = typename P::Sum;
   Sum total[2];
   to_exponentials<P>(s, total, tiles, lane);
+  const Sum divisors[2] = {divisor<P>(total[0]), divisor<P>(total[1])};
+  for_each_logit(s, 0, tiles, lane,
+                 [&](Sum& x, int, int e, int, int) { x = divided<P>(x, divisors[e / 2]); });
+}
+
+// A warp's sums of exponentials times values become outputs.
+template <class P, int Tiles>
+SWIN_DEVICE void divide_rows(typename P::Sum (&out)[Tiles][4], const typename P::Sum (&total)[2],
+                             typename P::Sum kept_factor) {
+  const typename P::Sum divisors[2] = {divisor<P>(total[0]), divisor<P>(total[1])};
 #pragma unroll
-  for (int r = 0; r < 2; ++r) total[r] = total[r] == 0 ? Sum(0) : Sum(1) / total[r];
-  for_each_logit(s, 0, tiles, lane, [&](Sum& x, int, int e, int, int) { x *= total[e / 2]; });
+  for (int n = 0; n < Tiles; ++n)
+#pragma unroll
+    for (int e = 0; e < 4; ++e) out[n][e] = divided<P>(out[n][e], divisors[e / 2]) * kept_factor;
 }
 
 // Whether dropout keeps the probability of query i and key j: docs/contract.md.

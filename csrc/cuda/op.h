@@ -113,11 +113,16 @@ inline int64_t checked_blocks(int64_t blocks) {
   return blocks;
 }
 
+// A choice of kernels: their precision, and the channels that a tile of a whole window holds.
 template <class P, int Channels>
 struct Kernels {
   using Precision = P;
   static constexpr int kChannels = Channels;
 };
+
+// Those for windows of several tiles have one width for each size of element: 128 bytes of channels.
+template <class P>
+constexpr int kTiledChannels = 128 / int(sizeof(typename P::Element));
 
 // f(Kernels<…>()) for the tokens of a call: the narrowest tile that its channels fit, else the
 // widest, which a kernel then takes several times.

@@ -202,4 +202,21 @@ SWIN_DEVICE void multiply_by_weights(typename P::Sum (&sums)[Tiles][4],
   }
 }
 
+// sums += what multiply(part) adds to zeros. The arithmetic units add up each tile by itself: one sum
+// over hundreds of tokens would be rounded more than fp32 allows.
+template <class P, int Tiles, class F>
+SWIN_DEVICE void add_product(typename P::Sum (&sums)[Tiles][4], const F& multiply) {
+  if constexpr (P::kUnit == Unit::kPlain) {
+    typename P::Sum part[Tiles][4];
+    clear<P>(part);
+    multiply(part);
+#pragma unroll
+    for (int n = 0; n < Tiles; ++n)
+#pragma unroll
+      for (int e = 0; e < 4; ++e) sums[n][e] += part[n][e];
+  } else {
+    multiply(sums);
+  }
+}
+
 }  // namespace swin_kernels::cuda

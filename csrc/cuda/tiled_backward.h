@@ -8,8 +8,8 @@
 
 namespace swin_kernels::cuda {
 
-// Of a query: the largest of its logits, 1/Σexp(s − largest) or 0 where no key is left, Σ p·dp.
-enum Statistic { kTop, kShare, kDelta, kStatistics };
+// Of a query: the largest of its logits, what exp(s − largest) is divided by, Σ p·dp.
+enum Statistic { kTop, kDivisor, kDelta, kStatistics };
 
 template <class P, int Channels>
 struct TiledBackwardMemory {
@@ -27,6 +27,28 @@ struct TiledBackwardMemory {
   Sum sums[4 * Channels];  // of warps
   TokenFacts rows, columns;
   alignas(16) char table_column[kColumnBytes];
+};
+
+// A gradient's channels, as many at a time as a tile holds. Behind unit vectors of more channels every
+// one is computed twice: what x̂·dx̂ takes away is known only after the last.
+template <int Channels>
+struct Turns {
+  int dim, turns, begin = 0;
+
+  SWIN_DEVICE Turns(int dim, bool of_units) : dim(dim), turns(of_units && dim > Channels ? 2 : 1) {}
+
+  SWIN_DEVICE bool done() const { return turns == 0; }
+  SWIN_DEVICE bool last() const { return turns == 1; }
+  SWIN_DEVICE int tiles() const {
+    const int left = dim - begin < Channels ? dim - begin : Channels;
+    return (left + kColumns - 1) / kColumns;
+  }
+  SWIN_DEVICE void next() {
+    begin += Channels;
+    if (begin < dim) return;
+    begin = 0;
+    --turns;
+  }
 };
 
 // What all passes know: who they are, and the four tensors as sides of a tile of logits, whose rows
@@ -140,15 +162,9 @@ struct Pass {
     divide_by_norms(columns(false));
   }
 
-  // Products of unit vectors or of tokens, and the logits of them.
-  SWIN_DEVICE void logits(Sum (&products)[kKeyTiles][4], Sum (&s)[kKeyTiles][4], int seams,
-                          int tiles) {
-    clear<P>(products);
-    multiply_sides(products, rows(false), columns(false), call.in, head, warp_row, tiles, lane);
-#pragma unroll
-    for (int n = 0; n < kKeyTiles; ++n)
-#pragma unroll
-      for (int e = 0; e < 4; ++e) s[n][e] = products[n][e];
+  SWIN_DEVICE void logits(Sum (&s)[kKeyTiles][4], int seams, int tiles) {
+    clear<P>(s);
+    multiply_sides(s, rows(false), columns(false), call.in, head, warp_row, tiles, lane);
     add_logits(s, memory.logits, factor, warp_row, tiles, lane);
     const TilePlace place{0, 0, &memory.rows, &memory.columns};
     add_shift_mask(s, Sum(call.in.mask_value), place, seams, warp_row, tiles, lane);
@@ -168,13 +184,11 @@ struct Pass {
                : Sum(0);
   }
 
-  // What dropout keeps of the probabilities of a tile, and the gradient of its logits; adds up each
-  // row's sum of that times the products.
+  // What dropout keeps of the probabilities of a tile, and the gradient of its logits.
   SWIN_DEVICE void tile_gradients(Sum (&weights)[kKeyTiles][4], Sum (&ds)[kKeyTiles][4],
-                                  Sum (&radial)[2], int64_t window, int seams, int first_row,
-                                  int first_column, int tiles) {
-    Sum products[kKeyTiles][4];
-    logits(products, weights, seams, tiles);
+                                  int64_t window, int seams, int first_row, int first_column,
+                                  int tiles) {
+    logits(weights, seams, tiles);
     probability_gradients(ds, tiles);
     const Lane own(lane);
 #pragma unroll
@@ -184,14 +198,47 @@ struct Pass {
       for (int e = 0; e < 4; ++e) {
         const int row = warp_row + own.row(e), column = n * kColumns + own.column(e);
         const int i = Transposed ? column : row;
-        const Sum prob = exponential<P>(weights[n][e] - memory.statistics[kTop][i]) *
-                         memory.statistics[kShare][i];
+        const Sum prob =
+            divided<P>(exponential<P>(weights[n][e] - memory.statistics[kTop][i]),
+                       memory.statistics[kDivisor][i]);
         const Sum kept = kept_factor(window, first_row, first_column, row, column);
         ds[n][e] = prob * (ds[n][e] * kept - memory.statistics[kDelta][i]);
         weights[n][e] = prob * kept;
-        radial[e / 2] += ds[n][e] * products[n][e];
       }
     }
+  }
+
+  // grad (16, channels) += weights (16, 8·tiles) times the tokens of a tile.
+  template <int Tiles>
+  SWIN_DEVICE void add_weighted(Sum (&grad)[Tiles][4], const Sum (&weights)[kKeyTiles][4],
+                                const Side<P, Channels>& side, int tiles, int channel_tiles) {
+    add_product<P>(grad, [&](Sum(&part)[Tiles][4]) {
+      multiply_by_weights<P>(part, weights, reinterpret_cast<T*>(memory.logits.numbers), warp_row,
+                             side.from(0), tiles, channel_tiles, lane);
+    });
+  }
+
+  // From sums of ds times tokens to a gradient of queries or keys; false while x̂·dx̂ is not known.
+  template <int Tiles>
+  SWIN_DEVICE bool finish(Sum (&grad)[Tiles][4], Sum (&radial)[2], Side<P, Channels>& side,
+                          const Turns<Channels>& turn) {
+    if (side.norms == nullptr) {
+      scale(grad, factor);
+      return true;
+    }
+    if (turn.begin >= side.dim) return turn.last();  // values may have more channels
+    bring(side, turn.begin, head, call.in.by_16_bytes);
+    const bool once = turn.dim <= Channels;
+    if (once || !turn.last()) {
+      Sum part[2];
+      radial_of<P>(part, grad, side.from(warp_row), turn.tiles(), lane);
+      radial[0] += part[0];
+      radial[1] += part[1];
+    }
+    if (turn.last())
+      through_unit<P>(grad, side.from(warp_row), side.norms + warp_row, factor, radial,
+                      turn.tiles(), lane);
+    return turn.last();
   }
 };
 
@@ -238,7 +285,7 @@ tiled_statistics(SWIN_PARAMETER Backward call) {
     const int tiles = groups_in(tokens, column, kColumns);
     pass.go_to_columns(at, own.window, own.first, column);
     Sum s[kKeyTiles][4], dp[kKeyTiles][4];
-    pass.logits(dp, s, seams, tiles);
+    pass.logits(s, seams, tiles);
     pass.probability_gradients(dp, tiles);
     Sum higher[2] = {top[0], top[1]}, sums[2] = {0, 0}, products[2] = {0, 0}, base[2];
     for_each_logit(s, 0, tiles, lane,
@@ -268,10 +315,9 @@ tiled_statistics(SWIN_PARAMETER Backward call) {
   for (int r = 0; r < 2; ++r) {
     const int i = own.first + pass.warp_row + place.row(2 * r);
     if (place.member != 0 || i >= tokens) continue;
-    const Sum share = total[r] == 0 ? Sum(0) : Sum(1) / total[r];
     to[kTop * tokens + i] = total[r] == 0 ? Sum(0) : top[r];
-    to[kShare * tokens + i] = share;
-    to[kDelta * tokens + i] = delta[r] * share;
+    to[kDivisor * tokens + i] = divisor<P>(total[r]);
+    to[kDelta * tokens + i] = divided<P>(delta[r], divisor<P>(total[r]));
   }
 }
 
@@ -289,37 +335,28 @@ tiled_grad_query(SWIN_PARAMETER Backward call) {
   const int warp_row = pass.warp_row;
   pass.go_to_rows(at, own.window, own.first, call.grad_query, call.grad_query);
 
-  Sum scale_sum = 0;
-  for (int begin = 0; begin < pass.query.dim; begin += Channels) {
-    Sum grad[kChannelTiles][4], radial[2] = {0, 0};
+  Turns<Channels> turn(pass.query.dim, pass.query.norms != nullptr);
+  Sum radial[2] = {0, 0};  // q̂·dq̂
+  for (; !turn.done(); turn.next()) {
+    Sum grad[kChannelTiles][4];
     clear<P>(grad);
     for (int column = 0; column < tokens; column += kTile) {
       const int tiles = groups_in(tokens, column, kColumns);
       pass.go_to_columns(at, own.window, own.first, column);
       Sum weights[kKeyTiles][4], ds[kKeyTiles][4];
-      clear<P>(ds);
-      pass.tile_gradients(weights, ds, radial, own.window, seams, own.first, column, tiles);
-      bring(pass.key, begin, own.head, call.in.by_16_bytes);
-      multiply_by_weights<P>(grad, ds, reinterpret_cast<T*>(memory.logits.numbers), warp_row,
-                             pass.key.from(0), tiles, kChannelTiles, lane);
+      pass.tile_gradients(weights, ds, own.window, seams, own.first, column, tiles);
+      bring(pass.key, turn.begin, own.head, call.in.by_16_bytes);
+      pass.add_weighted(grad, ds, pass.key, tiles, turn.tiles());
     }
-    if (pass.query.norms != nullptr) {
-      sum_over_row(radial);
-      if (begin == 0) scale_sum = radial[0] + radial[1];
-      bring(pass.query, begin, own.head, call.in.by_16_bytes);
-      through_unit<P>(grad, pass.query.from(warp_row), memory.norms[0] + warp_row, pass.factor,
-                      radial, kChannelTiles, lane);
-    } else {
-      scale(grad, pass.factor);
-    }
+    if (!pass.finish(grad, radial, pass.query, turn)) continue;
     block_barrier();  // the keys were read
     store_grad<P, Channels>(grad, pass.key.tile, call.grad_query, memory.row_offsets[2], warp_row,
-                            begin, pass.query.dim, call.in.by_16_bytes, lane);
+                            turn.begin, pass.query.dim, call.in.by_16_bytes, lane);
   }
   if (call.partial_logit_scale != nullptr) {  // (windows and tiles, H)
     const int64_t row = own.window * tile_count(tokens) + own.first / kTile;
     write_row_sum(static_cast<Sum*>(call.partial_logit_scale) + row * pass.p.heads + own.head,
-                  memory.sums, scale_sum, lane);
+                  memory.sums, radial[0] + radial[1], lane);
   }
 }
 
@@ -340,36 +377,28 @@ tiled_grad_key_value(SWIN_PARAMETER Backward call) {
   // padding of this tile alone: a row (windows and tiles) of partial sums
   const int64_t row = own.window * tile_count(tokens) + own.first / kTile;
   const int64_t partial = row * pass.p.heads + own.head;
-  for (int begin = 0; begin < head_dim || begin < value_dim; begin += Channels) {
-    Sum grad_key[kChannelTiles][4], grad_value[kChannelTiles][4], radial[2] = {0, 0};
+  Turns<Channels> turn(head_dim > value_dim ? head_dim : value_dim, pass.key.norms != nullptr);
+  Sum radial[2] = {0, 0};  // k̂·dk̂
+  for (; !turn.done(); turn.next()) {
+    const int begin = turn.begin, tiles_out = turn.tiles();
+    Sum grad_key[kChannelTiles][4], grad_value[kChannelTiles][4];
     clear<P>(grad_key);
     clear<P>(grad_value);
     for (int column = 0; column < tokens; column += kTile) {
       const int tiles = groups_in(tokens, column, kColumns);
       pass.go_to_columns(at, own.window, own.first, column);
       Sum weights[kKeyTiles][4], ds[kKeyTiles][4];
-      clear<P>(weights);
-      clear<P>(ds);
-      pass.tile_gradients(weights, ds, radial, own.window, seams, own.first, column, tiles);
+      pass.tile_gradients(weights, ds, own.window, seams, own.first, column, tiles);
       if (begin < value_dim) {
         bring(pass.grad_out, begin, own.head, call.in.by_16_bytes);
-        multiply_by_weights<P>(grad_value, weights, reinterpret_cast<T*>(memory.logits.numbers),
-                               warp_row, pass.grad_out.from(0), tiles, kChannelTiles, lane);
+        pass.add_weighted(grad_value, weights, pass.grad_out, tiles, tiles_out);
       }
       if (begin < head_dim) {
         bring(pass.query, begin, own.head, call.in.by_16_bytes);
-        multiply_by_weights<P>(grad_key, ds, reinterpret_cast<T*>(memory.logits.numbers), warp_row,
-                               pass.query.from(0), tiles, kChannelTiles, lane);
+        pass.add_weighted(grad_key, ds, pass.query, tiles, tiles_out);
       }
     }
-    if (pass.key.norms != nullptr && begin < head_dim) {
-      sum_over_row(radial);
-      bring(pass.key, begin, own.head, call.in.by_16_bytes);
-      through_unit<P>(grad_key, pass.key.from(warp_row), memory.norms[1] + warp_row, pass.factor,
-                      radial, kChannelTiles, lane);
-    } else {
-      scale(grad_key, pass.factor);
-    }
+    if (!pass.finish(grad_key, radial, pass.key, turn)) continue;
     PaddingSum<Sum, kChannelTiles> padding;
     block_barrier();  // queries and gradients of the output were read
     if (begin < head_dim) {
@@ -389,8 +418,9 @@ tiled_grad_key_value(SWIN_PARAMETER Backward call) {
         padding.write(static_cast<Sum*>(call.partial_pad_value) + partial * value_dim + begin,
                       memory.sums, value_dim - begin, lane);
       }
-      store_grad<P, Channels>(grad_value, pass.grad_out.tile, call.grad_value, memory.other_offsets,
-                              warp_row, begin, value_dim, call.in.by_16_bytes, lane);
+      store_grad<P, Channels>(grad_value, pass.grad_out.tile, call.grad_value,
+                              memory.other_offsets, warp_row, begin, value_dim,
+                              call.in.by_16_bytes, lane);
     }
   }
 }
@@ -411,7 +441,7 @@ tiled_grad_bias(SWIN_PARAMETER Backward call) {
   const int tokens = pass.tokens, lane = pass.lane;
   const int tiles = groups_in(tokens, first_column, kColumns);
 
-  Sum sum[kKeyTiles][4], radial[2] = {0, 0};
+  Sum sum[kKeyTiles][4];
   clear<P>(sum);
   const int64_t windows = p.batch * p.windows();
   int64_t window = run * call.windows_per_program;
@@ -421,7 +451,7 @@ tiled_grad_bias(SWIN_PARAMETER Backward call) {
     pass.go_to_rows(at, window, first_row, call.grad_query, call.grad_query);
     pass.go_to_columns(at, window, first_row, first_column);
     Sum weights[kKeyTiles][4], ds[kKeyTiles][4];
-    pass.tile_gradients(weights, ds, radial, window, at.seams(p), first_row, first_column, tiles);
+    pass.tile_gradients(weights, ds, window, at.seams(p), first_row, first_column, tiles);
     for_each_logit(ds, 0, tiles, lane, [&](Sum& x, int n, int e, int, int) { sum[n][e] += x; });
   }
   write_bias(static_cast<Sum*>(call.partial_bias) + program * tokens * tokens, sum, tokens,

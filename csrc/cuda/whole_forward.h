@@ -132,11 +132,7 @@ whole_window_forward(SWIN_PARAMETER Forward call) {
     clear<P>(out);
     multiply_by_weights<P>(out, s, memory.weights, first_row, Operand<T>{value, kPitch}, tiles,
                            value_tiles, lane);
-#pragma unroll
-    for (int n = 0; n < kChannelTiles; ++n)
-#pragma unroll
-      for (int e = 0; e < 4; ++e)
-        out[n][e] *= total[e / 2] == 0 ? Sum(0) : Sum(call.in.kept_factor) / total[e / 2];
+    divide_rows<P>(out, total, Sum(call.in.kept_factor));
     // through the warp's own queries, which nobody reads any more
     warp_barrier();
     put(query + first_row * kPitch, kPitch, out, value_tiles, lane);

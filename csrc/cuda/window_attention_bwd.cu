@@ -199,7 +199,7 @@ Gradients cuda_backward(Tensor grad_out, SWIN_PARAMETERS, bool tf32, int64_t nee
       statistics =
           sums_like<Sum>(a.query, {p.batch * p.windows(), p.heads, kStatistics, p.tokens()});
       call.statistics = statistics->mutable_data_ptr();
-      launch_tiled<P, kChannels>(device, call, partials.bias.has_value(), runs * p.heads);
+      launch_tiled<P, kTiledChannels<P>>(device, call, partials.bias.has_value(), runs * p.heads);
     }
     found = {
         grad_query,

@@ -33,8 +33,8 @@ Tensor cuda_forward(SWIN_PARAMETERS, bool tf32) {
                     WholeForwardMemory<P, kChannels>::bytes(a.mask.has_value()));
     } else {
       const int64_t blocks = checked_blocks(windows * p.heads * tiles_of(p));
-      device.launch(tiled_forward<P, kChannels>, call, blocks, threads_for(kTile),
-                    sizeof(TiledForwardMemory<P, kChannels>));
+      device.launch(tiled_forward<P, kTiledChannels<P>>, call, blocks, threads_for(kTile),
+                    sizeof(TiledForwardMemory<P, kTiledChannels<P>>));
     }
   });
   return out;

@@ -5,10 +5,13 @@ from __future__ import annotations
 import sysconfig
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from swin_kernels.kernels.gpu import tf32_allowed, too_old
+from swin_kernels.kernels.tracing import asked_while_tracing
 from swin_kernels.problem import Operands, Options, Problem
 
 _PACKAGE = Path(__file__).resolve().parent.parent
@@ -41,6 +44,7 @@ def _load(name: str) -> LoadedObject:
 
 
 CPU_OBJECT = _load("_C_cpu")
+CUDA_OBJECT = _load("_C_cuda")
 
 
 def cpu_capability() -> str:
@@ -50,48 +54,59 @@ def cpu_capability() -> str:
     return torch.ops.swin_kernels.cpu_capability()
 
 
-# bits of the backward op's `needs`: the gradients that cost extra work
+# bits of the backward ops' `needs`: the gradients that cost extra work
 NEEDS = {"bias": 1, "bias_table": 2, "pad_key": 4, "pad_value": 8, "logit_scale": 16}
 
 
-if CPU_OBJECT.error is None:
-    FORWARD = torch.ops.swin_kernels.window_attention_forward.default
-    BACKWARD = torch.ops.swin_kernels.window_attention_backward.default
-
-    @torch.library.register_fake("swin_kernels::window_attention_forward")
-    def _forward_fake(*args) -> Tensor:
-        query, _, value = Operands(*args[:11]).unpacked()
-        return query.new_empty((*query.shape[:-1], value.shape[-1]))
-
-    @torch.library.register_fake("swin_kernels::window_attention_backward")
-    def _backward_fake(grad_out, *args) -> tuple[Tensor, ...]:
-        operands, needs = Operands(*args[:11]), args[-1]
-        # each gradient that is absent is a tensor of its own: outputs of an op never alias
-        tokens = [grad_out.new_empty(0 if x is None else x.shape) for x in operands[:3]]
-        extras = []
-        for name, bit in NEEDS.items():
-            x = getattr(operands, name)
-            wanted = x is not None and needs & bit
-            extras.append(x.new_empty(x.shape) if wanted else grad_out.new_empty(0))
-        return (*tokens, *extras)
+def _forward_fake(*args) -> Tensor:
+    query, _, value = Operands(*args[:11]).unpacked()
+    return query.new_empty((*query.shape[:-1], value.shape[-1]))
 
 
-class CpuBackend:
-    """The fused C++ kernels for CPU tensors."""
+def _backward_fake(grad_out, *args) -> tuple[Tensor, ...]:
+    operands, needs = Operands(*args[:11]), args[-1]
+    # each gradient that is absent is a tensor of its own: outputs of an op never alias
+    tokens = [grad_out.new_empty(0 if x is None else x.shape) for x in operands[:3]]
+    extras = []
+    for name, bit in NEEDS.items():
+        x = getattr(operands, name)
+        wanted = x is not None and needs & bit
+        extras.append(x.new_empty(x.shape) if wanted else grad_out.new_empty(0))
+    return (*tokens, *extras)
 
-    name = "cpu"
 
-    def why_not(self, problem: Problem) -> str | None:
-        if CPU_OBJECT.error is not None:
-            return CPU_OBJECT.error
-        if problem.device.type != "cpu":
-            return f"runs on CPU tensors, got {problem.device}"
-        return None
+@dataclass(frozen=True)
+class Ops:
+    """The forward and the backward op of an object."""
+
+    forward: Any
+    backward: Any
+
+    @classmethod
+    def named(cls, forward: str, backward: str) -> Ops:
+        """Those of these qualified names, after their object was loaded; traced from now on."""
+        found = []
+        for qualified, fake in ((forward, _forward_fake), (backward, _backward_fake)):
+            torch.library.register_fake(qualified, fake)
+            namespace, name = qualified.split("::")
+            found.append(getattr(getattr(torch.ops, namespace), name).default)
+        return cls(*found)
+
+
+class _NativeBackend:
+    """The ops of a compiled object."""
+
+    ops: Ops | None
+
+    def _more(self, query: Tensor) -> tuple:
+        """What the ops take between options and `needs`."""
+        return ()
 
     def forward(
         self, operands: Operands, options: Options, differentiable: bool
     ) -> tuple[Tensor, tuple[Tensor, ...]]:
-        return FORWARD(*operands, *options), ()
+        assert self.ops is not None
+        return self.ops.forward(*operands, *options, *self._more(operands.query)), ()
 
     def backward(
         self,
@@ -101,10 +116,70 @@ class CpuBackend:
         saved: tuple[Tensor, ...],
         needed: tuple[bool, ...],
     ) -> tuple[Tensor | None, ...]:
+        assert self.ops is not None
         needs = sum(bit for name, bit in NEEDS.items() if needed[Operands._fields.index(name)])
-        d_query, d_key, d_value, *extras = BACKWARD(grad_out, *operands, *options, needs)
+        more = self._more(operands.query)
+        d_query, d_key, d_value, *extras = self.ops.backward(
+            grad_out, *operands, *options, *more, needs
+        )
         grads: dict[str, Tensor | None] = {
             name: grad if needs & bit else None for (name, bit), grad in zip(NEEDS.items(), extras)
         }
         packed = operands.key is None
         return Operands(d_query, None if packed else d_key, None if packed else d_value, **grads)
+
+
+class CpuBackend(_NativeBackend):
+    """The fused C++ kernels for CPU tensors."""
+
+    name = "cpu"
+    ops = (
+        Ops.named(
+            "swin_kernels::window_attention_forward", "swin_kernels::window_attention_backward"
+        )
+        if CPU_OBJECT.error is None
+        else None
+    )
+
+    def why_not(self, problem: Problem) -> str | None:
+        if CPU_OBJECT.error is not None:
+            return CPU_OBJECT.error
+        if problem.device.type != "cpu":
+            return f"runs on CPU tensors, got {problem.device}"
+        return None
+
+
+class CudaBackend(_NativeBackend):
+    """The CUDA C++ kernels: where there is no Triton, and in programs without Python."""
+
+    name = "cuda"
+    device_type = "cuda"
+    ops = (
+        Ops.named("swin_kernels::cuda_forward", "swin_kernels::cuda_backward")
+        if CUDA_OBJECT.error is None
+        else None
+    )
+
+    def _more(self, query: Tensor) -> tuple:
+        return (query.dtype == torch.float32 and _tf32_allowed(),)
+
+    def why_not(self, problem: Problem) -> str | None:
+        if self.ops is None:
+            return CUDA_OBJECT.error
+        if problem.device.type != self.device_type:
+            return f"runs on CUDA tensors, got {problem.device}"
+        if self.device_type == "cuda":
+            return _why_not_on(problem.device)
+        return None
+
+
+@asked_while_tracing
+def _why_not_on(device: torch.device) -> str | None:
+    if torch.version.hip is not None:
+        return "is built for NVIDIA GPUs, this torch is for AMD's"
+    return too_old(device)
+
+
+@asked_while_tracing
+def _tf32_allowed() -> bool:
+    return tf32_allowed()

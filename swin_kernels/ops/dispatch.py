@@ -72,7 +72,7 @@ class ReferenceBackend:
 
 REFERENCE = ReferenceBackend()
 BACKENDS: dict[str, Backend] = {
-    b.name: b for b in (native.CpuBackend(), TritonBackend(), REFERENCE)
+    b.name: b for b in (native.CpuBackend(), TritonBackend(), native.CudaBackend(), REFERENCE)
 }  # the first that can, wins
 
 

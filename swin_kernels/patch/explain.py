@@ -67,7 +67,7 @@ def _environment() -> str:
         f"default backend (SWIN_KERNELS_BACKEND): {DEFAULT_BACKEND or 'the first that can'}",
         f"backends, in order of preference: {', '.join(BACKENDS)}",
     ]
-    for loaded in (native.CPU_OBJECT,):
+    for loaded in (native.CPU_OBJECT, native.CUDA_OBJECT):
         state = (
             f"loaded from {loaded.path}" if loaded.error is None else f"not loaded: {loaded.error}"
         )

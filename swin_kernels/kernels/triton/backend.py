@@ -9,6 +9,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from swin_kernels.kernels.gpu import too_old
 from swin_kernels.kernels.tracing import asked_while_tracing
 from swin_kernels.kernels.triton.configs import LARGEST_HEAD_DIM, SMALLEST_BLOCK
 from swin_kernels.kernels.triton.launch import gpu_of
@@ -19,7 +20,6 @@ from swin_kernels.problem import Operands, Options, Problem
 # triton reads it when it is imported: kernels then run on the CPU, a NumPy call an operation
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 MOST_WINDOWS = 2**31 - 2**16  # a batch's windows are counted with 32 bits, a run at a time
-OLDEST_CAPABILITY = (8, 0)
 
 _OPERANDS = len(Operands._fields)
 _OPTIONS = len(Options._fields)
@@ -122,12 +122,7 @@ def _why_not_here(device: torch.device) -> str | None:
         return None
     if device.type != "cuda":
         return f"runs on CUDA tensors, got {device}"
-    capability = torch.cuda.get_device_capability(device)
-    if torch.version.hip is None and capability < OLDEST_CAPABILITY:
-        return (
-            f"needs compute capability 8.0 or newer, {device} has {'.'.join(map(str, capability))}"
-        )
-    return None
+    return too_old(device) if torch.version.hip is None else None
 
 
 class TritonBackend:

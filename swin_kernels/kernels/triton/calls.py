@@ -7,6 +7,7 @@ import functools
 import torch
 from torch import Tensor
 
+from swin_kernels.kernels.gpu import tf32_allowed
 from swin_kernels.kernels.triton.configs import Gpu
 from swin_kernels.kernels.triton.launch import Run, gpu_of
 from swin_kernels.kernels.triton.plan import STRIDED, TensorFacts, facts_of
@@ -29,11 +30,6 @@ def _tensors(operands: Operands) -> dict[str, Tensor]:
 
 def _named(tensors: dict[str, Tensor]) -> Named:
     return tuple((name, facts_of(x)) for name, x in tensors.items())
-
-
-def _tf32() -> bool:
-    """Whether the user allowed TF32 in products of fp32, in the old way or in the new."""
-    return torch.backends.cuda.matmul.fp32_precision == "tf32"
 
 
 @functools.lru_cache(maxsize=1024)
@@ -65,7 +61,9 @@ def forward_run(operands: Operands, options: Options, differentiable: bool) -> R
 
 def _run_of(tensors: dict[str, Tensor], options: Options, differentiable: bool) -> Run:
     device = tensors["query"].device
-    return _forward_run(_named(tensors), options, gpu_of(device), device, _tf32(), differentiable)
+    return _forward_run(
+        _named(tensors), options, gpu_of(device), device, tf32_allowed(), differentiable
+    )
 
 
 @functools.lru_cache(maxsize=1024)
@@ -90,7 +88,7 @@ def backward(
     elif kept is not None:
         tensors["tiles"] = kept
     device = operands.query.device
-    run = _backward_run(_named(tensors), options, gpu_of(device), device, _tf32(), needs)
+    run = _backward_run(_named(tensors), options, gpu_of(device), device, tf32_allowed(), needs)
     run(tensors, device)
     summed = {name: tensors[name].sum(axes) for name, axes in run.plan.sums.items()}
     grads = {
