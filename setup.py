@@ -1,27 +1,71 @@
-"""Builds the compiled objects; the rest of the package's facts are in pyproject.toml."""
+"""Builds the compiled objects; the rest of the package's facts are in pyproject.toml.
 
+`_C_cpu` always. `_C_cuda` wherever there is a CUDA toolkit to build it with, whether or not a GPU is
+present: SWIN_KERNELS_CUDA=auto (the default), 0 never, 1 or fail. TORCH_CUDA_ARCH_LIST names the
+architectures.
+"""
+
+import os
+import re
+import shutil
+import subprocess
 import sys
 from pathlib import Path
+from typing import NoReturn
 
 from setuptools import setup
 
 OLDEST_TORCH = (2, 11)
+ARCHITECTURES = "8.0;8.6;8.9;9.0;10.0;12.0+PTX"  # where TORCH_CUDA_ARCH_LIST names none
+OLDEST_ARCHITECTURE = 8.0
+
+
+def fail(message: str) -> NoReturn:
+    sys.exit(f"swin_kernels: {message}")
+
+
+def toolkit() -> Path | None:
+    """A CUDA toolkit with headers: CUDA_HOME, that of nvcc, or the packages of PyPI."""
+    places = [Path(os.environ[name]) for name in ("CUDA_HOME", "CUDA_PATH") if os.environ.get(name)]
+    if nvcc := shutil.which("nvcc"):
+        # nvcc may be a wrapper that lies elsewhere: it knows where its toolkit is
+        told = subprocess.run(
+            [nvcc, "--dryrun", "-x", "cu", os.devnull], check=False, capture_output=True, text=True
+        ).stderr
+        top = re.search(r"TOP=(\S+)", told)
+        places.append(Path(top[1]) if top else Path(nvcc).resolve().parent.parent)
+    for packages in map(Path, sys.path):
+        places += sorted(packages.glob("nvidia/cu[0-9]*"), reverse=True)
+    for place in places:
+        if (place / "bin" / "nvcc").exists() and (place / "include" / "cuda_runtime.h").exists():
+            return place.resolve()
+    return None
+
+
+CUDA = os.environ.get("SWIN_KERNELS_CUDA", "auto")
+if CUDA not in ("auto", "0", "1"):
+    fail(f"SWIN_KERNELS_CUDA: expected auto, 0 or 1, got {CUDA!r}")
+HOME = toolkit() if CUDA != "0" else None
+if HOME is not None:
+    os.environ["CUDA_HOME"] = str(HOME)  # before torch.utils.cpp_extension looks for one
 
 try:
     import torch
-    from torch.utils.cpp_extension import BuildExtension, CppExtension
+    from torch.utils.cpp_extension import BuildExtension, CppExtension, CUDAExtension
 except ImportError as error:
-    sys.exit(
-        f"swin_kernels: building needs torch >= 2.11, which this Python cannot import ({error}). "
+    fail(
+        f"building needs torch >= 2.11, which this Python cannot import ({error}). "
         "Install torch first, or build without --no-build-isolation."
     )
 
 # major and minor only: vendors ship 2.11.0a0+… builds that are 2.11 in all but name
 if tuple(int(part) for part in torch.__version__.split(".")[:2]) < OLDEST_TORCH:
-    sys.exit(f"swin_kernels: building needs torch >= 2.11, found {torch.__version__}")
+    fail(f"building needs torch >= 2.11, found {torch.__version__}")
 
 # the stable ABI of torch 2.11, packed in bytes: one build loads on every later torch
 TORCH_TARGET = "-DTORCH_TARGET_VERSION=0x020b000000000000"
+WARNINGS = ["-Wall", "-Wextra"]
+CXX_FLAGS = ["-O3", "-g0", "-fvisibility=hidden", TORCH_TARGET]
 
 
 def files(*patterns: str) -> list[str]:
@@ -32,25 +76,106 @@ def files(*patterns: str) -> list[str]:
     )
 
 
-setup(
-    ext_modules=[
-        CppExtension(
-            "swin_kernels._C_cpu",
-            files("csrc/*.cpp", "csrc/cpu/*.cpp"),
-            include_dirs=[str(Path("csrc").resolve())],  # ninja compiles from another directory
-            depends=["setup.py", *files("csrc/**/*.h")],
-            py_limited_api=True,
-            extra_compile_args=[
-                "-O3",
-                "-g0",
-                "-fvisibility=hidden",
-                "-ffp-contract=fast",
-                "-Wall",
-                "-Wextra",
-                TORCH_TARGET,
-            ],
+def why_no_cuda() -> str | None:
+    """What keeps `_C_cuda` from being built; never that no GPU is present."""
+    if CUDA == "0":
+        return "SWIN_KERNELS_CUDA=0"
+    if torch.version.cuda is None:
+        return f"torch {torch.__version__} is built without CUDA"
+    if HOME is None:
+        return (
+            "no CUDA toolkit found: set CUDA_HOME, put nvcc on PATH, or `pip install "
+            "nvidia-cuda-nvcc nvidia-cuda-runtime nvidia-cuda-cccl`"
         )
-    ],
-    cmdclass={"build_ext": BuildExtension},
+    ours, torchs = nvcc_version().split(".")[0], torch.version.cuda.split(".")[0]
+    if ours != torchs:
+        return f"the toolkit in {HOME} is CUDA {ours}, torch is built with {torchs}"
+    return None
+
+
+def nvcc_version() -> str:
+    told = subprocess.run(
+        [str(HOME / "bin" / "nvcc"), "--version"], check=False, capture_output=True, text=True
+    ).stdout
+    release = re.search(r"release (\d+\.\d+)", told)
+    return release[1] if release else "unknown"
+
+
+def architectures() -> tuple[list[str], list[str]]:
+    """What to build for, and what of it this nvcc or these kernels do not know."""
+    told = subprocess.run(
+        [str(HOME / "bin" / "nvcc"), "--list-gpu-arch"], check=False, capture_output=True, text=True
+    ).stdout
+    known = set(re.findall(r"compute_(\d+)", told))
+    wanted = re.split(r"[;, ]+", os.environ.get("TORCH_CUDA_ARCH_LIST") or ARCHITECTURES)
+    kept, left = [], []
+    for name in filter(None, wanted):
+        number = re.fullmatch(r"(\d+\.\d+)a?(\+PTX)?", name)
+        if number is None:
+            fail(f"TORCH_CUDA_ARCH_LIST: expected numbers as 9.0 or 12.0+PTX, got {name!r}")
+        fits = number[1].replace(".", "") in known and float(number[1]) >= OLDEST_ARCHITECTURE
+        (kept if fits else left).append(name)
+    return kept, left
+
+
+def cuda_extension() -> CUDAExtension:
+    extension = CUDAExtension(
+        "swin_kernels._C_cuda",
+        ["csrc/arguments.cpp", *files("csrc/cuda/*.cu")],
+        include_dirs=[str(Path("csrc").resolve())],
+        depends=["setup.py", *files("csrc/*.h", "csrc/cuda/*.h")],
+        py_limited_api=True,
+        extra_compile_args={
+            "cxx": [*CXX_FLAGS, *WARNINGS, "-DUSE_CUDA"],
+            "nvcc": ["-O3", "-DUSE_CUDA", TORCH_TARGET, "-Xcompiler=-fvisibility=hidden"],
+        },
+    )
+    # a library that every program has: torch's own would tie the object to its version
+    extension.libraries = [name for name in extension.libraries if name != "cudart"]
+    extension.libraries += ["cudart_static", "rt", "dl", "pthread"]
+    # of toolkits from PyPI torch looks in lib64, where they have lib
+    extension.library_dirs += [str(x) for x in map(HOME.joinpath, ("lib64", "lib")) if x.exists()]
+    return extension
+
+
+extensions = [
+    CppExtension(
+        "swin_kernels._C_cpu",
+        files("csrc/*.cpp", "csrc/cpu/*.cpp"),
+        include_dirs=[str(Path("csrc").resolve())],  # ninja compiles from another directory
+        depends=["setup.py", *files("csrc/*.h", "csrc/cpu/*.h")],
+        py_limited_api=True,
+        extra_compile_args=[*CXX_FLAGS, *WARNINGS, "-ffp-contract=fast"],
+    )
+]
+told = f"without _C_cuda: {why_no_cuda()}"
+if why_no_cuda() is None:
+    kept, left = architectures()
+    if kept:
+        os.environ["TORCH_CUDA_ARCH_LIST"] = ";".join(kept)
+        extensions.append(cuda_extension())
+        told = f"with _C_cuda (CUDA {nvcc_version()}) for {' '.join(kept)}"
+        if left:
+            told += f", not for {' '.join(left)}, which it does not know or which is too old"
+    else:
+        told = f"without _C_cuda: it does not know {' '.join(left)}, or that is too old"
+if CUDA == "1" and len(extensions) == 1:
+    fail(f"SWIN_KERNELS_CUDA=1, but {told}")
+if shutil.which("ccache"):
+    os.environ.setdefault("PYTORCH_NVCC", f"ccache {HOME}/bin/nvcc")
+    os.environ.setdefault("CXX", "ccache c++")
+
+
+class Build(BuildExtension):
+    """BuildExtension, with a line of what is built, and why not more."""
+
+    def run(self) -> None:
+        print(f"swin_kernels: building _C_cpu {told}", flush=True)
+        super().run()
+
+
+setup(
+    ext_modules=extensions,
+    cmdclass={"build_ext": Build},
     options={"bdist_wheel": {"py_limited_api": "cp310"}},
 )

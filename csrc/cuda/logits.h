@@ -194,8 +194,8 @@ SWIN_DEVICE void to_exponentials(typename P::Sum (&s)[Tiles][4], typename P::Sum
   sum_over_row(total);
 }
 
-// What a row's exponentials are to be divided by: of 2 bytes as what multiplies them, as that division
-// is rounded far less than they are then. 0 where no key is left.
+// What a row's exponentials are to be divided by: of 2 bytes as what multiplies them, as that
+// division is rounded far less than they are then. 0 where no key is left.
 template <class P>
 SWIN_DEVICE typename P::Sum divisor(typename P::Sum total) {
   return P::kUnit == Unit::kHalf && total != 0 ? 1 / total : total;

@@ -120,7 +120,8 @@ struct Kernels {
   static constexpr int kChannels = Channels;
 };
 
-// Those for windows of several tiles have one width for each size of element: 128 bytes of channels.
+// Those for windows of several tiles have one width for each size of element: 128 bytes of
+// channels.
 template <class P>
 constexpr int kTiledChannels = 128 / int(sizeof(typename P::Element));
 

@@ -202,8 +202,8 @@ SWIN_DEVICE void multiply_by_weights(typename P::Sum (&sums)[Tiles][4],
   }
 }
 
-// sums += what multiply(part) adds to zeros. The arithmetic units add up each tile by itself: one sum
-// over hundreds of tokens would be rounded more than fp32 allows.
+// sums += what multiply(part) adds to zeros. The arithmetic units add up each tile by itself: one
+// sum over hundreds of tokens would be rounded more than fp32 allows.
 template <class P, int Tiles, class F>
 SWIN_DEVICE void add_product(typename P::Sum (&sums)[Tiles][4], const F& multiply) {
   if constexpr (P::kUnit == Unit::kPlain) {

@@ -29,8 +29,8 @@ struct TiledBackwardMemory {
   alignas(16) char table_column[kColumnBytes];
 };
 
-// A gradient's channels, as many at a time as a tile holds. Behind unit vectors of more channels every
-// one is computed twice: what x̂·dx̂ takes away is known only after the last.
+// A gradient's channels, as many at a time as a tile holds. Behind unit vectors of more channels
+// every one is computed twice: what x̂·dx̂ takes away is known only after the last.
 template <int Channels>
 struct Turns {
   int dim, turns, begin = 0;
@@ -198,9 +198,8 @@ struct Pass {
       for (int e = 0; e < 4; ++e) {
         const int row = warp_row + own.row(e), column = n * kColumns + own.column(e);
         const int i = Transposed ? column : row;
-        const Sum prob =
-            divided<P>(exponential<P>(weights[n][e] - memory.statistics[kTop][i]),
-                       memory.statistics[kDivisor][i]);
+        const Sum prob = divided<P>(exponential<P>(weights[n][e] - memory.statistics[kTop][i]),
+                                    memory.statistics[kDivisor][i]);
         const Sum kept = kept_factor(window, first_row, first_column, row, column);
         ds[n][e] = prob * (ds[n][e] * kept - memory.statistics[kDelta][i]);
         weights[n][e] = prob * kept;
@@ -418,9 +417,8 @@ tiled_grad_key_value(SWIN_PARAMETER Backward call) {
         padding.write(static_cast<Sum*>(call.partial_pad_value) + partial * value_dim + begin,
                       memory.sums, value_dim - begin, lane);
       }
-      store_grad<P, Channels>(grad_value, pass.grad_out.tile, call.grad_value,
-                              memory.other_offsets, warp_row, begin, value_dim,
-                              call.in.by_16_bytes, lane);
+      store_grad<P, Channels>(grad_value, pass.grad_out.tile, call.grad_value, memory.other_offsets,
+                              warp_row, begin, value_dim, call.in.by_16_bytes, lane);
     }
   }
 }
