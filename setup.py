@@ -1,7 +1,7 @@
 """Builds the compiled objects; the rest of the package's facts are in pyproject.toml.
 
-`_C_cpu` always. `_C_cuda` wherever there is a CUDA toolkit to build it with, whether or not a GPU is
-present: SWIN_KERNELS_CUDA=auto (the default), 0 never, 1 or fail. TORCH_CUDA_ARCH_LIST names the
+`_C_cpu` always. `_C_cuda` wherever there is a CUDA toolkit to build it with, GPU or not:
+SWIN_KERNELS_CUDA=auto (the default), 0 never, 1 or fail. TORCH_CUDA_ARCH_LIST names the
 architectures.
 """
 

@@ -176,6 +176,8 @@ def run(session: Session) -> int:
         process = session.start(session.benchmark(*arguments), bench_log)
         code = session.wait(process, budget + MARGIN / 2)
         attempts += 1
+    if not attempts:
+        print(f"benchmark: no time left for it, of {least} s that it takes at least", flush=True)
     show(bench_log, SHOWN_LINES[1])
     take_counters(session)
     session.copy()

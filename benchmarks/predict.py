@@ -3,11 +3,11 @@
     python -m benchmarks.predict --arch sm_90 --case "T1 shift 3"
 
 A launch takes the longest of: its bytes at the rate of a copy, what a multiprocessor can keep in
-flight of them (a loop of one stage loads, waits and then works), its instructions at four a clock,
-and what it asks of each unit: fp32, the other arithmetic, exp2 (the special function unit), shared
-memory, matrices. Instructions are those of the trips through its loop, by the short way for windows
-inside, by the long one for those that a seam cuts, and once a program what is outside the loop.
-Waits, bank conflicts and how well units overlap are not in it, nor is the second cache: a
+flight of them (a loop of up to two stages loads, waits and then works), its instructions at four a
+clock, and what it asks of each unit: fp32, the other arithmetic, exp2 (the special function unit),
+shared memory, matrices. Instructions are those of the trips through its loop, by the short way for
+windows inside, by the long one for those that a seam cuts, and once a program what is outside the
+loop. Waits, bank conflicts and how well units overlap are not in it, nor is the second cache: a
 prediction is a floor of this code. Launches are those of a CUDA graph. `make aot-report` writes the
 tables for every case of the speed table to docs/machine-code.md.
 """
@@ -128,6 +128,7 @@ class Launch(NamedTuple):
     inside: int  # instructions a trip, all warps: a window that no seam cuts
     border: int
     registers: int
+    shared: int  # bytes a program
     programs: int  # a multiprocessor holds at once
     in_flight: int  # bytes of tokens that a multiprocessor asks for ahead
     seconds: Mapping[str, float]  # by what bounds it
@@ -215,15 +216,24 @@ def predict(step: Step, code: Code, chip: Chip, sizes: Mapping[str, int], itemsi
         elif "_whole_window_bwd" in step.kernel:
             channels *= 2
         one = tokens * channels * itemsize
-        ahead_of_use = step.config.loop_stages - 1
-        in_flight = programs * one * max(1, ahead_of_use)
+        # up to two stages a trip waits for its tile as soon as that is asked for, and then works:
+        # the loop's DEPBAR leaves nothing under way
+        waits = step.config.loop_stages < 3
+        in_flight = programs * one * (1 if waits else step.config.loop_stages - 1)
         trip = LATENCY
-        if not ahead_of_use:  # a program waits for its loads, and then works
+        if waits:
             trip += sum(n for _, n in code.longest) * warps / SCHEDULERS / chip.clock
         seconds["latency"] = step.grid * trips * one * trip / in_flight / chip.multiprocessors
     inside, cut = (looped * sum(n for _, n in w) * warps for w in (code.shortest, code.longest))
     return Launch(
-        step.kernel.split(".")[1], inside, cut, code.registers, programs, in_flight, seconds
+        step.kernel.split(".")[1],
+        inside,
+        cut,
+        code.registers,
+        code.shared,
+        programs,
+        in_flight,
+        seconds,
     )
 
 
@@ -250,7 +260,7 @@ def launches_of(case: Case, chip: Chip) -> dict[str, list[Launch]]:
         ]
     if sums := plans.backward.sums:
         summed = sum(sizes[name] for name in sums) / chip.copy_rate
-        found["backward"].append(Launch("sums by torch", 0, 0, 0, 0, 0, {"memory": summed}))
+        found["backward"].append(Launch("sums by torch", 0, 0, 0, 0, 0, 0, {"memory": summed}))
     return found
 
 
@@ -299,15 +309,19 @@ def tables(
                 told = ("–", "–") if real is None else (_us(real), f"{total / real - 1:+.0%}")
                 cells = (case, direction, _us(total), _us(memory), *told)
                 yield f"| {' | '.join(cells)} |"
-        heads = ("case", "kernel", "instructions a tile", "registers", "programs", "in flight")
-        yield from ("", f"| {' | '.join((*heads, *UNITS, 'bound'))} |")
-        yield "|---|---|" + "--:|" * (len(UNITS) + 4) + "---|"
+        heads = (
+            *("case", "kernel", "instructions a tile", "registers", "shared memory", "programs"),
+            *("in flight", *(f"{unit} µs" for unit in UNITS), "bound"),
+        )
+        yield from ("", f"| {' | '.join(heads)} |")
+        yield "|---|---|" + "--:|" * (len(heads) - 3) + "---|"
         for case, directions in here.items():
             for launch in (x for launches in directions.values() for x in launches):
                 trips = (n for n in dict.fromkeys((launch.inside, launch.border)) if n)
                 ways = " to ".join(f"{n:,}" for n in trips) or "–"
                 units = " | ".join(_cell(launch.seconds.get(u)) for u in UNITS)
-                held = f"{launch.registers} | {launch.programs} | {launch.in_flight / 1024:.1f} KB"
+                held = f"{launch.registers} | {launch.shared / 1024:.1f} KB | {launch.programs}"
+                held += f" | {launch.in_flight / 1024:.1f} KB"
                 yield f"| {case} | `{launch.kernel}` | {ways} | {held} | {units} | {launch.bound} |"
 
 

@@ -4,7 +4,8 @@
 
 For each kernel of each case the fields of its layout are varied, a group at a time, from the best
 so far; one that breaks the error rule or does not compile is left out and said. What was measured
-before stays in the table, unless it was measured again.
+before stays in the table, unless it was measured again. Every layout's time is a row of a CSV file
+in the folder tuning, beside the table or, where that is the package's own, in benchmarks/results.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ from benchmarks.attention import TRY_AGAIN
 from benchmarks.cases import other_cases, swin_cases, toy_cases
 from benchmarks.device import Cuda, Device, Rehearsal
 from benchmarks.providers import ours
-from benchmarks.rows import facts_of
+from benchmarks.rows import Book, Row, facts_of
 from benchmarks.timing import (
     Gate,
     Inputs,
@@ -42,6 +43,7 @@ from swin_kernels.testing import Case
 
 COPY_RATE = 4e12  # bytes a second, of the order of a data-centre GPU: for counts of passes
 ROUNDS = 7
+RESULTS = Path(__file__).with_name("results")
 GAIN = 0.99  # of the best so far that a change must reach: less is noise
 
 WARPS_AND_STAGES = {"num_warps": (1, 2, 4, 8), "loop_stages": (1, 2, 3)}
@@ -133,8 +135,8 @@ class Trial:
 
 
 class Tuner:
-    def __init__(self, device: Device, groups: dict, budget: float) -> None:
-        self.device, self.groups = device, groups
+    def __init__(self, device: Device, groups: dict, budget: float, book: Book) -> None:
+        self.device, self.groups, self.book = device, groups, book
         self.ends = time.perf_counter() + budget
         self.found: dict[str, dict[str, int]] = {}
         self.broken = False
@@ -145,6 +147,7 @@ class Tuner:
         best, fields = default, {}
         fastest = first = trial.seconds(kernel, {})
         print(f"{kernel.key}: {first * 1e6:.4g} µs with {asdict(default)}", flush=True)
+        self.note(kernel, asdict(default), first)
         for group in self.groups[kernel.name]:
             start = best
             for changed in candidates(start, group):
@@ -155,15 +158,24 @@ class Tuner:
                     seconds = trial.seconds(kernel, candidate)
                 except Exception as error:  # too large for the device, or wrong
                     print(f"  {changed}: {reason_of(error)}", flush=True)
+                    self.note(kernel, asdict(default) | candidate, None, reason_of(error))
                     self.broken = self.device.broken()
                     continue
                 print(f"  {changed}: {seconds * 1e6:.4g} µs", flush=True)
+                self.note(kernel, asdict(default) | candidate, seconds)
                 if seconds < GAIN * fastest:
                     fastest, best = seconds, configs.Config(**{**asdict(best), **changed})
             fields = {k: v for k, v in asdict(best).items() if v != asdict(default)[k]}
         if fields:
             self.found[kernel.key] = asdict(best)
             print(f"  best: {fields}, {fastest / first:.2f} of the time", flush=True)
+
+    def note(
+        self, kernel: Kernel, fields: dict[str, int], seconds: float | None, why: str = ""
+    ) -> None:
+        layout = " ".join(f"{name}={value}" for name, value in fields.items())
+        median = None if seconds is None else seconds * 1e6
+        self.book.add(Row(kernel.key, layout, kernel.direction, median, note=why))
 
 
 def write(path: Path, found: dict[str, dict[str, int]], facts: dict[str, str]) -> None:
@@ -194,8 +206,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     torch.manual_seed(0)
     device: Device = Rehearsal() if options.rehearse else Cuda()
     cases = toy_cases() if options.rehearse else swin_cases() | other_cases()
-    tuner = Tuner(device, TOY_GROUPS if options.rehearse else GROUPS, options.budget)
     facts, seen = facts_of(device), set()
+    home = RESULTS if options.out == configs.TUNED else options.out.parent
+    book = Book(home / "tuning" / f"{options.out.stem}.csv", facts)
+    tuner = Tuner(device, TOY_GROUPS if options.rehearse else GROUPS, options.budget, book)
     for name, case in cases.items():
         if not name.startswith(tuple(options.cases)):
             continue

@@ -21,7 +21,7 @@ pytest.importorskip("timm", reason="whole models are timm's")
 from benchmarks import attention, gpu, models, providers
 from benchmarks.cases import other_cases, swin_cases, toy_cases
 from benchmarks.device import Cuda, Rehearsal
-from benchmarks.rows import Book, Row, print_plain, table_of
+from benchmarks.rows import Book, Row, print_plain, read, table_of
 from benchmarks.timing import DIRECTIONS, Gate, Loop, Replayed, make_inputs, sample_in_turn
 from swin_kernels.kernels.triton import configs
 from swin_kernels.kernels.triton.configs import INTERPRETER, Shape
@@ -77,6 +77,20 @@ def test_warm_part_compiles_and_times_nothing():
 
 
 @pytest.mark.slow
+def test_tests_of_a_gpu_pass_rehearsed():
+    """Each of their lines, at toy sizes."""
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest", "-q", "tests/test_gpu.py"],
+        cwd=ROOT,
+        check=False,
+        capture_output=True,
+        text=True,
+        env={**os.environ, "TRITON_INTERPRET": "1", "SWIN_KERNELS_REHEARSE": "1"},
+    )
+    assert done.returncode == 0, done.stdout[-3000:]
+
+
+@pytest.mark.slow
 def test_tuner_rehearsal_writes_a_table(tmp_path):
     path = tmp_path / "tuned.json"
     cases = ("--cases", "toy tiles", "toy 3-D")
@@ -84,6 +98,10 @@ def test_tuner_rehearsal_writes_a_table(tmp_path):
     assert done.returncode == 0, done.stdout + done.stderr
     for kernel in ("forward", "backward", "dq", "dkv", "dbias"):
         assert f"\n{kernel}-interpreter-float16" in done.stdout
+    rows, facts = read(tmp_path / "tuning" / "tuned.csv")
+    assert {row.case.partition("-")[0] for row in rows} >= {"forward", "backward", "dq", "dkv"}
+    assert all("num_warps=" in row.provider and (row.median_us or row.note) for row in rows)
+    assert {"machine", "torch", "triton", "date", "commit"} <= facts.keys()
     table = json.loads(path.read_text())
     for key, fields in table["configs"].items():
         assert configs.Config(**fields)

@@ -56,7 +56,7 @@ def test_compiled_kernels_spill_nothing_fit_and_use_matrix_units(job, compiled):
 
 # warp-instructions a tile of window 7, head dim 32, shifted: forward of a window that no seam cuts,
 # forward of one that two cut, backward with the gradient of the bias. What keeps an H200 below what
-# its schedulers issue while the bytes move is 2,714 forward and 4,750 backward
+# its schedulers issue while the bytes move is 2,703 forward and 4,731 backward
 BUDGETS = {"sm_80": (1_750, 2_150, 3_400), "sm_90": (1_750, 2_150, 3_400)}
 # what was reached elsewhere: to be lowered, never raised
 REACHED = {"sm_100": (1_304, 1_720, 2_888), "sm_120": (1_592, 2_000, 3_276)}
@@ -90,11 +90,39 @@ def test_instructions_of_a_tile_without_grad_stay_within_their_budget(arch):
         assert row.per_tile == REACHED_INFERENCE[arch], "lower it, so that it stays so"
 
 
+# the others of the speed table, whose heads and maps give other numbers; as many windows a program
+SHIFTED = [name for name in swin_cases() if name.endswith("shift 3") and name != "T1 shift 3"]
+
+
 @pytest.mark.parametrize("arch", BUDGETS)
+def test_every_shifted_case_of_the_speed_table_is_within_the_budget(arch):
+    inside, border, backward = BUDGETS[arch]
+    seen = {}
+    for name in SHIFTED:
+        for direction, launches in predict.launches_of(swin_cases()[name], CHIPS[arch]).items():
+            seen[name, direction] = launches[0]
+    over = {
+        key: (launch.inside, launch.border, launch.in_flight)
+        for key, launch in seen.items()
+        if launch.inside > (inside if key[1] == "forward" else backward)
+        or launch.border > (border if key[1] == "forward" else backward)
+    }
+    assert len(seen) == 2 * len(SHIFTED) == 16
+    assert not over
+
+
+# bytes of tokens on their way, forward without grad and backward; what was reached elsewhere: to be
+# raised, never lowered
+ENOUGH = {"sm_80": (23 * 1024, 23 * 1024), "sm_90": (23 * 1024, 23 * 1024)}
+REACHED_BYTES = {"sm_100": (18_816, 25_088), "sm_120": (18_816, 25_088)}
+
+
+@pytest.mark.parametrize("arch", [*ENOUGH, *REACHED_BYTES])
 def test_enough_bytes_are_in_flight_to_keep_memory_busy(arch):
     """4.3 TB/s for 0.7 µs are 23 KB on each of 132 multiprocessors."""
-    for direction, launches in predict.launches_of(swin_cases()["T1 shift 3"], CHIPS[arch]).items():
-        assert launches[0].in_flight >= 23 * 1024, direction
+    found = predict.launches_of(swin_cases()["T1 shift 3"], CHIPS[arch])
+    for launches, least in zip(found.values(), (ENOUGH | REACHED_BYTES)[arch]):
+        assert launches[0].in_flight >= least
 
 
 CODE = ahead.Code(168, 0, 0, 28672, 1000, 6, (("FFMA", 300),), (("FFMA", 400),))

@@ -74,18 +74,19 @@ def test_memory_is_every_tensor_once_and_seams_cut_their_share_of_windows():
     assert (found.inside, found.border) == (132, 260)
 
 
-def test_a_loop_of_one_stage_waits_for_each_of_its_loads():
+def test_a_loop_of_two_stages_waits_for_each_of_its_loads():
     plans = plans_of(CASE, KNOWN_GPUS["sm_90"])
     step, sizes = plans.inference.steps[0], predict._sizes(CASE, plans)
     trip = ("FADD", 1755), PRODUCT
     code = Code(128, 0, 0, 28_672, 1756, 6, trip, trip)
     found = {}
-    for stages in (1, 2):
+    for stages in (1, 2, 3):
         config = replace(step.config, loop_stages=stages)
         found[stages] = predict.predict(replace(step, config=config), code, H200, sizes, 2)
-    assert found[1].in_flight == found[2].in_flight
-    waits = found[1].seconds["latency"] / found[2].seconds["latency"]
-    assert waits == pytest.approx((0.7e-6 + 1756 / 1.755e9) / 0.7e-6)
+    assert found[1] == found[2]
+    assert found[3].in_flight == 2 * found[2].in_flight
+    waits = found[2].seconds["latency"] / found[3].seconds["latency"]
+    assert waits == pytest.approx(2 * (0.7e-6 + 1756 / 1.755e9) / 0.7e-6)
 
 
 def test_no_more_programs_are_in_flight_than_there_are():

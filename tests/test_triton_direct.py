@@ -304,5 +304,6 @@ def test_a_repeated_call_costs_little_beside_its_launch(driver, ran):
     empty, launched, called = map(min, zip(*rounds))
     times = f"{called * 1e6:.1f} µs, a launch {launched * 1e6:.1f}, an allocation {empty * 1e6:.1f}"
     print(f"a call takes {times}")
-    assert called - launched < 8 * empty, times
+    # 10 µs of Python on the machine of docs/triton.md, where an allocation takes 1.7
+    assert called - launched - empty < 6 * empty, times
     assert ran

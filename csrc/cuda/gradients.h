@@ -2,6 +2,8 @@
 // once.
 #pragma once
 
+#include <type_traits>
+
 #include "cuda/logits.h"
 
 namespace swin_kernels::cuda {
@@ -61,10 +63,16 @@ SWIN_DEVICE void scale(Sum (&sums)[Tiles][4], Sum factor) {
     for (int e = 0; e < 4; ++e) sums[n][e] *= factor;
 }
 
+// Of sums over every token of a map: fp32 would be rounded too often.
+template <class P>
+using WideSum = std::conditional_t<P::kUnit == Unit::kHalf, typename P::Sum, double>;
+
 // A lane's sums over the padded ones of the tokens that are its warp's rows, by column.
-template <class Sum, int Tiles>
+template <class P, int Tiles>
 struct PaddingSum {
-  Sum columns[Tiles][2];
+  using Sum = typename P::Sum;
+  using Wide = WideSum<P>;
+  Wide columns[Tiles][2];
 
   SWIN_DEVICE void clear() {
 #pragma unroll
@@ -84,21 +92,21 @@ struct PaddingSum {
   }
 
   // The block's sum to `to`, through memory for (4, 8·Tiles) numbers; in one order always.
-  SWIN_DEVICE void write(Sum* to, Sum* memory, int dim, int lane) {
+  SWIN_DEVICE void write(Wide* to, Wide* memory, int dim, int lane) {
     const Lane own(lane);
     const int warp = thread_index() / kWarp, warps = block_threads() / kWarp;
 #pragma unroll
     for (int n = 0; n < Tiles; ++n)
 #pragma unroll
       for (int c = 0; c < 2; ++c) {
-        Sum x = columns[n][c];
+        Wide x = columns[n][c];
 #pragma unroll
         for (int lanes = 4; lanes < kWarp; lanes *= 2) x += shuffle_xor(x, lanes);
         if (own.group == 0) memory[(warp * Tiles + n) * kColumns + own.column(c)] = x;
       }
     block_barrier();
     for (int c = thread_index(); c < dim && c < Tiles * kColumns; c += block_threads()) {
-      Sum total = 0;
+      Wide total = 0;
       for (int w = 0; w < warps; ++w) total += memory[w * Tiles * kColumns + c];
       to[c] = total;
     }

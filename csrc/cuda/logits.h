@@ -120,17 +120,6 @@ SWIN_DEVICE Sum mask_at(const FloatView& mask, int64_t window, int i, int j) {
   return read<Sum>(mask, window * mask.stride[0] + i * mask.stride[1] + j * mask.stride[2]);
 }
 
-// All that a tile of logits gets beside the shift mask.
-template <bool Transposed, class Sum>
-SWIN_DEVICE void fill_logits_and_mask(LogitTile<Sum>& tile, const HeadBias<Sum>& bias,
-                                      const FloatView& mask, int64_t window, const TilePlace& place,
-                                      int tokens) {
-  fill_logits<Transposed>(tile, place, tokens, Sum(-INFINITY), [&](int i, int j, int difference) {
-    const Sum x = bias.at(i, j, difference);
-    return mask.data == nullptr ? x : x + mask_at<Sum>(mask, window, i, j);
-  });
-}
-
 template <int Tiles, class Sum>
 SWIN_DEVICE void add_logits(Sum (&sums)[Tiles][4], const LogitTile<Sum>& tile, Sum factor,
                             int first_row, int tiles, int lane) {
@@ -146,6 +135,22 @@ SWIN_DEVICE void add_shift_mask(Sum (&logits)[Tiles][4], Sum mask_value, const T
   if (seams == 0) return;
   for_each_logit(logits, first_row, tiles, lane, [&](Sum& s, int, int, int row, int column) {
     if ((place.rows->sides[row] ^ place.columns->sides[column]) & seams) s += mask_value;
+  });
+}
+
+// An explicit mask, through a tile of which every warp has read its rows: a block. Last of all, and
+// not with the bias, since a sum near −100 is rounded more than the logits before.
+template <bool Transposed, int Tiles, class Sum>
+SWIN_DEVICE void add_mask(Sum (&logits)[Tiles][4], const FloatView& mask, int64_t window,
+                          LogitTile<Sum>& tile, const TilePlace& place, int tokens, int first_row,
+                          int tiles, int lane) {
+  if (mask.data == nullptr) return;
+  block_barrier();
+  fill_logits<Transposed>(tile, place, tokens, Sum(0),
+                          [&](int i, int j, int) { return mask_at<Sum>(mask, window, i, j); });
+  block_barrier();
+  for_each_logit(logits, first_row, tiles, lane, [&](Sum& s, int, int, int row, int column) {
+    s += tile.numbers[row * tile.kPitch + column];
   });
 }
 

@@ -24,7 +24,7 @@ struct TiledBackwardMemory {
   int64_t other_offsets[kTile];  // in a second gradient of the rows' tokens
   Sum norms[2][kTile];           // of queries and keys
   Sum statistics[kStatistics][kTile];
-  Sum sums[4 * Channels];  // of warps
+  WideSum<P> sums[4 * Channels];  // of warps
   TokenFacts rows, columns;
   alignas(16) char table_column[kColumnBytes];
 };
@@ -67,6 +67,8 @@ struct Pass {
   Sum factor;
   HeadBias<Sum> bias;
   bool has_statistics;
+  TilePlace place{};          // of the tile of logits
+  int64_t window_number = 0;  // within its image
   Side<P, Channels> query, key, value, grad_out;
 
   SWIN_DEVICE Pass(const Backward& call, Memory& memory, int64_t head, bool has_statistics = true)
@@ -155,9 +157,9 @@ struct Pass {
     note_tokens(memory.columns, p, first);
     if (Transposed) load_statistics(window, first);
     block_barrier();
-    const TilePlace place{first_row, first, &memory.rows, &memory.columns};
-    fill_logits_and_mask<Transposed>(memory.logits, bias, call.in.mask, at.number(p), place,
-                                     tokens);
+    place = TilePlace{first_row, first, &memory.rows, &memory.columns};
+    window_number = at.number(p);
+    fill_bias<Transposed>(memory.logits, bias, place, tokens);
     columns(false).held = columns(true).held = -1;
     divide_by_norms(columns(false));
   }
@@ -166,8 +168,9 @@ struct Pass {
     clear<P>(s);
     multiply_sides(s, rows(false), columns(false), call.in, head, warp_row, tiles, lane);
     add_logits(s, memory.logits, factor, warp_row, tiles, lane);
-    const TilePlace place{0, 0, &memory.rows, &memory.columns};
     add_shift_mask(s, Sum(call.in.mask_value), place, seams, warp_row, tiles, lane);
+    add_mask<Transposed>(s, call.in.mask, window_number, memory.logits, place, tokens, warp_row,
+                         tiles, lane);
   }
 
   // The gradient of probabilities; `kept` is what dropout multiplies them by.
@@ -323,7 +326,6 @@ tiled_statistics(SWIN_PARAMETER Backward call) {
 template <class P, int Channels>
 SWIN_KERNEL(128, 2)
 tiled_grad_query(SWIN_PARAMETER Backward call) {
-  using T = typename P::Element;
   using Sum = typename P::Sum;
   constexpr int kChannelTiles = Channels / kColumns;
   auto& memory = *reinterpret_cast<TiledBackwardMemory<P, Channels>*>(shared_memory());
@@ -354,15 +356,15 @@ tiled_grad_query(SWIN_PARAMETER Backward call) {
   }
   if (call.partial_logit_scale != nullptr) {  // (windows and tiles, H)
     const int64_t row = own.window * tile_count(tokens) + own.first / kTile;
-    write_row_sum(static_cast<Sum*>(call.partial_logit_scale) + row * pass.p.heads + own.head,
-                  memory.sums, radial[0] + radial[1], lane);
+    write_row_sum(
+        static_cast<WideSum<P>*>(call.partial_logit_scale) + row * pass.p.heads + own.head,
+        memory.sums, WideSum<P>(radial[0] + radial[1]), lane);
   }
 }
 
 template <class P, int Channels>
 SWIN_KERNEL(128, 2)
 tiled_grad_key_value(SWIN_PARAMETER Backward call) {
-  using T = typename P::Element;
   using Sum = typename P::Sum;
   constexpr int kChannelTiles = Channels / kColumns;
   auto& memory = *reinterpret_cast<TiledBackwardMemory<P, Channels>*>(shared_memory());
@@ -398,13 +400,13 @@ tiled_grad_key_value(SWIN_PARAMETER Backward call) {
       }
     }
     if (!pass.finish(grad_key, radial, pass.key, turn)) continue;
-    PaddingSum<Sum, kChannelTiles> padding;
+    PaddingSum<P, kChannelTiles> padding;
     block_barrier();  // queries and gradients of the output were read
     if (begin < head_dim) {
       if (call.partial_pad_key != nullptr) {
         padding.clear();
         padding.add(grad_key, memory.row_offsets[0] + warp_row, lane);
-        padding.write(static_cast<Sum*>(call.partial_pad_key) + partial * head_dim + begin,
+        padding.write(static_cast<WideSum<P>*>(call.partial_pad_key) + partial * head_dim + begin,
                       memory.sums, head_dim - begin, lane);
       }
       store_grad<P, Channels>(grad_key, pass.query.tile, call.grad_key, memory.row_offsets[2],
@@ -414,8 +416,9 @@ tiled_grad_key_value(SWIN_PARAMETER Backward call) {
       if (call.partial_pad_value != nullptr) {
         padding.clear();
         padding.add(grad_value, memory.row_offsets[1] + warp_row, lane);
-        padding.write(static_cast<Sum*>(call.partial_pad_value) + partial * value_dim + begin,
-                      memory.sums, value_dim - begin, lane);
+        padding.write(
+            static_cast<WideSum<P>*>(call.partial_pad_value) + partial * value_dim + begin,
+            memory.sums, value_dim - begin, lane);
       }
       store_grad<P, Channels>(grad_value, pass.grad_out.tile, call.grad_value, memory.other_offsets,
                               warp_row, begin, value_dim, call.in.by_16_bytes, lane);

@@ -98,7 +98,7 @@ tiled_forward(SWIN_PARAMETER Forward call) {
       note_tokens(memory.columns, p, first_column);
       block_barrier();
       const TilePlace place{first_row, first_column, &memory.rows, &memory.columns};
-      fill_logits_and_mask<false>(memory.logits, bias, call.in.mask, at.number(p), place, tokens);
+      fill_bias<false>(memory.logits, bias, place, tokens);
       key.held = -1;
       value.load(begin, head, call.in.by_16_bytes);
       if (cosine) norms_of<T>(memory.norms[1], key.view, key.offsets, key.dim, key.pad, head);
@@ -108,6 +108,8 @@ tiled_forward(SWIN_PARAMETER Forward call) {
       multiply_sides(s, query, key, call.in, head, warp_row, tiles, lane);
       add_logits(s, memory.logits, factor, warp_row, tiles, lane);
       add_shift_mask(s, Sum(call.in.mask_value), place, seams, warp_row, tiles, lane);
+      add_mask<false>(s, call.in.mask, at.number(p), memory.logits, place, tokens, warp_row, tiles,
+                      lane);
       softmax.take(s, shrink, tiles, lane);
       if (call.in.dropout_threshold != 0)
         for_each_logit(s, first_row + warp_row, tiles, lane, [&](Sum& x, int, int, int i, int j) {

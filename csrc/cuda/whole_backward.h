@@ -15,10 +15,10 @@ struct WholeBackwardMemory {
   alignas(16) T tokens[4][kTile * TokenTile<T, Channels>::kPitch];  // query, key, value, grad_out
   // what dropout keeps of the probabilities, and the gradient of the logits: (queries, keys)
   alignas(16) T weights[2][kTile * WeightTile<P>::kPitch];
-  LogitTile<Sum> logits;      // bias, and an explicit mask
-  int64_t offsets[7][kTile];  // in those of `tokens`, then in their gradients
-  Sum norms[2][kTile];        // of queries and keys
-  Sum sums[4 * Channels];     // of warps
+  LogitTile<Sum> logits;          // bias, and an explicit mask
+  int64_t offsets[7][kTile];      // in those of `tokens`, then in their gradients
+  Sum norms[2][kTile];            // of queries and keys
+  WideSum<P> sums[4 * Channels];  // of warps
   TokenFacts facts;
 };
 
@@ -68,9 +68,10 @@ whole_window_backward(SWIN_PARAMETER Backward call) {
   T* const kept_rows = memory.weights[0] + first_row * kWeightPitch;
   T* const grad_rows = memory.weights[1] + first_row * kWeightPitch;
 
-  Sum bias_sum[kKeyTiles][4], scale_sum = 0;
+  Sum bias_sum[kKeyTiles][4];
+  WideSum<P> scale_sum = 0;
   clear<P>(bias_sum);
-  PaddingSum<Sum, kChannelTiles> pad_key_sum, pad_value_sum;
+  PaddingSum<P, kChannelTiles> pad_key_sum, pad_value_sum;
   pad_key_sum.clear();
   pad_value_sum.clear();
 
@@ -78,8 +79,7 @@ whole_window_backward(SWIN_PARAMETER Backward call) {
   for (int step = 0; step < count; ++step, ++window, at.next(p)) {
     block_barrier();  // the window before was read and stored
     place_tokens(memory.offsets, views, p, at, head, 0);
-    if (masked)
-      fill_logits_and_mask<false>(memory.logits, bias, call.in.mask, at.number(p), place, tokens);
+    if (masked) fill_bias<false>(memory.logits, bias, place, tokens);  // the mask takes its place
     block_barrier();
 #pragma unroll
     for (int x = 0; x < 4; ++x)
@@ -99,6 +99,8 @@ whole_window_backward(SWIN_PARAMETER Backward call) {
     multiply<P, Order::kDepthLast, Order::kDepthLast>(s, own_queries, keys, head_dim, tiles, lane);
     add_logits(s, memory.logits, factor, first_row, tiles, lane);
     add_shift_mask(s, Sum(call.in.mask_value), place, at.seams(p), first_row, tiles, lane);
+    add_mask<false>(s, call.in.mask, at.number(p), memory.logits, place, tokens, first_row, tiles,
+                    lane);
     to_probabilities<P>(s, tiles, lane);
     clear<P>(ds);
     multiply<P, Order::kDepthLast, Order::kDepthLast>(ds, own_grads, values, value_dim, tiles,
@@ -186,14 +188,14 @@ whole_window_backward(SWIN_PARAMETER Backward call) {
     write_bias(static_cast<Sum*>(call.partial_bias) + program * tokens * tokens, bias_sum, tokens,
                first_row, 0, lane);
   if (call.partial_pad_key != nullptr)
-    pad_key_sum.write(static_cast<Sum*>(call.partial_pad_key) + program * head_dim, memory.sums,
-                      head_dim, lane);
+    pad_key_sum.write(static_cast<WideSum<P>*>(call.partial_pad_key) + program * head_dim,
+                      memory.sums, head_dim, lane);
   if (call.partial_pad_value != nullptr)
-    pad_value_sum.write(static_cast<Sum*>(call.partial_pad_value) + program * value_dim,
+    pad_value_sum.write(static_cast<WideSum<P>*>(call.partial_pad_value) + program * value_dim,
                         memory.sums, value_dim, lane);
   if (call.partial_logit_scale != nullptr)
-    write_row_sum(static_cast<Sum*>(call.partial_logit_scale) + program, memory.sums, scale_sum,
-                  lane);
+    write_row_sum(static_cast<WideSum<P>*>(call.partial_logit_scale) + program, memory.sums,
+                  scale_sum, lane);
 }
 
 }  // namespace swin_kernels::cuda

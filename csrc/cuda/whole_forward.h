@@ -95,10 +95,6 @@ whole_window_forward(SWIN_PARAMETER Forward call) {
     } else {
       wait_for_copies<0>();
     }
-    if (call.in.mask.data != nullptr)
-      fill_logits<false>(mask, place, tokens, Sum(0), [&](int i, int j, int) {
-        return mask_at<Sum>(call.in.mask, at.number(p), i, j);
-      });
     block_barrier();
     T *query = memory.tokens[step % 2][0], *key = memory.tokens[step % 2][1];
     const T* value = memory.tokens[step % 2][2];
@@ -116,10 +112,7 @@ whole_window_forward(SWIN_PARAMETER Forward call) {
     for_each_logit(s, first_row, tiles, lane,
                    [&](Sum& x, int n, int e, int, int) { x = x * factor + bias[n][e]; });
     add_shift_mask(s, Sum(call.in.mask_value), place, at.seams(p), first_row, tiles, lane);
-    if (call.in.mask.data != nullptr)
-      for_each_logit(s, first_row, tiles, lane, [&](Sum& x, int, int, int row, int column) {
-        x += mask.numbers[row * mask.kPitch + column];
-      });
+    add_mask<false>(s, call.in.mask, at.number(p), mask, place, tokens, first_row, tiles, lane);
 
     Sum total[2];
     to_exponentials<P>(s, total, tiles, lane);

@@ -53,7 +53,7 @@ void add_up(const Device& device, Tensor partial, const Tensor& to, RowSum call)
 
 // The tensors that the kernels write beside the gradients of tokens, and the second passes over
 // them.
-template <class Sum>
+template <class Sum, class Wide>
 struct Partials {
   const Arguments& a;
   const Problem& p;
@@ -70,11 +70,11 @@ struct Partials {
     if (wants(kNeedsBias, a.bias) || wants(kNeedsTable, a.bias_table))
       bias = sums_like<Sum>(a.query, {rows, p.heads, n, n});
     if (wants(kNeedsPadKey, a.pad_key))
-      pad_key = sums_like<Sum>(a.query, {other_rows, p.heads, p.head_dim});
+      pad_key = sums_like<Wide>(a.query, {other_rows, p.heads, p.head_dim});
     if (wants(kNeedsPadValue, a.pad_value))
-      pad_value = sums_like<Sum>(a.query, {other_rows, p.heads, p.value_dim});
+      pad_value = sums_like<Wide>(a.query, {other_rows, p.heads, p.value_dim});
     if (wants(kNeedsLogitScale, a.logit_scale))
-      logit_scale = sums_like<Sum>(a.query, {other_rows, p.heads});
+      logit_scale = sums_like<Wide>(a.query, {other_rows, p.heads});
   }
 
   static void* data(MaybeTensor& x) { return x.has_value() ? x->mutable_data_ptr() : nullptr; }
@@ -86,6 +86,7 @@ struct Partials {
     call.partial_logit_scale = data(logit_scale);
   }
 
+  template <class S>
   Tensor summed(const Device& device, const MaybeTensor& partial, const MaybeTensor& like,
                 int64_t count, int64_t numbers, FloatView pad = FloatView()) const {
     if (!partial.has_value()) return torch::stable::new_empty(a.query, {0});
@@ -95,13 +96,13 @@ struct Partials {
     call.numbers = numbers;
     call.pad = pad;
     call.pad_dim = p.head_dim;
-    add_up<Sum>(device, *partial, to, call);
+    add_up<S>(device, *partial, to, call);
     return to;
   }
 
   Tensor of_bias(const Device& device) const {
     if (!a.bias.has_value()) return torch::stable::new_empty(a.query, {0});
-    return summed(device, bias, a.bias, rows, p.heads * p.tokens() * p.tokens());
+    return summed<Sum>(device, bias, a.bias, rows, p.heads * p.tokens() * p.tokens());
   }
 
   Tensor of_table(const Device& device, const Bias& description) const {
@@ -109,7 +110,7 @@ struct Partials {
       return torch::stable::new_empty(a.query, {0});
     const int64_t n = p.tokens();
     const MaybeTensor like = sums_like<Sum>(a.query, {p.heads, n, n});
-    const Tensor dense = summed(device, bias, like, rows, p.heads * n * n);
+    const Tensor dense = summed<Sum>(device, bias, like, rows, p.heads * n * n);
     Tensor to = torch::stable::new_empty(*a.bias_table, shape_of(*a.bias_table));
     TableGather call;
     call.dense = dense.const_data_ptr();
@@ -126,8 +127,8 @@ struct Partials {
   Tensor of_pad_key(const Device& device) const {
     const bool held = a.logit_scale.has_value() && a.pad_key.has_value() &&
                       element_of(*a.pad_key) == Element::kHalf;
-    return summed(device, pad_key, a.pad_key, other_rows, p.heads * p.head_dim,
-                  held ? float_view(a.pad_key) : FloatView());
+    return summed<Wide>(device, pad_key, a.pad_key, other_rows, p.heads * p.head_dim,
+                        held ? float_view(a.pad_key) : FloatView());
   }
 };
 
@@ -169,6 +170,7 @@ Gradients cuda_backward(Tensor grad_out, SWIN_PARAMETERS, bool tf32, int64_t nee
     using P = typename decltype(kernels)::Precision;
     using T = typename P::Element;
     using Sum = typename P::Sum;
+    using Wide = WideSum<P>;
     constexpr int kChannels = decltype(kernels)::kChannels;
     using Whole = WholeBackwardMemory<P, kChannels>;
     Backward call;
@@ -187,7 +189,7 @@ Gradients cuda_backward(Tensor grad_out, SWIN_PARAMETERS, bool tf32, int64_t nee
     if constexpr (sizeof(Whole) <= kSharedBytes)
       whole = p.tokens() <= kTile && channels <= kChannels;
     const int64_t other_rows = whole ? runs : p.batch * p.windows() * tiles_of(p);
-    Partials<Sum> partials(a, p, needs, runs, other_rows);
+    Partials<Sum, Wide> partials(a, p, needs, runs, other_rows);
     partials.hand_to(call);
     MaybeTensor statistics;
     if constexpr (sizeof(Whole) <= kSharedBytes) {
@@ -201,15 +203,16 @@ Gradients cuda_backward(Tensor grad_out, SWIN_PARAMETERS, bool tf32, int64_t nee
       call.statistics = statistics->mutable_data_ptr();
       launch_tiled<P, kTiledChannels<P>>(device, call, partials.bias.has_value(), runs * p.heads);
     }
-    found = {
-        grad_query,
-        grad_key,
-        grad_value,
-        partials.of_bias(device),
-        partials.of_table(device, call.in.bias),
-        partials.of_pad_key(device),
-        partials.summed(device, partials.pad_value, a.pad_value, other_rows, p.heads * p.value_dim),
-        partials.summed(device, partials.logit_scale, a.logit_scale, other_rows, p.heads)};
+    found = {grad_query,
+             grad_key,
+             grad_value,
+             partials.of_bias(device),
+             partials.of_table(device, call.in.bias),
+             partials.of_pad_key(device),
+             partials.template summed<Wide>(device, partials.pad_value, a.pad_value, other_rows,
+                                            p.heads * p.value_dim),
+             partials.template summed<Wide>(device, partials.logit_scale, a.logit_scale, other_rows,
+                                            p.heads)};
   });
   return found;
 }

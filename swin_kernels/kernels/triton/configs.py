@@ -204,10 +204,13 @@ def _whole_backward(shape: Shape, gpu: Gpu) -> Config:
             warps *= 2
         stages = 1
     else:
-        stages = 2 if roomy or shape.cosine or shape.fills_padding else 1
+        older = gpu.arch.startswith("sm_8")
+        stages = 2 if roomy or older or shape.cosine or shape.fills_padding else 1
         wide = shape.largest_block > 32
         if shape.explicit_mask or (wide and (shape.head_dim != shape.value_dim or shape.scattered)):
             stages = 1
+        elif gpu.arch.startswith("sm_9") and not (wide or shape.scattered):
+            stages = 3  # with two a tile is waited for as soon as it is asked for
         if shape.scattered:
             warps *= 2
     return Config(block, block, warps, stages, programs_per_multiprocessor=4)

@@ -68,8 +68,6 @@ def key_of(operands: Operands, backend: str | None, options: Mapping[str, Any]) 
     # first what tracing folds to a constant
     if torch.compiler.is_compiling() or not isinstance(operands.query, Tensor):
         return None
-    if options["dropout_p"]:  # it draws a seed
-        return None
     if (
         operands.query.device.type not in DEVICES
         or _is_any_autocast_enabled()
@@ -80,6 +78,8 @@ def key_of(operands: Operands, backend: str | None, options: Mapping[str, Any]) 
         or forward_ad._current_level >= 0
         or _profiler_enabled()
     ):
+        return None
+    if type(options["dropout_p"]) is not float or options["dropout_p"] > 0:  # it draws a seed
         return None
     grad = torch.is_grad_enabled()
     facts: list[Hashable] = []
