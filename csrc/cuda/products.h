@@ -110,17 +110,28 @@ SWIN_DEVICE void multiply(typename P::Sum (&sums)[Tiles][4], const Operand<T>& l
       }
     }
   } else {
+    // sums of sums of kBlock: one over hundreds of tokens would be rounded more than fp32 allows
+    constexpr int kBlock = 16;
     const Lane own(lane);
-    for (int k = 0; k < depth; ++k) {
-      const T a[2] = {element<L>(left, own.row(0), k), element<L>(left, own.row(2), k)};
+    for (int first = 0; first < depth; first += kBlock) {
+      const int last = first + kBlock < depth ? first + kBlock : depth;
+      typename P::Sum part[Tiles][4];
+      clear<P>(part);
+      for (int k = first; k < last; ++k) {
+        const T a[2] = {element<L>(left, own.row(0), k), element<L>(left, own.row(2), k)};
 #pragma unroll
-      for (int n = 0; n < Tiles; ++n) {
-        if (n >= tiles) break;
-        const T b[2] = {element<R>(right, 8 * n + own.column(0), k),
-                        element<R>(right, 8 * n + own.column(1), k)};
+        for (int n = 0; n < Tiles; ++n) {
+          if (n >= tiles) break;
+          const T b[2] = {element<R>(right, kColumns * n + own.column(0), k),
+                          element<R>(right, kColumns * n + own.column(1), k)};
 #pragma unroll
-        for (int e = 0; e < 4; ++e) sums[n][e] += a[e / 2] * b[e % 2];
+          for (int e = 0; e < 4; ++e) part[n][e] += a[e / 2] * b[e % 2];
+        }
       }
+#pragma unroll
+      for (int n = 0; n < Tiles; ++n)
+#pragma unroll
+        for (int e = 0; e < 4; ++e) sums[n][e] += part[n][e];
     }
   }
 }
@@ -199,23 +210,6 @@ SWIN_DEVICE void multiply_by_weights(typename P::Sum (&sums)[Tiles][4],
     multiply<P, Order::kDepthLast, Order::kDepthFirst>(
         sums, Operand<typename P::Element>{memory + first_row * kPitch, kPitch}, right,
         depth_tiles * kColumns, tiles, lane);
-  }
-}
-
-// sums += what multiply(part) adds to zeros. The arithmetic units add up each tile by itself: one
-// sum over hundreds of tokens would be rounded more than fp32 allows.
-template <class P, int Tiles, class F>
-SWIN_DEVICE void add_product(typename P::Sum (&sums)[Tiles][4], const F& multiply) {
-  if constexpr (P::kUnit == Unit::kPlain) {
-    typename P::Sum part[Tiles][4];
-    clear<P>(part);
-    multiply(part);
-#pragma unroll
-    for (int n = 0; n < Tiles; ++n)
-#pragma unroll
-      for (int e = 0; e < 4; ++e) sums[n][e] += part[n][e];
-  } else {
-    multiply(sums);
   }
 }
 

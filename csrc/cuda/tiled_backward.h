@@ -214,10 +214,8 @@ struct Pass {
   template <int Tiles>
   SWIN_DEVICE void add_weighted(Sum (&grad)[Tiles][4], const Sum (&weights)[kKeyTiles][4],
                                 const Side<P, Channels>& side, int tiles, int channel_tiles) {
-    add_product<P>(grad, [&](Sum(&part)[Tiles][4]) {
-      multiply_by_weights<P>(part, weights, reinterpret_cast<T*>(memory.logits.numbers), warp_row,
-                             side.from(0), tiles, channel_tiles, lane);
-    });
+    multiply_by_weights<P>(grad, weights, reinterpret_cast<T*>(memory.logits.numbers), warp_row,
+                           side.from(0), tiles, channel_tiles, lane);
   }
 
   // From sums of ds times tokens to a gradient of queries or keys; false while x̂·dx̂ is not known.

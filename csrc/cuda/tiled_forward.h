@@ -119,10 +119,8 @@ tiled_forward(SWIN_PARAMETER Forward call) {
       for (int n = 0; n < kChannelTiles; ++n)
 #pragma unroll
         for (int e = 0; e < 4; ++e) out[n][e] *= shrink[e / 2];
-      add_product<P>(out, [&](Sum(&part)[kChannelTiles][4]) {
-        multiply_by_weights<P>(part, s, reinterpret_cast<T*>(memory.logits.numbers), warp_row,
-                               value.from(0), tiles, value_tiles, lane);
-      });
+      multiply_by_weights<P>(out, s, reinterpret_cast<T*>(memory.logits.numbers), warp_row,
+                             value.from(0), tiles, value_tiles, lane);
     }
     divide_rows<P>(out, softmax.total, Sum(call.in.kept_factor));
     block_barrier();  // the last values were read: the warp's rows of their tile are free
