@@ -7,10 +7,12 @@ ARGS ?=
 
 RUN := $(VENV)/bin/python
 OBJECT := swin_kernels/_C_cpu.abi3.so
-FORMATTED := $(shell find csrc -name '*.h' -o -name '*.cpp')
+FORMATTED := $(shell find csrc tests -name '*.h' -o -name '*.cpp' -o -name '*.cu')
 
 # VENV comes first, so that plain `python3` is its own once it is there; PYTHON's tools come last:
 # ninja, ruff and clang-format may be installed beside its torch
+# the CUDA object takes minutes to compile: `make build SWIN_KERNELS_CUDA=1` also builds that
+export SWIN_KERNELS_CUDA ?= 0
 export PATH := $(abspath $(VENV)/bin):$(PATH):$(dir $(shell command -v $(PYTHON)))
 
 .PHONY: demo test gpu aot-report check build environment clean FORCE
@@ -18,7 +20,7 @@ export PATH := $(abspath $(VENV)/bin):$(PATH):$(dir $(shell command -v $(PYTHON)
 demo: build  ## a timm Swin on a photograph, patched against stock; ARGS="--help" lists options
 	@$(RUN) -m swin_kernels demo $(ARGS)
 
-test: build  ## the tests, and those of the Triton kernels interpreted; ARGS="-k name" picks some
+test: build  ## the tests, those of the Triton kernels interpreted, of the CUDA kernels emulated; ARGS="-k name" picks some
 	@.ci/tests $(RUN) $(ARGS)
 
 gpu:  ## on a machine with a GPU: tests, benchmark, counters; under 10 minutes

@@ -11,6 +11,7 @@ from torch._dynamo.testing import CompileCounter, CompileCounterWithBackend
 from swin_kernels import shifted_window_attention, shifted_window_attention_qkvpacked
 from swin_kernels.kernels import native
 from swin_kernels.kernels.triton import backend as triton_backend
+from swin_kernels.ops.dispatch import BACKENDS
 from swin_kernels.problem import Operands, Options, Problem
 from swin_kernels.testing import (
     Case,
@@ -55,17 +56,20 @@ def _forward_op(fused, case):
     """The forward op of a backend and its arguments."""
     if fused == "triton":
         return triton_backend.FORWARD, (*_arguments(case), True)
-    return native.FORWARD, _arguments(case)
+    backend = BACKENDS[fused]
+    arguments = _arguments(case)
+    return backend.ops.forward, (*arguments, *backend._more(arguments[0]))
 
 
 def _backward_op(fused, case, all_needed):
     """The backward op of a backend and its arguments."""
     operands = make_operands(case)
     present = [n for n in native.NEEDS if getattr(operands, n) is not None and all_needed]
-    if fused == "cpu":
-        needs = sum(native.NEEDS[name] for name in present)
-        return native.BACKWARD, (make_grad_out(case), *_arguments(case), needs)
     arguments = _arguments(case)
+    if fused != "triton":
+        backend, needs = BACKENDS[fused], sum(native.NEEDS[name] for name in present)
+        more = (*backend._more(arguments[0]), needs)
+        return backend.ops.backward, (make_grad_out(case), *arguments, *more)
     given, options = Operands(*arguments[: len(operands)]), Options(*arguments[len(operands) :])
     _, saved = triton_backend.TritonBackend().forward(given, options, True)
     saved = (None, None, *saved)[-2:]

@@ -210,7 +210,7 @@ def test_inference_allocates_the_output_and_nothing_else():
 def _forward(operands, **changes):
     case = PLANE.but(**changes) if changes else PLANE
     options = Problem.checked(make_operands(case), **case.options).options
-    return native.FORWARD(*operands, *options)
+    return native.CpuBackend.ops.forward(*operands, *options)
 
 
 _GOOD = make_operands(PLANE)
@@ -257,7 +257,7 @@ def test_bad_operands_of_the_raw_ops_raise(name):
         _forward(operands, **dropout)
     options = Problem.checked(_GOOD, **PLANE.but(**dropout).options).options
     with pytest.raises(RuntimeError):
-        native.BACKWARD(make_grad_out(PLANE), *operands, *options, 31)
+        native.CpuBackend.ops.backward(make_grad_out(PLANE), *operands, *options, 31)
 
 
 @pytest.mark.parametrize(
@@ -277,9 +277,9 @@ def test_bad_operands_of_the_raw_ops_raise(name):
 def test_bad_options_of_the_raw_ops_raise(changes):
     options = Problem.checked(_GOOD, **PLANE.options).options._replace(**changes)
     with pytest.raises(RuntimeError):
-        native.FORWARD(*_GOOD, *options)
+        native.CpuBackend.ops.forward(*_GOOD, *options)
     with pytest.raises(RuntimeError):
-        native.BACKWARD(make_grad_out(PLANE), *_GOOD, *options, 0)
+        native.CpuBackend.ops.backward(make_grad_out(PLANE), *_GOOD, *options, 0)
 
 
 @pytest.mark.parametrize(
@@ -295,7 +295,7 @@ def test_bad_options_of_the_raw_ops_raise(changes):
 def test_gradient_that_does_not_fit_raises(grad_out):
     options = Problem.checked(_GOOD, **PLANE.options).options
     with pytest.raises(RuntimeError):
-        native.BACKWARD(grad_out, *_GOOD, *options, 0)
+        native.CpuBackend.ops.backward(grad_out, *_GOOD, *options, 0)
 
 
 def test_nothing_is_written_outside_the_operands():

@@ -93,8 +93,9 @@ def test_no_backend_raises_with_every_reason(monkeypatch):
 def test_reasons_name_every_backend(monkeypatch):
     _refuse(monkeypatch, "cpu")
     reasons = reasons_against(_problem())
-    assert list(reasons) == list(BACKENDS) == ["cpu", "triton", "reference"]
+    assert list(reasons) == list(BACKENDS) == ["cpu", "triton", "cuda", "reference"]
     assert reasons["cpu"] == "it is Sunday"
+    assert "_C_cuda is not built" in reasons["cuda"] or "got cpu" in reasons["cuda"]
     assert "triton is not installed" in reasons["triton"] or "got cpu" in reasons["triton"]
     assert reasons["reference"] is None
 

@@ -70,7 +70,7 @@ def test_wheel_holds_the_compiled_object_and_imports_from_an_empty_folder(tmp_pa
         capture_output=True,
         text=True,
         cwd=source,
-        env={**os.environ, "PYTHONPATH": ""},
+        env={**os.environ, "PYTHONPATH": "", "SWIN_KERNELS_CUDA": "0"},
     )
     assert built.returncode == 0, built.stdout + built.stderr
     (wheel,) = tmp_path.glob("*.whl")
@@ -94,6 +94,41 @@ def test_wheel_holds_the_compiled_object_and_imports_from_an_empty_folder(tmp_pa
     )
     assert used.returncode == 0, used.stderr
     assert used.stdout.split("\n")[0] == "(2, 6, 6, 2, 8) True"
+
+
+def _setup(**variables: str) -> subprocess.CompletedProcess[str]:
+    """setup.py, asked for its name alone: it decides what to build, and builds nothing."""
+    return subprocess.run(
+        [sys.executable, "setup.py", "--name"],
+        check=False,
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+        env={**os.environ, **variables},
+    )
+
+
+@pytest.mark.parametrize(
+    ("variables", "complaint"),
+    [
+        ({"SWIN_KERNELS_CUDA": "yes"}, "SWIN_KERNELS_CUDA: expected auto, 0 or 1, got 'yes'"),
+        (
+            {"SWIN_KERNELS_CUDA": "1", "CUDA_HOME": "", "CUDA_PATH": "", "PATH": "/nowhere"},
+            "SWIN_KERNELS_CUDA=1, but without _C_cuda: ",
+        ),
+    ],
+    ids=["unknown", "no toolkit"],
+)
+def test_a_build_that_cannot_be_says_why(variables, complaint):
+    done = _setup(**variables)
+    assert done.returncode == 1
+    assert complaint in done.stderr
+
+
+def test_a_build_without_cuda_needs_no_toolkit():
+    done = _setup(SWIN_KERNELS_CUDA="0", PATH="/nowhere")
+    assert done.returncode == 0, done.stderr
+    assert "swin_kernels" in done.stdout
 
 
 def _environment(*arguments: str, **variables: str) -> subprocess.CompletedProcess[str]:
