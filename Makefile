@@ -20,7 +20,7 @@ export PATH := $(abspath $(VENV)/bin):$(PATH):$(dir $(shell command -v $(PYTHON)
 demo: build  ## a timm Swin on a photograph, patched against stock; ARGS="--help" lists options
 	@$(RUN) -m swin_kernels demo $(ARGS)
 
-test: build  ## the tests, those of the Triton kernels interpreted, of the CUDA kernels emulated; ARGS="-k name" picks some
+test: build  ## the tests, and those of the Triton kernels interpreted; ARGS="-k name" picks some
 	@.ci/tests $(RUN) $(ARGS)
 
 gpu:  ## on a machine with a GPU: tests, benchmark, counters; under 10 minutes

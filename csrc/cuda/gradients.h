@@ -8,6 +8,10 @@
 
 namespace swin_kernels::cuda {
 
+// Of sums over every token of a map, and of what mostly cancels: fp32 would be rounded too often.
+template <class P>
+using WideSum = std::conditional_t<P::kUnit == Unit::kHalf, typename P::Sum, double>;
+
 // The gradient behind `to_unit` of a warp's sums (16, 8·tiles), a gradient of unit vectors still to
 // be scaled by `factor`: dx = (dx̂ − x̂·(x̂·dx̂))/‖x‖, and dx̂/ε where the clamp holds. fp16 cannot hold
 // that: it saturates. `radial` is x̂·dx̂ of a lane's two rows, `unit` and `norms` those of the warp's
@@ -16,8 +20,9 @@ template <class P, int Tiles>
 SWIN_DEVICE void through_unit(typename P::Sum (&grad)[Tiles][4],
                               const Operand<typename P::Element>& unit,
                               const typename P::Sum* norms, typename P::Sum factor,
-                              const typename P::Sum (&radial)[2], int tiles, int lane) {
+                              const WideSum<P> (&radial)[2], int tiles, int lane) {
   using Sum = typename P::Sum;
+  using Wide = WideSum<P>;
   const Lane own(lane);
 #pragma unroll
   for (int n = 0; n < Tiles; ++n) {
@@ -26,9 +31,9 @@ SWIN_DEVICE void through_unit(typename P::Sum (&grad)[Tiles][4],
     for (int e = 0; e < 4; ++e) {
       const Sum norm = norms[own.row(e)];
       const bool clamped = norm <= Sum(kNormClamp);
-      const Sum x =
-          Sum(to_float(unit.data[own.row(e) * unit.pitch + n * kColumns + own.column(e)]));
-      Sum g = (grad[n][e] - (clamped ? Sum(0) : x * radial[e / 2])) * (factor / norm);
+      const Wide x =
+          Wide(to_float(unit.data[own.row(e) * unit.pitch + n * kColumns + own.column(e)]));
+      Sum g = Sum(grad[n][e] - (clamped ? Wide(0) : x * radial[e / 2])) * (factor / norm);
       if (sizeof(typename P::Element) == 2 && clamped && is_half<typename P::Element>())
         g = fmin(fmax(g, Sum(-65504)), Sum(65504));
       grad[n][e] = g;
@@ -38,9 +43,9 @@ SWIN_DEVICE void through_unit(typename P::Sum (&grad)[Tiles][4],
 
 // x̂·dx̂ of a lane's two rows, over all channels of one tile.
 template <class P, int Tiles>
-SWIN_DEVICE void radial_of(typename P::Sum (&radial)[2], const typename P::Sum (&grad)[Tiles][4],
+SWIN_DEVICE void radial_of(WideSum<P> (&radial)[2], const typename P::Sum (&grad)[Tiles][4],
                            const Operand<typename P::Element>& unit, int tiles, int lane) {
-  using Sum = typename P::Sum;
+  using Wide = WideSum<P>;
   const Lane own(lane);
   radial[0] = radial[1] = 0;
 #pragma unroll
@@ -49,8 +54,8 @@ SWIN_DEVICE void radial_of(typename P::Sum (&radial)[2], const typename P::Sum (
 #pragma unroll
     for (int e = 0; e < 4; ++e)
       radial[e / 2] +=
-          grad[n][e] *
-          Sum(to_float(unit.data[own.row(e) * unit.pitch + n * kColumns + own.column(e)]));
+          Wide(grad[n][e]) *
+          Wide(to_float(unit.data[own.row(e) * unit.pitch + n * kColumns + own.column(e)]));
   }
   sum_over_row(radial);
 }
@@ -62,10 +67,6 @@ SWIN_DEVICE void scale(Sum (&sums)[Tiles][4], Sum factor) {
 #pragma unroll
     for (int e = 0; e < 4; ++e) sums[n][e] *= factor;
 }
-
-// Of sums over every token of a map: fp32 would be rounded too often.
-template <class P>
-using WideSum = std::conditional_t<P::kUnit == Unit::kHalf, typename P::Sum, double>;
 
 // A lane's sums over the padded ones of the tokens that are its warp's rows, by column.
 template <class P, int Tiles>

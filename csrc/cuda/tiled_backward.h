@@ -220,7 +220,7 @@ struct Pass {
 
   // From sums of ds times tokens to a gradient of queries or keys; false while x̂·dx̂ is not known.
   template <int Tiles>
-  SWIN_DEVICE bool finish(Sum (&grad)[Tiles][4], Sum (&radial)[2], Side<P, Channels>& side,
+  SWIN_DEVICE bool finish(Sum (&grad)[Tiles][4], WideSum<P> (&radial)[2], Side<P, Channels>& side,
                           const Turns<Channels>& turn) {
     if (side.norms == nullptr) {
       scale(grad, factor);
@@ -230,7 +230,7 @@ struct Pass {
     bring(side, turn.begin, head, call.in.by_16_bytes);
     const bool once = turn.dim <= Channels;
     if (once || !turn.last()) {
-      Sum part[2];
+      WideSum<P> part[2];
       radial_of<P>(part, grad, side.from(warp_row), turn.tiles(), lane);
       radial[0] += part[0];
       radial[1] += part[1];
@@ -335,7 +335,7 @@ tiled_grad_query(SWIN_PARAMETER Backward call) {
   pass.go_to_rows(at, own.window, own.first, call.grad_query, call.grad_query);
 
   Turns<Channels> turn(pass.query.dim, pass.query.norms != nullptr);
-  Sum radial[2] = {0, 0};  // q̂·dq̂
+  WideSum<P> radial[2] = {0, 0};  // q̂·dq̂
   for (; !turn.done(); turn.next()) {
     Sum grad[kChannelTiles][4];
     clear<P>(grad);
@@ -377,7 +377,7 @@ tiled_grad_key_value(SWIN_PARAMETER Backward call) {
   const int64_t row = own.window * tile_count(tokens) + own.first / kTile;
   const int64_t partial = row * pass.p.heads + own.head;
   Turns<Channels> turn(head_dim > value_dim ? head_dim : value_dim, pass.key.norms != nullptr);
-  Sum radial[2] = {0, 0};  // k̂·dk̂
+  WideSum<P> radial[2] = {0, 0};  // k̂·dk̂
   for (; !turn.done(); turn.next()) {
     const int begin = turn.begin, tiles_out = turn.tiles();
     Sum grad_key[kChannelTiles][4], grad_value[kChannelTiles][4];

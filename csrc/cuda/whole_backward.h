@@ -159,7 +159,7 @@ whole_window_backward(SWIN_PARAMETER Backward call) {
         grad, Operand<T>{memory.weights[1] + first_row, kWeightPitch}, queries, lines, head_tiles,
         lane);
     if (cosine) {
-      Sum radial[2];
+      WideSum<P> radial[2];
       radial_of<P>(radial, grad_query, own_queries, head_tiles, lane);
       scale_sum += radial[0] + radial[1];
       through_unit<P>(grad_query, own_queries, memory.norms[0] + first_row, factor, radial,
