@@ -148,8 +148,9 @@ extensions = [
         extra_compile_args=[*CXX_FLAGS, *WARNINGS, "-ffp-contract=fast"],
     )
 ]
-told = f"without _C_cuda: {why_no_cuda()}"
-if why_no_cuda() is None:
+reason = why_no_cuda()
+told = f"without _C_cuda: {reason}"
+if reason is None:
     kept, left = architectures()
     if kept:
         os.environ["TORCH_CUDA_ARCH_LIST"] = ";".join(kept)
@@ -162,8 +163,9 @@ if why_no_cuda() is None:
 if CUDA == "1" and len(extensions) == 1:
     fail(f"SWIN_KERNELS_CUDA=1, but {told}")
 if shutil.which("ccache"):
-    os.environ.setdefault("PYTORCH_NVCC", f"ccache {HOME}/bin/nvcc")
     os.environ.setdefault("CXX", "ccache c++")
+    if HOME is not None:
+        os.environ.setdefault("PYTORCH_NVCC", f"ccache {HOME}/bin/nvcc")
 
 
 class Build(BuildExtension):

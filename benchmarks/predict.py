@@ -125,13 +125,13 @@ class Launch(NamedTuple):
     """What is predicted of one launch."""
 
     kernel: str
-    inside: int  # instructions a trip, all warps: a window that no seam cuts
-    border: int
-    registers: int
-    shared: int  # bytes a program
-    programs: int  # a multiprocessor holds at once
-    in_flight: int  # bytes of tokens that a multiprocessor asks for ahead
     seconds: Mapping[str, float]  # by what bounds it
+    inside: int = 0  # instructions a trip, all warps: a window that no seam cuts
+    border: int = 0
+    registers: int = 0
+    shared: int = 0  # bytes a program
+    programs: int = 0  # a multiprocessor holds at once
+    in_flight: int = 0  # bytes of tokens that a multiprocessor asks for ahead
 
     @property
     def bound(self) -> str:
@@ -227,13 +227,13 @@ def predict(step: Step, code: Code, chip: Chip, sizes: Mapping[str, int], itemsi
     inside, cut = (looped * sum(n for _, n in w) * warps for w in (code.shortest, code.longest))
     return Launch(
         step.kernel.split(".")[1],
+        seconds,
         inside,
         cut,
         code.registers,
         code.shared,
         programs,
         in_flight,
-        seconds,
     )
 
 
@@ -260,7 +260,7 @@ def launches_of(case: Case, chip: Chip) -> dict[str, list[Launch]]:
         ]
     if sums := plans.backward.sums:
         summed = sum(sizes[name] for name in sums) / chip.copy_rate
-        found["backward"].append(Launch("sums by torch", 0, 0, 0, 0, 0, 0, {"memory": summed}))
+        found["backward"].append(Launch("sums by torch", {"memory": summed}))
     return found
 
 

@@ -46,8 +46,7 @@ def pytest_addoption(parser):
     parser.addoption(
         "--backend",
         choices=("triton", "cuda"),
-        default="triton",
-        help="with --device cuda: whose kernels, Triton's or those of CUDA C++",
+        help="with --device cuda: whose kernels, Triton's (the default) or those of CUDA C++",
     )
     parser.addoption(
         "--emulate-cuda",
@@ -76,12 +75,19 @@ def _part(text: str | None) -> slice:
 def pytest_configure(config):
     config.stash[PART] = _part(config.getoption("--part"))
     mode = INTERPRETER if INTERPRETED else CPU
+    on_gpu = config.getoption("--device") == "cuda"
+    if config.getoption("--backend") and not on_gpu:
+        raise pytest.UsageError("--backend: chooses what runs on a GPU, so give --device cuda too")
     if config.getoption("--emulate-cuda"):
+        if on_gpu or INTERPRETED:
+            raise pytest.UsageError(
+                "--emulate-cuda: runs by itself, neither with --device cuda nor TRITON_INTERPRET=1"
+            )
         from cuda_emulator import emulated_backend
 
         mode = EMULATOR
         BACKENDS["cuda"] = emulated_backend()
-    if config.getoption("--device") == "cuda":
+    if on_gpu:
         if INTERPRETED:
             raise pytest.UsageError("--device cuda: TRITON_INTERPRET=1 runs on the CPU; unset it")
         if not torch.cuda.is_available():
@@ -89,7 +95,7 @@ def pytest_configure(config):
                 f"--device cuda: torch {torch.__version__} finds no CUDA device "
                 "(torch.cuda.is_available() is False)"
             )
-        mode = CUDA if config.getoption("--backend") == "triton" else CUDA_CPP
+        mode = CUDA_CPP if config.getoption("--backend") == "cuda" else CUDA
         torch.set_default_device("cuda")  # before the tests are imported: some hold tensors
     config.stash[MODE] = mode
 
@@ -111,7 +117,7 @@ def pytest_generate_tests(metafunc):
 
 def _deselected(item, mode: Mode) -> str | None:
     """Why a mode that runs the Triton kernels leaves a test out."""
-    if item.get_closest_marker(mode.mark):
+    if mode.mark is not None and item.get_closest_marker(mode.mark):
         return None
     if not BACKEND_FIXTURES & set(item.fixturenames):
         return "tests no backend"
@@ -131,8 +137,6 @@ def pytest_collection_modifyitems(config, items):
     elsewhere = {
         "gpu": "needs a GPU: pytest --device cuda",
         "interpreted": "needs TRITON_INTERPRET=1 in the environment",
-        "emulated": "runs the CUDA kernels on the host: pytest --emulate-cuda",
-        "cuda_cpp": "needs a GPU and the compiled object: pytest --device cuda --backend cuda",
     }
     for item in items:
         for mark, reason in elsewhere.items():

@@ -46,9 +46,9 @@ INTERPRETER = Mode(
     _NO_FP64 | {torch.bfloat16: "Triton's interpreter multiplies bf16 wrongly"},
     "interpreted",
 )
-EMULATOR = Mode("emulator", ("cuda",), {}, "emulated")
+EMULATOR = Mode("emulator", ("cuda",), {})
 CUDA = Mode("cuda", ("triton",), _NO_FP64, "gpu")
-CUDA_CPP = Mode("cuda", ("cuda",), {}, "cuda_cpp")
+CUDA_CPP = Mode("cuda", ("cuda",), {})
 
 # tests marked with these are deselected under the interpreter
 NOT_INTERPRETED = {

@@ -58,7 +58,7 @@ def _forward_op(fused, case):
         return triton_backend.FORWARD, (*_arguments(case), True)
     backend = BACKENDS[fused]
     arguments = _arguments(case)
-    return backend.ops.forward, (*arguments, *backend._more(arguments[0]))
+    return backend.ops.forward, (*arguments, *backend._extra_arguments(arguments[0]))
 
 
 def _backward_op(fused, case, all_needed):
@@ -68,7 +68,7 @@ def _backward_op(fused, case, all_needed):
     arguments = _arguments(case)
     if fused != "triton":
         backend, needs = BACKENDS[fused], sum(native.NEEDS[name] for name in present)
-        more = (*backend._more(arguments[0]), needs)
+        more = (*backend._extra_arguments(arguments[0]), needs)
         return backend.ops.backward, (make_grad_out(case), *arguments, *more)
     given, options = Operands(*arguments[: len(operands)]), Options(*arguments[len(operands) :])
     _, saved = triton_backend.TritonBackend().forward(given, options, True)

@@ -22,6 +22,8 @@
 
 namespace swin_kernels::cuda {
 
+// Bytes that every GPU from sm_80 on lets a program have.
+constexpr int64_t kSharedBytes = 99 << 10;
 constexpr int64_t kMostBlocks = (int64_t(1) << 31) - 1;
 
 // Throws before anything is launched.

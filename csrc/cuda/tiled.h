@@ -115,4 +115,35 @@ SWIN_DEVICE void multiply_sides(typename P::Sum (&sums)[Tiles][4], Side<P, Chann
   }
 }
 
+// The running softmax of a lane's two rows (Milakov & Gimelshein, "Online normalizer calculation
+// for softmax", 2018).
+template <class P>
+struct RunningSoftmax {
+  using Sum = typename P::Sum;
+  Sum top[2] = {-INFINITY, -INFINITY}, total[2] = {0, 0};
+
+  // Logits become exponentials on the base of the largest so far; what was summed on the base
+  // before is to be multiplied by `shrink`.
+  SWIN_DEVICE void take(Sum (&s)[kKeyTiles][4], Sum (&shrink)[2], int tiles, int lane) {
+    Sum higher[2] = {top[0], top[1]}, sum[2] = {0, 0};
+    for_each_logit(s, 0, tiles, lane,
+                   [&](Sum& x, int, int e, int, int) { higher[e / 2] = fmax(higher[e / 2], x); });
+    max_over_row(higher);
+    Sum base[2];
+#pragma unroll
+    for (int r = 0; r < 2; ++r) {
+      base[r] = higher[r] == Sum(-INFINITY) ? Sum(0) : higher[r];
+      shrink[r] = exponential<P>(top[r] - base[r]);
+      top[r] = higher[r];
+    }
+    for_each_logit(s, 0, tiles, lane, [&](Sum& x, int, int e, int, int) {
+      x = exponential<P>(x - base[e / 2]);
+      sum[e / 2] += x;
+    });
+    sum_over_row(sum);
+#pragma unroll
+    for (int r = 0; r < 2; ++r) total[r] = total[r] * shrink[r] + sum[r];
+  }
+};
+
 }  // namespace swin_kernels::cuda

@@ -14,9 +14,6 @@ namespace {
 using torch::headeronly::ScalarType;
 using Gradients = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
 
-// What every GPU from sm_80 on lets a program have.
-constexpr int64_t kSharedBytes = 99 << 10;
-
 constexpr int64_t kNeedsBias = 1, kNeedsTable = 2, kNeedsPadKey = 4, kNeedsPadValue = 8,
                   kNeedsLogitScale = 16;
 
@@ -139,7 +136,8 @@ void launch_tiled(const Device& device, const Backward& call, bool wants_bias,
   const int64_t tiles = tiles_of(p),
                 blocks = checked_blocks(p.batch * p.windows() * p.heads * tiles);
   const int threads = threads_for(kTile);
-  const int64_t bytes = sizeof(TiledBackwardMemory<P, Channels>);
+  constexpr int64_t bytes = sizeof(TiledBackwardMemory<P, Channels>);
+  static_assert(bytes <= kSharedBytes);
   device.launch(tiled_statistics<P, Channels>, call, blocks, threads, bytes);
   device.launch(tiled_grad_query<P, Channels>, call, blocks, threads, bytes);
   device.launch(tiled_grad_key_value<P, Channels>, call, blocks, threads, bytes);

@@ -26,15 +26,18 @@ Tensor cuda_forward(SWIN_PARAMETERS, bool tf32) {
     call.out = view_of(out, out.mutable_data_ptr(), -1);
     call.in.by_16_bytes = call.in.by_16_bytes && by_16_bytes<T>(call.out, p.value_dim);
     const int64_t windows = p.batch * p.windows(), tokens = p.tokens();
-    if (tokens <= kTile && channels <= kChannels) {
+    using Tiled = TiledForwardMemory<P, kTiledChannels<P>>;
+    static_assert(sizeof(Tiled) <= kSharedBytes);
+    const int64_t whole_bytes = WholeForwardMemory<P, kChannels>::bytes(a.mask.has_value());
+    if (tokens <= kTile && channels <= kChannels && whole_bytes <= kSharedBytes) {
       call.windows_per_program = windows_per_program(p, device);
       const int64_t blocks = checked_blocks(runs_of(p, call.windows_per_program) * p.heads);
       device.launch(whole_window_forward<P, kChannels>, call, blocks, threads_for(p.tokens()),
-                    WholeForwardMemory<P, kChannels>::bytes(a.mask.has_value()));
+                    whole_bytes);
     } else {
       const int64_t blocks = checked_blocks(windows * p.heads * tiles_of(p));
       device.launch(tiled_forward<P, kTiledChannels<P>>, call, blocks, threads_for(kTile),
-                    sizeof(TiledForwardMemory<P, kTiledChannels<P>>));
+                    sizeof(Tiled));
     }
   });
   return out;

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import torch
 
+from swin_kernels.kernels.tracing import asked_while_tracing
+
 OLDEST_CAPABILITY = (8, 0)
 
 
@@ -15,6 +17,7 @@ def too_old(device: torch.device) -> str | None:
     return f"needs compute capability 8.0 or newer, {device} has {'.'.join(map(str, capability))}"
 
 
+@asked_while_tracing
 def tf32_allowed() -> bool:
     """Whether the user allowed TF32 in products of fp32, in the old way or in the new."""
     return torch.backends.cuda.matmul.fp32_precision == "tf32"

@@ -98,7 +98,7 @@ class _NativeBackend:
 
     ops: Ops | None
 
-    def _more(self, query: Tensor) -> tuple:
+    def _extra_arguments(self, query: Tensor) -> tuple:
         """What the ops take between options and `needs`."""
         return ()
 
@@ -106,7 +106,7 @@ class _NativeBackend:
         self, operands: Operands, options: Options, differentiable: bool
     ) -> tuple[Tensor, tuple[Tensor, ...]]:
         assert self.ops is not None
-        return self.ops.forward(*operands, *options, *self._more(operands.query)), ()
+        return self.ops.forward(*operands, *options, *self._extra_arguments(operands.query)), ()
 
     def backward(
         self,
@@ -118,9 +118,9 @@ class _NativeBackend:
     ) -> tuple[Tensor | None, ...]:
         assert self.ops is not None
         needs = sum(bit for name, bit in NEEDS.items() if needed[Operands._fields.index(name)])
-        more = self._more(operands.query)
+        extra = self._extra_arguments(operands.query)
         d_query, d_key, d_value, *extras = self.ops.backward(
-            grad_out, *operands, *options, *more, needs
+            grad_out, *operands, *options, *extra, needs
         )
         grads: dict[str, Tensor | None] = {
             name: grad if needs & bit else None for (name, bit), grad in zip(NEEDS.items(), extras)
@@ -160,8 +160,8 @@ class CudaBackend(_NativeBackend):
         else None
     )
 
-    def _more(self, query: Tensor) -> tuple:
-        return (query.dtype == torch.float32 and _tf32_allowed(),)
+    def _extra_arguments(self, query: Tensor) -> tuple:
+        return (query.dtype == torch.float32 and tf32_allowed(),)
 
     def why_not(self, problem: Problem) -> str | None:
         if self.ops is None:
@@ -178,8 +178,3 @@ def _why_not_on(device: torch.device) -> str | None:
     if torch.version.hip is not None:
         return "is built for NVIDIA GPUs, this torch is for AMD's"
     return too_old(device)
-
-
-@asked_while_tracing
-def _tf32_allowed() -> bool:
-    return tf32_allowed()

@@ -252,6 +252,8 @@ void multiply_tf32(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t 
 void run(int64_t blocks, int threads, int64_t shared_bytes, const std::function<void()>& thread) {
   if (threads <= 0 || threads % kWarp != 0 || threads > 1024)
     throw std::runtime_error("a block of " + std::to_string(threads) + " threads");
+  if (shared_bytes > 99 << 10)  // what every GPU from sm_80 on has
+    throw std::runtime_error(std::to_string(shared_bytes) + " bytes of shared memory");
   static thread_local Block storage;  // its stacks are used again
   Block* const outer = block;
   block = &storage;
