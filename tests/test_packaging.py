@@ -120,6 +120,8 @@ def _setup(**variables: str) -> subprocess.CompletedProcess[str]:
     ids=["unknown", "no toolkit"],
 )
 def test_a_build_that_cannot_be_says_why(variables, complaint):
+    if any(True for path in sys.path for _ in Path(path).glob("nvidia/cu[0-9]*/bin/nvcc")):
+        pytest.skip("a toolkit lies among this Python's packages")
     done = _setup(**variables)
     assert done.returncode == 1
     assert complaint in done.stderr
