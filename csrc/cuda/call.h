@@ -50,7 +50,7 @@ struct Backward {
   Call in;
   TokenView grad_out, grad_query, grad_key, grad_value;
   int64_t windows_per_program = 1;
-  void* statistics = nullptr;           // (W, H, 3, N): of windows in several tiles
+  void* statistics = nullptr;           // (W, H, kStatistics, N): of windows in several tiles
   void* partial_bias = nullptr;         // (runs, H, N, N)
   void* partial_pad_key = nullptr;      // (runs, H, D)
   void* partial_pad_value = nullptr;    // (runs, H, Dv)

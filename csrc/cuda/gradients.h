@@ -12,6 +12,34 @@ namespace swin_kernels::cuda {
 template <class P>
 using WideSum = std::conditional_t<P::kUnit == Unit::kHalf, typename P::Sum, double>;
 
+// Whether gradients of probabilities are taken relative to that of a row's largest: p·(dp − Σ p·dp)
+// cancels less then where one probability is close to 1 (docs/math.md). What products on the matrix
+// units round is far more.
+template <class P>
+constexpr bool kRelative = P::kUnit == Unit::kPlain;
+
+// The gradient of each row's largest weight, −∞ where `largest` is none of them.
+template <int Tiles, class Sum>
+SWIN_DEVICE void gradient_at(Sum (&found)[2], const Sum (&largest)[2], Sum (&weights)[Tiles][4],
+                             const Sum (&grad)[Tiles][4], int tiles, int lane) {
+  found[0] = found[1] = -INFINITY;
+  for_each_logit(weights, 0, tiles, lane, [&](Sum& x, int n, int e, int, int) {
+    if (x == largest[e / 2]) found[e / 2] = fmax(found[e / 2], grad[n][e]);
+  });
+  max_over_row(found);
+}
+
+// dp − that of the largest p of its row.
+template <int Tiles, class Sum>
+SWIN_DEVICE void relate_to_largest(Sum (&dp)[Tiles][4], Sum (&p)[Tiles][4], int tiles, int lane) {
+  Sum largest[2] = {0, 0}, reference[2];
+  for_each_logit(p, 0, tiles, lane,
+                 [&](Sum& x, int, int e, int, int) { largest[e / 2] = fmax(largest[e / 2], x); });
+  max_over_row(largest);
+  gradient_at(reference, largest, p, dp, tiles, lane);
+  for_each_logit(dp, 0, tiles, lane, [&](Sum& x, int, int e, int, int) { x -= reference[e / 2]; });
+}
+
 // The gradient behind `to_unit` of a warp's sums (16, 8·tiles), a gradient of unit vectors still to
 // be scaled by `factor`: dx = (dx̂ − x̂·(x̂·dx̂))/‖x‖, and dx̂/ε where the clamp holds. fp16 cannot hold
 // that: it saturates. `radial` is x̂·dx̂ of a lane's two rows, `unit` and `norms` those of the warp's

@@ -7,7 +7,7 @@
 
 namespace swin_kernels::cuda {
 
-// Before the others: statistics (W, H, 3, N).
+// Before the others: statistics (W, H, kStatistics, N).
 template <class P, int Channels>
 SWIN_KERNEL(128, 2)
 tiled_statistics(SWIN_PARAMETER Backward call) {
@@ -20,16 +20,31 @@ tiled_statistics(SWIN_PARAMETER Backward call) {
   pass.go_to_rows(at, own.window, own.first, call.grad_query, call.grad_query);
 
   RunningSoftmax<P> softmax;
-  Sum delta[2] = {0, 0};
+  Sum delta[2] = {0, 0}, reference[2] = {0, 0};
   for (int column = 0; column < tokens; column += kTile) {
     const int tiles = groups_in(tokens, column, kColumns);
     pass.go_to_columns(at, column);
     Sum s[kKeyTiles][4], dp[kKeyTiles][4], shrink[2], products[2] = {0, 0};
     pass.logits(s, tiles);
     pass.probability_gradients(dp, tiles);
+    for_each_logit(dp, pass.warp_row, tiles, lane,
+                   [&](Sum& x, int, int, int i, int j) { x *= pass.kept_factor(i, j); });
+    const Sum before[2] = {softmax.total[0], softmax.total[1]};
     softmax.take(s, shrink, tiles, lane);
-    for_each_logit(s, pass.warp_row, tiles, lane, [&](Sum& x, int n, int e, int i, int j) {
-      products[e / 2] += x * dp[n][e] * pass.kept_factor(i, j);
+    if constexpr (kRelative<P>) {
+      // where the largest logit so far is in this tile, what was summed is to be relative to its dp
+      const Sum ones[2] = {1, 1};
+      Sum found[2];
+      gradient_at(found, ones, s, dp, tiles, lane);
+#pragma unroll
+      for (int r = 0; r < 2; ++r) {
+        if (found[r] == Sum(-INFINITY)) continue;
+        delta[r] += before[r] * (reference[r] - found[r]);
+        reference[r] = found[r];
+      }
+    }
+    for_each_logit(s, pass.warp_row, tiles, lane, [&](Sum& x, int n, int e, int, int) {
+      products[e / 2] += x * (dp[n][e] - reference[e / 2]);
     });
     sum_over_row(products);
 #pragma unroll
@@ -45,6 +60,7 @@ tiled_statistics(SWIN_PARAMETER Backward call) {
     const Sum total = softmax.total[r], divides = divisor<P>(total);
     to[kTop * tokens + i] = total == 0 ? Sum(0) : softmax.top[r];
     to[kDivisor * tokens + i] = divides;
+    to[kReference * tokens + i] = reference[r];
     to[kDelta * tokens + i] = divided<P>(delta[r], divides);
   }
 }

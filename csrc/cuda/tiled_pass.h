@@ -7,8 +7,9 @@
 
 namespace swin_kernels::cuda {
 
-// Of a query: the largest of its logits, what exp(s − largest) is divided by, Σ p·dp.
-enum Statistic { kTop, kDivisor, kDelta, kStatistics };
+// Of a query: the largest of its logits, what exp(s − largest) is divided by, what dp is relative
+// to, and Σ p·dp of that.
+enum Statistic { kTop, kDivisor, kReference, kDelta, kStatistics };
 
 template <class P, int Channels>
 struct TiledBackwardMemory {
@@ -205,7 +206,9 @@ struct Pass {
         const Sum prob = divided<P>(exponential<P>(weights[n][e] - memory.statistics[kTop][i]),
                                     memory.statistics[kDivisor][i]);
         const Sum kept = kept_factor(row, column);
-        ds[n][e] = prob * (ds[n][e] * kept - memory.statistics[kDelta][i]);
+        Sum dp = ds[n][e] * kept;
+        if (kRelative<P>) dp -= memory.statistics[kReference][i];
+        ds[n][e] = prob * (dp - memory.statistics[kDelta][i]);
         weights[n][e] = prob * kept;
       }
     }

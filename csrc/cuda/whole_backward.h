@@ -105,7 +105,6 @@ whole_window_backward(SWIN_PARAMETER Backward call) {
     clear<P>(ds);
     multiply<P, Order::kDepthLast, Order::kDepthLast>(ds, own_grads, values, value_dim, tiles,
                                                       lane);
-    Sum delta[2] = {0, 0};
 #pragma unroll
     for (int n = 0; n < kKeyTiles; ++n) {
       if (n >= tiles) break;
@@ -121,10 +120,13 @@ whole_window_backward(SWIN_PARAMETER Backward call) {
         }
         kept_weights[e] = s[n][e] * factor_kept;
         ds[n][e] *= factor_kept;
-        delta[e / 2] += s[n][e] * ds[n][e];
       }
       put_fragment(kept_rows, kWeightPitch, kept_weights, n, lane);
     }
+    if constexpr (kRelative<P>) relate_to_largest(ds, s, tiles, lane);
+    Sum delta[2] = {0, 0};
+    for_each_logit(ds, 0, tiles, lane,
+                   [&](Sum& x, int n, int e, int, int) { delta[e / 2] += s[n][e] * x; });
     sum_over_row(delta);
 #pragma unroll
     for (int n = 0; n < kKeyTiles; ++n) {

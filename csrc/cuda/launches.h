@@ -1,10 +1,11 @@
-// What the ops share: arguments as the kernels take them, and which kernels those are.
+// From an op's arguments to launches of the kernels of one precision: what both directions share.
 #pragma once
 
 #include <torch/csrc/stable/ops.h>
 #include <torch/headeronly/util/Exception.h>
 
 #include <algorithm>
+#include <type_traits>
 #include <vector>
 
 #include "arguments.h"
@@ -12,27 +13,11 @@
 #include "cuda/launch.h"
 #include "cuda/products.h"
 
-#if defined(__CUDACC__)
-#define SWIN_LIBRARY swin_kernels
-#define SWIN_DISPATCH_KEY CUDA
-#else
-#define SWIN_LIBRARY swin_kernels_emulated
-#define SWIN_DISPATCH_KEY CPU
-#endif
-
 namespace swin_kernels::cuda {
 
 // Bytes that every GPU from sm_80 on lets a program have.
 constexpr int64_t kSharedBytes = 99 << 10;
 constexpr int64_t kMostBlocks = (int64_t(1) << 31) - 1;
-
-// Throws before anything is launched.
-inline Problem checked_on_device(const Arguments& a) {
-#if defined(__CUDACC__)
-  STD_TORCH_CHECK(a.query.is_cuda(), "swin_kernels: expected CUDA tensors");
-#endif
-  return checked_problem(a);
-}
 
 template <class T>
 bool by_16_bytes(const TokenView& view, int64_t channels) {
@@ -41,6 +26,16 @@ bool by_16_bytes(const TokenView& view, int64_t channels) {
          fits(view.batch) && fits(view.head) && fits(view.axis[0]) && fits(view.axis[1]) &&
          fits(view.axis[2]);
 }
+
+// Channels that a tile of a whole window holds, at most.
+template <class P>
+constexpr int kWholeChannels = P::kUnit == Unit::kHalf            ? 64
+                               : sizeof(typename P::Element) == 4 ? 32
+                                                                  : 16;
+
+// Those of windows of several tiles have one width for each size of element: 128 bytes.
+template <class P>
+constexpr int kTiledChannels = 128 / int(sizeof(typename P::Element));
 
 inline FloatView float_view(const MaybeTensor& t) {
   FloatView view;
@@ -115,32 +110,15 @@ inline int64_t checked_blocks(int64_t blocks) {
   return blocks;
 }
 
-// A choice of kernels: their precision, and the channels that a tile of a whole window holds.
-template <class P, int Channels>
-struct Kernels {
-  using Precision = P;
-  static constexpr int kChannels = Channels;
-};
-
-// Those for windows of several tiles have one width for each size of element: 128 bytes of
-// channels.
-template <class P>
-constexpr int kTiledChannels = 128 / int(sizeof(typename P::Element));
-
-// f(Kernels<…>()) for the tokens of a call: the narrowest tile that its channels fit, else the
-// widest, which a kernel then takes several times.
-template <class F>
-void choose(Element element, bool tf32, int64_t channels, const F& f) {
-  switch (element) {
-    case Element::kHalf:
-      return channels <= 32 ? f(Kernels<Fp16, 32>()) : f(Kernels<Fp16, 64>());
-    case Element::kBFloat16:
-      return channels <= 32 ? f(Kernels<Bf16, 32>()) : f(Kernels<Bf16, 64>());
-    case Element::kFloat:
-      return tf32 ? f(Kernels<Tf32, 32>()) : f(Kernels<Fp32, 32>());
-    case Element::kDouble:
-      return f(Kernels<Fp64, 16>());
+// f(std::integral_constant<int, channels of a tile>()) for whole windows: the narrowest tile that
+// `channels` fit, else the widest.
+template <class P, class F>
+void choose_channels(int64_t channels, const F& f) {
+  constexpr int kWidest = kWholeChannels<P>;
+  if constexpr (P::kUnit == Unit::kHalf) {
+    if (channels <= kWidest / 2) return f(std::integral_constant<int, kWidest / 2>());
   }
+  f(std::integral_constant<int, kWidest>());
 }
 
 }  // namespace swin_kernels::cuda

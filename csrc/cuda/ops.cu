@@ -1,0 +1,81 @@
+// The ops: schemas as those of csrc/registration.cpp, and whether products of fp32 tokens may be
+// rounded to TF32.
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+
+#include "cuda/run.h"
+#include "schemas.h"
+
+#if defined(__CUDACC__)
+#define SWIN_LIBRARY swin_kernels
+#define SWIN_DISPATCH_KEY CUDA
+#else
+#define SWIN_LIBRARY swin_kernels_emulated
+#define SWIN_DISPATCH_KEY CPU
+#endif
+
+namespace swin_kernels::cuda {
+namespace {
+
+// f(Precision<…>()) for tokens of a dtype.
+template <class F>
+auto choose(Element element, bool tf32, const F& f) {
+  switch (element) {
+    case Element::kHalf:
+      return f(Fp16());
+    case Element::kBFloat16:
+      return f(Bf16());
+    case Element::kFloat:
+      return tf32 ? f(Tf32()) : f(Fp32());
+    default:
+      return f(Fp64());
+  }
+}
+
+// Throws before anything is launched.
+inline Problem checked_on_device(const Arguments& a) {
+#if defined(__CUDACC__)
+  STD_TORCH_CHECK(a.query.is_cuda(), "swin_kernels: expected CUDA tensors");
+#endif
+  return checked_problem(a);
+}
+
+Tensor cuda_forward(SWIN_PARAMETERS, bool tf32) {
+  const Arguments a SWIN_ARGUMENTS;
+  const Problem p = checked_on_device(a);
+  Tensor out = torch::stable::new_empty(a.query, output_shape(a));
+  if (p.batch == 0) return out;
+  const Device device(a.query);
+  choose(element_of(a.query), tf32,
+         [&](auto precision) { run_forward<decltype(precision)>(device, a, p, out); });
+  return out;
+}
+
+Gradients cuda_backward(Tensor grad_out, SWIN_PARAMETERS, bool tf32, int64_t needs) {
+  const Arguments a SWIN_ARGUMENTS;
+  const Problem p = checked_on_device(a);
+  check_grad_out(grad_out, a);
+  const Device device(a.query);
+  return choose(element_of(a.query), tf32, [&](auto precision) {
+    return run_backward<decltype(precision)>(device, a, p, grad_out, needs);
+  });
+}
+
+}  // namespace
+}  // namespace swin_kernels::cuda
+
+// the macros of torch paste what they are given: the names have to be spelled out before
+#define SWIN_DEFINE(library) STABLE_TORCH_LIBRARY_FRAGMENT(library, m)
+#define SWIN_IMPLEMENT(library, key) STABLE_TORCH_LIBRARY_IMPL(library, key, m)
+
+SWIN_DEFINE(SWIN_LIBRARY) {
+  m.def("cuda_forward(" SWIN_OPERANDS SWIN_OPTIONS ", bool tf32) -> Tensor");
+  m.def("cuda_backward(Tensor grad_out, " SWIN_OPERANDS SWIN_OPTIONS
+        ", bool tf32, int needs) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, "
+        "Tensor)");
+}
+
+SWIN_IMPLEMENT(SWIN_LIBRARY, SWIN_DISPATCH_KEY) {
+  m.impl("cuda_forward", TORCH_BOX(&swin_kernels::cuda::cuda_forward));
+  m.impl("cuda_backward", TORCH_BOX(&swin_kernels::cuda::cuda_backward));
+}
