@@ -46,7 +46,8 @@ struct Block {
   jmp_buf scheduler;
 };
 
-thread_local Block* block = nullptr;
+// looked up with every step of a thread
+[[gnu::tls_model("initial-exec")]] thread_local Block* block = nullptr;
 
 Thread& self() { return block->threads[size_t(block->current)]; }
 
@@ -82,9 +83,9 @@ void finish_warp(int first) {
   const Thread* lanes = &block->threads[size_t(first)];
   for (int lane = 0; lane < kWarp; ++lane) {
     if (lanes[lane].state != State::kInWarp) return;
-    if (std::strcmp(lanes[lane].what, lanes[0].what) != 0) {
-      block->error =
-          std::string("lanes of a warp wait in ") + lanes[0].what + " and in " + lanes[lane].what;
+    const char *own = lanes[lane].what, *first_lane = lanes[0].what;
+    if (own != first_lane && std::strcmp(own, first_lane) != 0) {
+      block->error = std::string("lanes of a warp wait in ") + first_lane + " and in " + own;
       break;
     }
     arguments[lane] = lanes[lane].arguments;
