@@ -11,22 +11,25 @@ FORMATTED := $(shell find csrc tests -name '*.h' -o -name '*.cpp' -o -name '*.cu
 
 # VENV comes first, so that plain `python3` is its own once it is there; PYTHON's tools come last:
 # ninja, ruff and clang-format may be installed beside its torch
-# the CUDA object takes minutes to compile: `make build SWIN_KERNELS_CUDA=1` also builds that
-export SWIN_KERNELS_CUDA ?= 0
 export PATH := $(abspath $(VENV)/bin):$(PATH):$(dir $(shell command -v $(PYTHON)))
 
-.PHONY: demo test gpu aot-report check build environment clean FORCE
+BUILD_IN_PLACE = $(RUN) setup.py build_ext --inplace > build/log 2>&1 \
+	|| { cat build/log; exit 1; }; \
+	grep -A 4 '^$(CURDIR)/csrc.*warning:' build/log || true  # torch's own headers warn too
+
+.PHONY: demo test gpu aot-report check build cuda environment clean FORCE
 
 demo: build  ## a timm Swin on a photograph, patched against stock; ARGS="--help" lists options
 	@$(RUN) -m swin_kernels demo $(ARGS)
 
-test: build  ## the tests, and those of the Triton kernels interpreted; ARGS="-k name" picks some
+test: build cuda  ## the tests, also of the GPU kernels on this CPU; ARGS="-k name" picks some
 	@.ci/tests $(RUN) $(ARGS)
 
 gpu:  ## on a machine with a GPU: tests, benchmark, counters; under 10 minutes
 	$(GPU_PYTHON) .ci/gpu.py $(ARGS)
 
-aot-report: build  ## docs/machine-code.md: what every kernel compiles to, without a GPU
+aot-report: build cuda  ## docs/*machine-code.md: what every kernel compiles to, without a GPU
+	$(RUN) -m benchmarks.cuda_object
 	$(RUN) -m benchmarks.machine_code $(ARGS)
 
 check: environment  ## linters, types, formatting
@@ -35,7 +38,9 @@ check: environment  ## linters, types, formatting
 	$(RUN) -m mypy
 	clang-format --dry-run -Werror $(FORMATTED)
 
-build: $(OBJECT)  ## the extension, in place
+build: $(OBJECT)  ## the CPU extension, in place
+
+cuda: build/cuda  ## the CUDA extension, in place, where there is a toolkit; SWIN_KERNELS_CUDA=0 not
 
 environment: build/environment
 
@@ -46,8 +51,14 @@ build/environment: FORCE
 $(OBJECT): build/environment setup.py $(shell find csrc)
 	@command -v $${CXX:-c++} > /dev/null || { echo "a C++20 compiler is needed (CXX=…)"; exit 1; }
 	@echo "building $@"
-	@$(RUN) setup.py --quiet build_ext --inplace > build/log 2>&1 || { cat build/log; exit 1; }
-	@grep -A 4 '^$(CURDIR)/csrc.*warning:' build/log || true  # torch's own headers warn too
+	@rm -f swin_kernels/_C_cuda*.so  # of other sources
+	@SWIN_KERNELS_CUDA=0 $(BUILD_IN_PLACE)
+	@touch $@
+
+# takes minutes: for two architectures, unless TORCH_CUDA_ARCH_LIST names others
+build/cuda: $(OBJECT)
+	@TORCH_CUDA_ARCH_LIST="$${TORCH_CUDA_ARCH_LIST:-8.0;9.0}" $(BUILD_IN_PLACE)
+	@grep '^swin_kernels:' build/log
 	@touch $@
 
 clean:  ## what was built or cached; the environment stays

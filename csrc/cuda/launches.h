@@ -5,18 +5,15 @@
 #include <torch/headeronly/util/Exception.h>
 
 #include <algorithm>
-#include <type_traits>
 #include <vector>
 
 #include "arguments.h"
 #include "cuda/call.h"
 #include "cuda/launch.h"
-#include "cuda/products.h"
+#include "cuda/widths.h"
 
 namespace swin_kernels::cuda {
 
-// Bytes that every GPU from sm_80 on lets a program have.
-constexpr int64_t kSharedBytes = 99 << 10;
 constexpr int64_t kMostBlocks = (int64_t(1) << 31) - 1;
 
 template <class T>
@@ -26,16 +23,6 @@ bool by_16_bytes(const TokenView& view, int64_t channels) {
          fits(view.batch) && fits(view.head) && fits(view.axis[0]) && fits(view.axis[1]) &&
          fits(view.axis[2]);
 }
-
-// Channels that a tile of a whole window holds, at most.
-template <class P>
-constexpr int kWholeChannels = P::kUnit == Unit::kHalf            ? 64
-                               : sizeof(typename P::Element) == 4 ? 32
-                                                                  : 16;
-
-// Those of windows of several tiles have one width for each size of element: 128 bytes.
-template <class P>
-constexpr int kTiledChannels = 128 / int(sizeof(typename P::Element));
 
 inline FloatView float_view(const MaybeTensor& t) {
   FloatView view;
@@ -108,17 +95,6 @@ inline int64_t checked_blocks(int64_t blocks) {
   STD_TORCH_CHECK(blocks <= kMostBlocks, "swin_kernels: ", blocks,
                   " programs are needed, a launch has up to ", kMostBlocks, ": split the batch");
   return blocks;
-}
-
-// f(std::integral_constant<int, channels of a tile>()) for whole windows: the narrowest tile that
-// `channels` fit, else the widest.
-template <class P, class F>
-void choose_channels(int64_t channels, const F& f) {
-  constexpr int kWidest = kWholeChannels<P>;
-  if constexpr (P::kUnit == Unit::kHalf) {
-    if (channels <= kWidest / 2) return f(std::integral_constant<int, kWidest / 2>());
-  }
-  f(std::integral_constant<int, kWidest>());
 }
 
 }  // namespace swin_kernels::cuda

@@ -110,28 +110,34 @@ SWIN_DEVICE void multiply(typename P::Sum (&sums)[Tiles][4], const Operand<T>& l
       }
     }
   } else {
-    // sums of sums of kBlock: one over hundreds of tokens would be rounded more than fp32 allows
-    constexpr int kBlock = 16;
+    // sums of sums of kBlock: one over hundreds of tokens would be rounded more than fp32 allows;
+    // of fp64 a few fragments at a time, for want of registers
+    constexpr int kBlock = 16, kAtOnce = sizeof(typename P::Sum) == 8 ? 2 : Tiles;
     const Lane own(lane);
-    for (int first = 0; first < depth; first += kBlock) {
-      const int last = first + kBlock < depth ? first + kBlock : depth;
-      typename P::Sum part[Tiles][4];
-      clear<P>(part);
-      for (int k = first; k < last; ++k) {
-        const T a[2] = {element<L>(left, own.row(0), k), element<L>(left, own.row(2), k)};
 #pragma unroll
-        for (int n = 0; n < Tiles; ++n) {
-          if (n >= tiles) break;
-          const T b[2] = {element<R>(right, kColumns * n + own.column(0), k),
-                          element<R>(right, kColumns * n + own.column(1), k)};
+    for (int begin = 0; begin < Tiles; begin += kAtOnce) {
+      if (begin >= tiles) break;
+      for (int first = 0; first < depth; first += kBlock) {
+        const int last = first + kBlock < depth ? first + kBlock : depth;
+        typename P::Sum part[kAtOnce][4];
+        clear<P>(part);
+        for (int k = first; k < last; ++k) {
+          const T a[2] = {element<L>(left, own.row(0), k), element<L>(left, own.row(2), k)};
 #pragma unroll
-          for (int e = 0; e < 4; ++e) part[n][e] += a[e / 2] * b[e % 2];
+          for (int n = 0; n < kAtOnce; ++n) {
+            if (begin + n >= tiles) break;
+            const int column = kColumns * (begin + n);
+            const T b[2] = {element<R>(right, column + own.column(0), k),
+                            element<R>(right, column + own.column(1), k)};
+#pragma unroll
+            for (int e = 0; e < 4; ++e) part[n][e] += a[e / 2] * b[e % 2];
+          }
         }
+#pragma unroll
+        for (int n = 0; n < kAtOnce; ++n)
+#pragma unroll
+          for (int e = 0; e < 4; ++e) sums[begin + n][e] += part[n][e];
       }
-#pragma unroll
-      for (int n = 0; n < Tiles; ++n)
-#pragma unroll
-        for (int e = 0; e < 4; ++e) sums[n][e] += part[n][e];
     }
   }
 }

@@ -194,6 +194,11 @@ struct Pass {
   SWIN_DEVICE void tile_gradients(Sum (&weights)[kKeyTiles][4], Sum (&ds)[kKeyTiles][4],
                                   int tiles) {
     logits(weights, tiles);
+    // registers do not hold two tiles of fp64 and what is multiplied: to where the warp's rows of
+    // the bias were
+    constexpr bool kAside = sizeof(Sum) == 8;
+    Sum* const aside = memory.logits.numbers + warp_row * memory.logits.kPitch;
+    if (kAside) put(aside, memory.logits.kPitch, weights, tiles, lane);
     probability_gradients(ds, tiles);
     const Lane own(lane);
 #pragma unroll
@@ -203,6 +208,8 @@ struct Pass {
       for (int e = 0; e < 4; ++e) {
         const int row = warp_row + own.row(e), column = n * kColumns + own.column(e);
         const int i = Transposed ? column : row;
+        if (kAside)
+          weights[n][e] = aside[own.row(e) * memory.logits.kPitch + n * kColumns + own.column(e)];
         const Sum prob = divided<P>(exponential<P>(weights[n][e] - memory.statistics[kTop][i]),
                                     memory.statistics[kDivisor][i]);
         const Sum kept = kept_factor(row, column);

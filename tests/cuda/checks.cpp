@@ -6,8 +6,11 @@
 #include <string>
 #include <vector>
 
-#include "cuda/logits.h"
-#include "cuda/window.h"
+#include "cuda/tiled_backward.h"
+#include "cuda/tiled_forward.h"
+#include "cuda/whole_backward.h"
+#include "cuda/whole_forward.h"
+#include "cuda/widths.h"
 
 namespace swin_kernels::cuda {
 namespace {
@@ -211,6 +214,28 @@ std::string geometry() {
   return std::to_string(wrong) + " of " + std::to_string(cases) + " problems differ";
 }
 
+// A line for each kernel: its precision, the channels of its tiles, its bytes.
+template <class P>
+std::string shared_bytes(const std::string& precision) {
+  std::string lines;
+  const auto say = [&](const std::string& kernel, int channels, int64_t bytes) {
+    lines += kernel + " " + precision + " " + std::to_string(channels) + " " +
+             std::to_string(bytes) + "\n";
+  };
+  constexpr int kTiled = kTiledChannels<P>;
+  for (int64_t channels : {1, 64})
+    choose_channels<P>(channels, [&](auto chosen) {
+      constexpr int kWhole = decltype(chosen)::value;
+      say("whole_window_forward", kWhole, WholeForwardMemory<P, kWhole>::bytes(false));
+      say("whole_window_backward", kWhole, sizeof(WholeBackwardMemory<P, kWhole>));
+    });
+  say("tiled_forward", kTiled, sizeof(TiledForwardMemory<P, kTiled>));
+  for (const char* kernel :
+       {"tiled_statistics", "tiled_grad_query", "tiled_grad_key_value", "tiled_grad_bias"})
+    say(kernel, kTiled, sizeof(TiledBackwardMemory<P, kTiled>));
+  return lines;
+}
+
 const std::map<std::string, std::function<std::string()>> kChecks = {
     {"too much shared memory", [] { return error_of((99 << 10) + 1, kThreads, [] {}); }},
     {"half a warp", [] { return error_of(kBytes, 48, [] {}); }},
@@ -270,6 +295,11 @@ const std::map<std::string, std::function<std::string()>> kChecks = {
     {"products fp32", products<Fp32>},
     {"products fp64", products<Fp64>},
     {"geometry", geometry},
+    {"shared memory",
+     [] {
+       return shared_bytes<Fp16>("fp16") + shared_bytes<Bf16>("bf16") + shared_bytes<Tf32>("tf32") +
+              shared_bytes<Fp32>("fp32") + shared_bytes<Fp64>("fp64");
+     }},
 };
 
 }  // namespace

@@ -23,7 +23,7 @@ from swin_kernels.kernels.triton.configs import Gpu
 from swin_kernels.kernels.triton.launch import arguments_of, kernel_of
 from swin_kernels.kernels.triton.plan import LARGEST_INT32, Step
 
-_CUOBJDUMP = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+CUOBJDUMP = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
 _POINTER_TYPES = {
     torch.float16: "*fp16",
     torch.bfloat16: "*bf16",
@@ -33,8 +33,8 @@ _POINTER_TYPES = {
     torch.int64: "*i64",
 }
 # HMMA of a warp; sm_90: HGMMA of a warp group; sm_100: UTCHMMA on the tensor cores' own memory
-_MATRIX = re.compile(r"^(U?T?C?[HQ]G?MMA|v_mfma|OMMA)")
-_SPILLS = ("STL", "LDL")
+MATRIX = re.compile(r"^(U?T?C?[HQ]G?MMA|v_mfma|OMMA)")
+SPILLS = ("STL", "LDL")
 
 
 Histogram = tuple[tuple[str, int], ...]  # how often an instruction, with its suffixes, occurs
@@ -110,7 +110,7 @@ def _read_cuda(compiled: Any) -> Code:
         # what nvdisasm warns of the format of its input is of no use here
         usage, listing = (
             subprocess.run(
-                [_CUOBJDUMP, flag, file.name], capture_output=True, check=True, text=True
+                [CUOBJDUMP, flag, file.name], capture_output=True, check=True, text=True
             ).stdout
             for flag in ("--dump-resource-usage", "--dump-sass")
         )
@@ -122,10 +122,10 @@ def _read_cuda(compiled: Any) -> Code:
     return Code(
         int(found[1]),
         int(found[2]),
-        sum(name in _SPILLS for name in names),
+        sum(name in SPILLS for name in names),
         compiled.metadata.shared,
         len(names),
-        sum(bool(_MATRIX.match(name)) for name in names),
+        sum(bool(MATRIX.match(name)) for name in names),
         *(trip.histogram for trip in trips),
     )
 

@@ -1,0 +1,83 @@
+"""A patched timm Swin as a package that C++ runs without Python: model.pt2, tensors.pt.
+
+    python export.py --model swin_tiny_patch4_window7_224 --out build
+
+torch.export records the graph with our operation in it, AOTInductor compiles the rest. The
+operation itself is in the package's compiled objects, `_C_cpu` and `_C_cuda`, which the program
+loads: on a GPU that has to be backend `cuda`, as Triton's kernels are launched from Python.
+tensors.pt holds an input, the stock model's logits of it, and those in float64.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import sys
+from pathlib import Path
+
+import timm
+import torch
+
+import swin_kernels
+from swin_kernels.kernels import native
+
+BACKENDS = {"cpu": ("cpu", native.CPU_OBJECT), "cuda": ("cuda", native.CUDA_OBJECT)}
+
+
+def compiled_object(device: str) -> Path:
+    """The shared object that holds the operation for a device; exits where it is missing."""
+    found = BACKENDS[device][1]
+    if found.error is not None or found.path is None:
+        sys.exit(f"export: the operation for {device} is not there: {found.error}")
+    return found.path
+
+
+def make_model(name: str, size: int | None) -> torch.nn.Module:
+    """A Swin of timm with random weights; exits where there is none of that name and size."""
+    torch.manual_seed(0)
+    try:
+        return timm.create_model(name, **({} if size is None else {"img_size": size})).eval()
+    except (RuntimeError, TypeError) as error:
+        sys.exit(f"export: timm makes no {name} of that size: {error}")
+
+
+def package(model: torch.nn.Module, image: torch.Tensor, device: str, out: Path) -> None:
+    """Writes model.pt2, tensors.pt and, in `library`, where the operation is, to a folder.
+
+    `image` is (B, 3, height, width); the package takes any batch from 1 to 64 where B is above 1.
+    """
+    library = compiled_object(device)
+    with torch.no_grad():
+        exact = copy.deepcopy(model).double()(image.double())
+        model, image = model.to(device), image.to(device)
+        stock = model(image)
+    print(swin_kernels.patch(model, backend=BACKENDS[device][0]))
+    batch = {0: torch.export.Dim("batch", min=1, max=64)} if len(image) > 1 else {}
+    with torch.no_grad():
+        program = torch.export.export(model, (image,), dynamic_shapes=(batch,))
+    out.mkdir(parents=True, exist_ok=True)
+    torch._inductor.aoti_compile_and_package(program, package_path=str(out / "model.pt2"))
+    torch.save([image.cpu(), stock.cpu(), exact], out / "tensors.pt")
+    (out / "library").write_text(f"{library}\n")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--model", default="swin_tiny_patch4_window7_224", help="of timm")
+    parser.add_argument("--size", type=int, help="of the square input; default: the model's own")
+    parser.add_argument("--batch", type=int, default=2, help="free in the package if above 1")
+    parser.add_argument("--device", choices=BACKENDS, default="cpu")
+    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "build")
+    options = parser.parse_args()
+    if options.batch < 1:
+        parser.error(f"--batch: expected at least 1, got {options.batch}")
+    if options.device == "cuda" and not torch.cuda.is_available():
+        parser.error("--device cuda: torch finds no CUDA device")
+    model = make_model(options.model, options.size)
+    height, width = model.patch_embed.img_size
+    image = torch.randn(options.batch, 3, height, width)
+    package(model, image, options.device, options.out)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,109 @@
+// Runs a package of AOTInductor that holds our operation, without Python in the process.
+//
+//     run model.pt2 tensors.pt _C_cpu.abi3.so [ROUNDS]
+//
+// The shared object registers the operation with torch's dispatcher when it is loaded; the package
+// finds it there by name. tensors.pt is a list of an input, the stock model's logits and those in
+// float64: ours may be off by twice what stock's are, and one ulp. Exit code 0 if they are not.
+#include <ATen/ATen.h>
+#include <c10/core/InferenceMode.h>
+#include <dlfcn.h>
+#include <torch/csrc/inductor/aoti_package/model_package_loader.h>
+#include <torch/csrc/jit/serialization/pickle.h>
+#include <torch/cuda.h>
+
+#include <chrono>
+#include <cstdio>
+#include <fstream>
+#include <iterator>
+#include <limits>
+#include <stdexcept>
+#include <string>
+#include <vector>
+
+namespace {
+
+std::vector<char> bytes_of(const std::string& path) {
+  std::ifstream file(path, std::ios::binary);
+  if (!file) throw std::runtime_error(path + ": cannot be read");
+  return {std::istreambuf_iterator<char>(file), {}};
+}
+
+std::vector<at::Tensor> tensors_of(const std::string& path) {
+  const c10::IValue list = torch::jit::pickle_load(bytes_of(path));
+  std::vector<at::Tensor> tensors;
+  if (list.isList())
+    for (const c10::IValue& x : list.toListRef())
+      if (x.isTensor()) tensors.push_back(x.toTensor());
+  if (tensors.size() != 3)
+    throw std::runtime_error(path + ": expected a list of three tensors, as export.py saves it");
+  return tensors;
+}
+
+bool python_is_here() {
+  std::ifstream maps("/proc/self/maps");
+  for (std::string line; std::getline(maps, line);)
+    if (line.find("libpython") != std::string::npos ||
+        line.find("libtorch_python") != std::string::npos)
+      return true;
+  return false;
+}
+
+double largest(const at::Tensor& x) { return x.abs().max().item<double>(); }
+
+// Milliseconds a call, of `rounds`, the tenth of them first thrown away.
+double time_of(torch::inductor::AOTIModelPackageLoader& model, const at::Tensor& image,
+               int rounds) {
+  const auto wait = [&] {
+    if (image.is_cuda()) torch::cuda::synchronize();
+  };
+  for (int i = 0; i < rounds / 10 + 1; ++i) model.run({image});
+  wait();
+  const auto begin = std::chrono::steady_clock::now();
+  for (int i = 0; i < rounds; ++i) model.run({image});
+  wait();
+  const std::chrono::duration<double, std::milli> passed = std::chrono::steady_clock::now() - begin;
+  return passed.count() / rounds;
+}
+
+int run(const std::string& package, const std::string& tensors, const std::string& library,
+        int rounds) {
+  if (dlopen(library.c_str(), RTLD_NOW | RTLD_GLOBAL) == nullptr)
+    throw std::runtime_error(dlerror());
+  bytes_of(package);  // says so where it is missing
+  const std::vector<at::Tensor> loaded = tensors_of(tensors);
+  at::Tensor image = loaded[0];
+  const at::Tensor stock = loaded[1].to(at::kDouble), exact = loaded[2];
+
+  c10::InferenceMode inference;
+  torch::inductor::AOTIModelPackageLoader model(package);
+  if (model.get_metadata()["AOTI_DEVICE_KEY"] == "cuda") image = image.cuda();
+  const at::Tensor logits = model.run({image}).at(0).cpu().to(at::kDouble);
+
+  const double error = largest(logits - exact), of_stock = largest(stock - exact);
+  const double ulp = std::numeric_limits<float>::epsilon() * largest(exact);
+  const bool holds = error <= 2 * of_stock + ulp;
+  std::printf("logits: off by %.2e of float64 at most, the stock model's by %.2e: %s\n", error,
+              of_stock, holds ? "the error rule holds" : "BEYOND the error rule");
+  if (rounds > 0) std::printf("%.2f ms a call\n", time_of(model, image, rounds));
+  std::printf("Python in this process: %s\n", python_is_here() ? "YES" : "no");
+  return holds && !python_is_here() ? 0 : 1;
+}
+
+}  // namespace
+
+int main(int count, char** arguments) {
+  if (count < 4 || count > 5) {
+    std::fprintf(stderr, "usage: %s model.pt2 tensors.pt SHARED_OBJECT [ROUNDS]\n", arguments[0]);
+    return 2;
+  }
+  try {
+    return run(arguments[1], arguments[2], arguments[3], count > 4 ? std::stoi(arguments[4]) : 0);
+  } catch (const c10::Error& error) {
+    std::fprintf(stderr, "%s: %s\n", arguments[0], error.what_without_backtrace());
+    return 2;
+  } catch (const std::exception& error) {
+    std::fprintf(stderr, "%s: %s\n", arguments[0], error.what());
+    return 2;
+  }
+}
