@@ -7,7 +7,7 @@ ARGS ?=
 
 RUN := $(VENV)/bin/python
 OBJECT := swin_kernels/_C_cpu.abi3.so
-FORMATTED := $(shell find csrc tests -name '*.h' -o -name '*.cpp' -o -name '*.cu')
+FORMATTED := $(shell find csrc tests examples -name '*.h' -o -name '*.cpp' -o -name '*.cu')
 
 # VENV comes first, so that plain `python3` is its own once it is there; PYTHON's tools come last:
 # ninja, ruff and clang-format may be installed beside its torch

@@ -1,11 +1,14 @@
 #!/usr/bin/env python3
-"""One run on a GPU, with the Python that runs this: the tests, the benchmark, the counters.
+"""One run on a GPU, with the Python that runs this: the tests, the benchmark, the counters and
+the sanitizer.
 
     .ci/gpu.py [--seconds 570] [--tune] [--rehearse]
 
-Nothing is fetched, built or installed. While the tests run, other processes compile what the
-benchmark will need. Logs and rows go to benchmarks/results, and to the folder OUT names, if it
-does. A failure of the tests does not keep the benchmark from running; the exit code tells of both.
+Nothing is fetched or installed. The CUDA object is built for this GPU, in place, where a toolkit
+is found; without it a line says why its part is left out. While the tests run, other processes
+compile what the benchmark will need. Logs and rows go to benchmarks/results, and to the folder OUT
+names, if it does. A failure of the tests does not keep the benchmark from running; the exit code
+tells of both.
 The counters are Nsight Compute's; without it a line says so. `--tune` times layouts instead, for
 the whole time, into benchmarks/results/gpu-tuned.json. `--rehearse` goes through the same steps
 without a GPU, on toy sizes.
@@ -30,7 +33,10 @@ TEST_SHARE = 0.5  # of the seconds, at most
 TEST_PROCESSES = 6
 WARM_PROCESSES = 8
 SHOWN_LINES = 10, 130  # of the logs of the tests and of the benchmark, which ends with its tables
-COUNTERS = 75  # seconds for them, at the end
+COUNTERS = 75  # seconds for them, after the benchmark
+SANITIZER = 60  # and for that, at the end
+SANITIZERS = ("memcheck", "racecheck")
+CUDA_PROCESSES = 4  # for the tests of the CUDA object
 MARGIN = 15  # seconds for the end of processes and for copies
 
 
@@ -129,11 +135,36 @@ def fresh(name: str) -> Path:
     return path
 
 
+# -v: a run that is cut short has named what it ran
+PYTEST = [sys.executable, "-m", "pytest", "-v", "-ra", "--tb=short", "-p", "no:cacheprovider"]
+
+
 def test_command(rehearse: bool, part: str) -> list[str]:
-    # -v: a run that is cut short has named what it ran
-    command = [sys.executable, "-m", "pytest", "-v", "-ra", "--tb=short", "-p", "no:cacheprovider"]
-    command += ["--part", part]
+    command = [*PYTEST, "--part", part]
     return [*command, "tests/test_gpu.py"] if rehearse else [*command, "--device", "cuda"]
+
+
+def cuda_test_command(rehearse: bool, part: str) -> list[str]:
+    command = [*PYTEST, "--part", part]
+    if rehearse:
+        return [*command, "--emulate-cuda", "tests/test_geometry.py"]
+    return [*command, "--device", "cuda", "--backend", "cuda"]
+
+
+def build_command(rehearse: bool) -> list[str]:
+    """Builds `_C_cuda` for the GPU at hand; rehearsed, the program of the emulator's tests."""
+    if rehearse:
+        build = "import sys; sys.path.insert(0, 'tests'); import cuda_emulator; "
+        return [sys.executable, "-c", f"{build}cuda_emulator.build_checks()"]
+    return [sys.executable, "setup.py", "build_ext", "--inplace"]
+
+
+def sanitizer_command(rehearse: bool, tool: str) -> list[str]:
+    if rehearse:
+        return [sys.executable, "tests/cuda_sanitized.py", "--emulate"]
+    program = shutil.which("compute-sanitizer") or "/usr/local/cuda/bin/compute-sanitizer"
+    options = ["--tool", tool, "--error-exitcode", "9", "--target-processes", "application-only"]
+    return [program, *options, sys.executable, "tests/cuda_sanitized.py"]
 
 
 def run(session: Session) -> int:
@@ -148,11 +179,24 @@ def run(session: Session) -> int:
         for i in range(count)
     ]
     tests: dict[Path, subprocess.Popen] = {}
+    building = session.start(
+        build_command(session.rehearse), fresh("gpu-build.log"), **for_this_gpu(session)
+    )
     try:
         test_ends = time.monotonic() + TEST_SHARE * session.left()
         for i in range(parts):
             log = fresh(f"gpu-tests-{i}.log")
             tests[log] = session.start(test_command(session.rehearse, f"{i}/{parts}"), log)
+        built = session.wait(building, max(0.1, test_ends - time.monotonic())) == 0
+        if not built:
+            show(RESULTS / "gpu-build.log", SHOWN_LINES[0])
+            print("the CUDA object was not built: its tests are left out", flush=True)
+        for i in range((1 if session.rehearse else CUDA_PROCESSES) if built else 0):
+            log = fresh(f"gpu-cuda-tests-{i}.log")
+            part = f"{i}/{1 if session.rehearse else CUDA_PROCESSES}"
+            tests[log] = session.start(
+                cuda_test_command(session.rehearse, part), log, TRITON_INTERPRET=""
+            )
         codes = [session.wait(x, max(0.1, test_ends - time.monotonic())) for x in tests.values()]
         test_code = next(filter(None, codes), 0)
         for log in tests:
@@ -163,13 +207,13 @@ def run(session: Session) -> int:
         for process in warming:
             session.wait(process, max(0.1, warm_ends - time.monotonic()))
     finally:
-        for process in (*warming, *tests.values()):
+        for process in (*warming, building, *tests.values()):
             session.stop(process)
     print(f"warm after {session.left():.0f} s before the end", flush=True)
     rows = rows_file(session)
-    code, attempts, least = TRY_AGAIN, 0, 2 * MARGIN + COUNTERS
+    code, attempts, least = TRY_AGAIN, 0, 2 * MARGIN + COUNTERS + SANITIZER
     while (code == TRY_AGAIN or code < 0) and attempts < 4 and session.left() > least:
-        budget = session.left() - MARGIN - COUNTERS
+        budget = session.left() - MARGIN - COUNTERS - SANITIZER
         arguments = ["--budget", f"{budget:.0f}", "--csv", str(rows)]
         if attempts:
             arguments.append("--resume")
@@ -180,16 +224,52 @@ def run(session: Session) -> int:
         print(f"benchmark: no time left for it, of {least} s that it takes at least", flush=True)
     show(bench_log, SHOWN_LINES[1])
     take_counters(session)
+    faults = sanitize(session) if built else 0
     session.copy()
-    print(f"tests: exit code {test_code}; benchmark: exit code {code}", flush=True)
-    return 1 if test_code or code else 0
+    print(
+        f"tests: exit code {test_code}; benchmark: exit code {code}; sanitizer: {faults} faults",
+        flush=True,
+    )
+    return 1 if test_code or code or faults else 0
+
+
+def for_this_gpu(session: Session) -> dict[str, str]:
+    """What setup.py is told: to build the CUDA object or fail, for the architecture at hand."""
+    if session.rehearse:
+        return {}
+    ask = "import torch; print('%d.%d' % torch.cuda.get_device_capability())"
+    answer = subprocess.run(
+        [sys.executable, "-c", ask], check=False, capture_output=True, text=True
+    )
+    return {"SWIN_KERNELS_CUDA": "1", "TORCH_CUDA_ARCH_LIST": answer.stdout.strip() or "9.0"}
+
+
+def sanitize(session: Session) -> int:
+    """How many of compute-sanitizer's tools found a fault; where it is missing or refuses the
+    device, or time ends, a line says so."""
+    processes = {}
+    for tool in SANITIZERS:
+        command = sanitizer_command(session.rehearse, tool)
+        if not session.rehearse and not os.path.exists(command[0]):
+            print("sanitizer: compute-sanitizer is not there", flush=True)
+            return 0
+        log = fresh(f"gpu-{tool}.log")
+        processes[log] = session.start(command, log, TRITON_INTERPRET="", PYTHONPATH=f"{ROOT}")
+    faults = 0
+    for log, process in processes.items():
+        code = session.wait(process, max(0.1, session.left() - MARGIN / 2))
+        show(log, SHOWN_LINES[0])
+        print(f"sanitizer: {log.stem}: exit code {code}", flush=True)
+        # 9: it found something; others are its own troubles, or those of the time
+        faults += code == 9
+    return faults
 
 
 def take_counters(session: Session) -> None:
     """What Nsight Compute counts; where it is missing or refused, that is no failure."""
     log = fresh("gpu-counters.log")
     process = session.start(session.command("benchmarks.counters"), log)
-    code = session.wait(process, session.left() - MARGIN / 2)
+    code = session.wait(process, max(0.1, session.left() - MARGIN / 2 - SANITIZER))
     show(log, SHOWN_LINES[0])
     print(f"counters: exit code {code}", flush=True)
 

@@ -30,6 +30,8 @@ IMAGES = Path(__file__).resolve().parent.parent / "docs" / "images"
 STYLES = {
     "ours": ("#D55E00", "o"),
     "ours, graph": ("#CC79A7", "P"),
+    "ours, CUDA C++": ("#A65628", "H"),
+    "ours, CUDA C++, graph": ("#F0A030", "h"),
     "reference": ("#999933", "*"),
     "unfused": ("#0072B2", "s"),
     "sdpa": ("#009E73", "^"),

@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from benchmarks.device import Device
+from swin_kernels.kernels.native import CUDA_OBJECT
 from swin_kernels.position_bias import relative_position_index
 from swin_kernels.problem import Operands
 from swin_kernels.testing import Case, call
@@ -90,6 +91,15 @@ class Windows:
 def ours(case: Case, device: Device) -> Attend:
     def attend(qkv: Tensor, table: Tensor, logit_scale: Tensor | None) -> Tensor:
         return call(case, Operands(qkv, bias_table=table, logit_scale=logit_scale), device.backend)
+
+    return attend
+
+
+def ours_cuda(case: Case, device: Device) -> Attend:
+    """Our kernels of CUDA C++."""
+
+    def attend(qkv: Tensor, table: Tensor, logit_scale: Tensor | None) -> Tensor:
+        return call(case, Operands(qkv, bias_table=table, logit_scale=logit_scale), "cuda")
 
     return attend
 
@@ -211,8 +221,15 @@ PROVIDERS = (
     Provider("compiled unfused", compiled, slow=True),
     Provider("flex", flex, slow=True),
 )
+# where a GPU is and the object was built for it
+OURS_CUDA = (
+    Provider("ours, CUDA C++", ours_cuda, factor=2.0),
+    Provider("ours, CUDA C++, graph", ours_cuda, graph=True, factor=2.0),
+)
 PEERS = (Provider("xformers", xformers),)  # by the names of their packages
 GPU_PROVIDERS = (
-    *PROVIDERS,
+    *PROVIDERS[:2],
+    *(OURS_CUDA if CUDA_OBJECT.error is None and torch.cuda.is_available() else ()),
+    *PROVIDERS[2:],
     *(p for p in PEERS if importlib.util.find_spec(p.name) is not None),
 )

@@ -117,7 +117,7 @@ def pytest_generate_tests(metafunc):
 
 def _deselected(item, mode: Mode) -> str | None:
     """Why a mode that runs the Triton kernels leaves a test out."""
-    if mode.mark is not None and item.get_closest_marker(mode.mark):
+    if any(item.get_closest_marker(mark) for mark in mode.marks):
         return None
     if not BACKEND_FIXTURES & set(item.fixturenames):
         return "tests no backend"
@@ -137,10 +137,11 @@ def pytest_collection_modifyitems(config, items):
     elsewhere = {
         "gpu": "needs a GPU: pytest --device cuda",
         "interpreted": "needs TRITON_INTERPRET=1 in the environment",
+        "rehearsed": "needs TRITON_INTERPRET=1 in the environment, or --emulate-cuda",
     }
     for item in items:
         for mark, reason in elsewhere.items():
-            if mark != mode.mark and item.get_closest_marker(mark):
+            if mark not in mode.marks and item.get_closest_marker(mark):
                 item.add_marker(pytest.mark.skip(reason=reason))
     kept = [item for item in items if mode is CPU or not _deselected(item, mode)]
     kept = kept[config.stash[PART]]

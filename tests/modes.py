@@ -25,7 +25,7 @@ class Mode:
     name: str
     backends: tuple[str, ...]
     lacks: dict[torch.dtype, str]  # dtypes that are deselected, and why
-    mark: str | None = None  # tests so marked run in this mode alone
+    marks: tuple[str, ...] = ()  # of the tests that some modes alone run, those that this one runs
 
     @property
     def fused(self) -> str:
@@ -44,11 +44,11 @@ INTERPRETER = Mode(
     "interpreter",
     ("triton",),
     _NO_FP64 | {torch.bfloat16: "Triton's interpreter multiplies bf16 wrongly"},
-    "interpreted",
+    ("interpreted", "rehearsed"),
 )
-EMULATOR = Mode("emulator", ("cuda",), {})
-CUDA = Mode("cuda", ("triton",), _NO_FP64, "gpu")
-CUDA_CPP = Mode("cuda", ("cuda",), {})
+EMULATOR = Mode("emulator", ("cuda",), {}, ("rehearsed",))
+CUDA = Mode("cuda", ("triton",), _NO_FP64, ("gpu",))
+CUDA_CPP = Mode("cuda", ("cuda",), {}, ("gpu",))
 
 # tests marked with these are deselected under the interpreter
 NOT_INTERPRETED = {

@@ -1,8 +1,8 @@
 """What only a GPU can show: sizes beyond 2^31, graphs, streams, TF32, memory, whole models.
 
-The contract itself runs there by `pytest --device cuda`. With TRITON_INTERPRET=1 and
-SWIN_KERNELS_REHEARSE=1 in the environment these tests run on a CPU at toy sizes, so that a typing
-error is found where no GPU is.
+The contract itself runs there by `pytest --device cuda`, with `--backend cuda` for the kernels of
+CUDA C++. With SWIN_KERNELS_REHEARSE=1, and TRITON_INTERPRET=1 or `--emulate-cuda`, these tests run
+on a CPU at toy sizes, so that a typing error is found where no GPU is.
 """
 
 from __future__ import annotations
@@ -26,9 +26,10 @@ from benchmarks.models import COMPILED_FACTOR, check_errors
 from benchmarks.models import Outcome as Logits
 from benchmarks.providers import ours
 from benchmarks.timing import Gate, Inputs, Loop, Replayed, make_inputs
+from swin_kernels.kernels.native import CUDA_OBJECT
 from swin_kernels.kernels.triton import direct
 from swin_kernels.kernels.triton.backend import INTERPRETED
-from swin_kernels.ops.dispatch import choose
+from swin_kernels.ops.dispatch import BACKENDS, choose
 from swin_kernels.problem import Operands, Problem
 from swin_kernels.testing import (
     Case,
@@ -43,13 +44,14 @@ from swin_kernels.testing import (
     run_unfused,
 )
 
-REHEARSED = INTERPRETED and bool(os.environ.get("SWIN_KERNELS_REHEARSE"))
-pytestmark = pytest.mark.interpreted if REHEARSED else pytest.mark.gpu
+REHEARSED = bool(os.environ.get("SWIN_KERNELS_REHEARSE"))
+pytestmark = pytest.mark.rehearsed if REHEARSED else pytest.mark.gpu
 
 
 @pytest.fixture
-def device():
+def device(mode):
     found = Rehearsal() if REHEARSED else Cuda()
+    found.backend = mode.fused
     yield found
     found.release()  # several processes may share the device
 
@@ -85,6 +87,8 @@ cases = pytest.mark.parametrize("case", CASES.values(), ids=CASES)
 
 
 def test_default_backend_is_triton(device):
+    if device.backend != "triton":
+        pytest.skip("asks for another")
     problem = Problem.checked(Operands(torch.zeros(1, 4, 3, 1, 8, device=device.device)), 2)
     assert choose(problem, "triton").name == "triton"
     if device.name == "cuda":
@@ -122,13 +126,13 @@ def train(model: torch.nn.Module, x: torch.Tensor) -> Outcome:
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
 @pytest.mark.parametrize("kind", KINDS)
 def test_patched_model_is_no_worse_than_stock(kind, dtype, device, exact_products):
-    if REHEARSED and dtype == torch.bfloat16:
+    if INTERPRETED and dtype == torch.bfloat16:
         pytest.skip("the interpreter of Triton multiplies bfloat16 wrongly")
     model, images = model_of(kind, device).to(dtype), images_of(device, dtype)
     best = double(model)
     exact = [train(best, x.double()) for x in images]
     stock = [train(model, x) for x in images]
-    assert swin_kernels.patch(model, backend="triton").left == {}
+    assert swin_kernels.patch(model, backend=device.backend).left == {}
     patched = [train(model, x) for x in images]
     assert_outcomes_no_worse(patched, stock, exact)
 
@@ -140,7 +144,7 @@ def test_patched_model_under_autocast_is_no_worse_than_stock(kind, device, exact
     exact = [train(best, x.double()) for x in images]
     with torch.autocast(device.device.type, device.dtype):
         stock = [train(model, x) for x in images]
-        swin_kernels.patch(model, backend="triton")
+        swin_kernels.patch(model, backend=device.backend)
         patched = [train(model, x) for x in images]
     assert patched[0].out.dtype == device.dtype
     assert_outcomes_no_worse(patched, stock, exact)
@@ -150,7 +154,7 @@ def test_patched_model_under_autocast_is_no_worse_than_stock(kind, device, exact
 def test_compiled_model_trains_as_the_patched_one(kind, device, exact_products):
     model, (x, *_) = model_of(kind, device), images_of(device, torch.float32)
     exact = train(double(model), x.double())
-    swin_kernels.patch(model, backend="triton")
+    swin_kernels.patch(model, backend=device.backend)
     eager = train(model, x)
     compiled = train(device.compiled(model, fullgraph=True), x)
     grads = {n.removeprefix("_orig_mod."): g for n, g in compiled.grads.items()}
@@ -253,6 +257,8 @@ def test_tensors_of_another_device_than_the_current_one(device):
 
 def test_a_repeated_forward_costs_ten_microseconds_more_than_its_launch(device, monkeypatch):
     """Wall clock of calls that nothing waits for, against that of the bare launches."""
+    if device.backend != "triton":
+        pytest.skip("the bare launches are Triton's")
     case = packed(*sized((14, 7, 3), (6, 3, 1)), batch=1)
     qkv, table, _ = inputs_of(case, device).plain
     attend = ours(case, device)
@@ -378,7 +384,7 @@ def test_tf32_is_used_where_it_is_allowed_and_only_there(case, how, device):
     grad_out = make_grad_out(case, device.device)
 
     def measured():
-        ours = run(case, operands, grad_out, "triton")
+        ours = run(case, operands, grad_out, device.backend)
         return ours, run_unfused(case, operands, grad_out)
 
     exact = run_exact(case, operands, grad_out)
@@ -386,11 +392,13 @@ def test_tf32_is_used_where_it_is_allowed_and_only_there(case, how, device):
     with tf32(how):
         rough, rough_eager = measured()
     assert_within_error_rule(fine, fine_eager, exact)
-    assert_within_error_rule(rough, rough_eager, exact)
-    if device.name == "cuda":
+    emulated = device.name != "cuda" and device.backend == "cuda"
+    if not emulated:  # there the unfused path knows no TF32
+        assert_within_error_rule(rough, rough_eager, exact)
+    if device.name == "cuda" or emulated:  # Triton's interpreter knows none either
         small, large = ((x.out.double() - exact.out).abs().mean() for x in (fine, rough))
         assert large > 8 * small, f"{large=:.3e} {small=:.3e}"
-    again = call(case, operands, "triton")
+    again = call(case, operands, device.backend)
     assert torch.equal(again, fine.out), "what TF32 was allowed for is kept after it"
 
 
@@ -404,5 +412,47 @@ WIDER = [
 
 @pytest.mark.parametrize("case", sized([*GEOMETRIES, *OPTIONS, *WIDER], WIDER[:4:3]), ids=str)
 def test_contract_holds_with_tf32(case, device):
+    if device.name != "cuda" and device.backend == "cuda":
+        pytest.skip("the unfused path that sets the bound knows no TF32 on a CPU")
     with tf32("fp32_precision"):
-        check(case.but(dtype=torch.float32), "triton")
+        check(case.but(dtype=torch.float32), device.backend)
+
+
+# two implementations
+
+AGREE = {
+    **CASES,
+    "dropout": CASES["whole"].but(dropout_p=0.25, mask="soft"),
+    "tiles, 3-D": Case(
+        1, sized((8, 14, 14), (3, 5, 5)), sized((8, 7, 7), (3, 5, 5)), (0, 0, 0), 1, 16
+    ),
+}
+
+
+@pytest.fixture
+def both(device):
+    """The backends of Triton and of CUDA C++; rehearsed, those on the CPU."""
+    if REHEARSED:
+        if device.backend != "triton":
+            pytest.skip("rehearsed once, under Triton's interpreter")
+        from cuda_emulator import emulated_backend
+
+        BACKENDS["cuda"] = emulated_backend()
+    elif CUDA_OBJECT.error is not None:
+        pytest.skip(CUDA_OBJECT.error)
+    return "triton", "cuda"
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32], ids=str)
+@pytest.mark.parametrize("case", AGREE.values(), ids=AGREE)
+def test_both_kernels_agree_within_what_the_error_rule_allows_them(case, dtype, device, both):
+    if INTERPRETED and dtype == torch.bfloat16:
+        pytest.skip("the interpreter of Triton multiplies bfloat16 wrongly")
+    case = case.but(dtype=dtype)
+    operands, grad_out = make_operands(case, device.device), make_grad_out(case, device.device)
+    first, second = (run(case, operands, grad_out, backend) for backend in both)
+    eager = run_unfused(case, operands, grad_out)
+    exact = run_exact(case, operands, grad_out)
+    for found in (first, second):
+        assert_within_error_rule(found, eager, exact)
+    assert first.grads.keys() == second.grads.keys()

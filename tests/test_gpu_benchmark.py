@@ -76,18 +76,35 @@ def test_warm_part_compiles_and_times_nothing():
     assert done.stdout.startswith("toy 3-D: flex: ")
 
 
-@pytest.mark.slow
-def test_tests_of_a_gpu_pass_rehearsed():
-    """Each of their lines, at toy sizes."""
+def rehearsed(*command: str, **variables: str) -> str:
+    """What a command prints that is for a GPU, at toy sizes."""
     done = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "tests/test_gpu.py"],
+        [sys.executable, *command],
         cwd=ROOT,
         check=False,
         capture_output=True,
         text=True,
-        env={**os.environ, "TRITON_INTERPRET": "1", "SWIN_KERNELS_REHEARSE": "1"},
+        env={**os.environ, "SWIN_KERNELS_REHEARSE": "1", **variables},
     )
-    assert done.returncode == 0, done.stdout[-3000:]
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-1000:]
+    return done.stdout
+
+
+@pytest.mark.slow
+def test_tests_of_a_gpu_pass_rehearsed():
+    """Each of their lines."""
+    rehearsed("-m", "pytest", "-q", "tests/test_gpu.py", TRITON_INTERPRET="1")
+
+
+@pytest.mark.slow
+def test_tests_of_a_gpu_pass_rehearsed_with_the_cuda_kernels():
+    rehearsed("-m", "pytest", "-q", "--emulate-cuda", "tests/test_gpu.py")
+
+
+@pytest.mark.slow
+def test_what_the_sanitizer_watches_runs():
+    told = rehearsed("tests/cuda_sanitized.py", "--emulate")
+    assert told == "20 cases ran, forward and backward\n"
 
 
 @pytest.mark.slow
@@ -372,12 +389,17 @@ def test_driver_goes_on_after_failed_tests_and_a_lost_device(driver, tmp_path, m
     monkeypatch.setattr(driver.Session, "command", command)
     failing = [sys.executable, "-c", "print('1 failed'); raise SystemExit(1)"]
     monkeypatch.setattr(driver, "test_command", lambda rehearse, part: failing)
+    printing = [sys.executable, "-c", "print('done')"]
+    monkeypatch.setattr(driver, "build_command", lambda rehearse: printing)
+    monkeypatch.setattr(driver, "cuda_test_command", lambda rehearse, part: printing)
+    monkeypatch.setattr(driver, "sanitizer_command", lambda rehearse, tool: printing)
     assert driver.run(driver.Session(300, rehearse=True)) == 1
     assert [a[0] for a in asked] == ["--warm", "--budget", "--budget"]
     assert asked[1][-1].endswith("gpu-x.csv")
     assert asked[2][-1] == "--resume"
     told = capsys.readouterr().out
-    assert "tests: exit code 1; benchmark: exit code 0" in told
+    assert "tests: exit code 1; benchmark: exit code 0; sanitizer: 0 faults" in told
+    assert "done\nsanitizer: gpu-racecheck: exit code 0" in told
     assert "counted\ncounters: exit code 0" in told
     written = {path.name for path in (tmp_path / "out").iterdir()}
     assert written == {
@@ -385,8 +407,30 @@ def test_driver_goes_on_after_failed_tests_and_a_lost_device(driver, tmp_path, m
         "gpu-tests-0.log",
         "gpu-tests-1.log",
         "gpu-benchmark.log",
+        "gpu-build.log",
         "gpu-counters.log",
+        "gpu-cuda-tests-0.log",
+        "gpu-memcheck.log",
+        "gpu-racecheck.log",
     }
+
+
+def test_driver_tells_of_faults_and_of_an_object_that_was_not_built(driver, monkeypatch, capsys):
+    def ends(code: int) -> list[str]:
+        return [sys.executable, "-c", f"raise SystemExit({code})"]
+
+    monkeypatch.setattr(driver.Session, "command", lambda *_: ends(0))
+    monkeypatch.setattr(driver, "test_command", lambda rehearse, part: ends(0))
+    monkeypatch.setattr(driver, "cuda_test_command", lambda rehearse, part: ends(0))
+    monkeypatch.setattr(
+        driver, "sanitizer_command", lambda rehearse, tool: ends(9 if tool == "memcheck" else 255)
+    )
+    monkeypatch.setattr(driver, "build_command", lambda rehearse: ends(0))
+    assert driver.run(driver.Session(300, rehearse=True)) == 1
+    assert "sanitizer: 1 faults" in capsys.readouterr().out
+    monkeypatch.setattr(driver, "build_command", lambda rehearse: ends(1))
+    assert driver.run(driver.Session(300, rehearse=True)) == 0
+    assert "the CUDA object was not built: its tests are left out" in capsys.readouterr().out
 
 
 def test_driver_tunes_for_its_whole_time_and_keeps_the_table(driver, tmp_path, monkeypatch, capsys):
@@ -416,6 +460,11 @@ def test_driver_commands_name_what_is_there(driver):
     command = driver.test_command(rehearse=False, part="1/4")
     assert command[-4:] == ["--part", "1/4", "--device", "cuda"]
     assert (ROOT / driver.test_command(rehearse=True, part="0/2")[-1]).exists()
+    command = driver.cuda_test_command(rehearse=False, part="1/4")
+    assert command[-6:] == ["--part", "1/4", "--device", "cuda", "--backend", "cuda"]
+    assert (ROOT / driver.cuda_test_command(rehearse=True, part="0/1")[-1]).exists()
+    assert (ROOT / driver.build_command(rehearse=False)[1]).exists()
+    assert (ROOT / driver.sanitizer_command(rehearse=False, tool="memcheck")[-1]).exists()
     assert (ROOT / driver.Session(100, rehearse=True).benchmark()[1]).exists()
     for module in ("benchmarks.counters", "benchmarks.tune"):
         assert importlib.util.find_spec(session.command(module)[2]) is not None
