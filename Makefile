@@ -1,7 +1,7 @@
 # PYTHON makes the environment; a torch that it already imports is used as it is.
 PYTHON ?= python3
 VENV ?= .venv
-# `make gpu` builds and installs nothing: it takes this Python with the torch that it has
+# `make gpu` installs nothing: it takes this Python with the torch that it has
 GPU_PYTHON ?= python3
 ARGS ?=
 
