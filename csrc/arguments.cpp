@@ -128,16 +128,14 @@ Problem checked_problem(const Arguments& a) {
   STD_TORCH_CHECK(p.heads > 0 && p.head_dim > 0 && p.value_dim > 0,
                   "swin_kernels: expected heads and channels");
   for (int64_t i = 0; i < axes; ++i) {
-    Axis& axis = p.axis[kAxes - axes + i];
-    axis.size = a.query.size(1 + i);
-    axis.window = a.window_size[size_t(i)];
-    axis.shift = a.shift_size[size_t(i)];
-    axis.wraps = a.periodic[size_t(i)];
-    STD_TORCH_CHECK(axis.window <= kMaxTokens, "swin_kernels: expected at most ", kMaxTokens,
-                    " tokens in a window, got ", axis.window, " on one axis");
-    STD_TORCH_CHECK(axis.size > 0 && axis.window > 0 && axis.shift >= 0 && axis.shift < axis.window,
+    const int64_t size = a.query.size(1 + i), window = a.window_size[size_t(i)];
+    const int64_t shift = a.shift_size[size_t(i)];
+    STD_TORCH_CHECK(window <= kMaxTokens, "swin_kernels: expected at most ", kMaxTokens,
+                    " tokens in a window, got ", window, " on one axis");
+    STD_TORCH_CHECK(size > 0 && window > 0 && shift >= 0 && shift < window,
                     "swin_kernels: expected tokens on each axis and 0 <= shift < window, got ",
-                    axis.size, " tokens, window ", axis.window, ", shift ", axis.shift);
+                    size, " tokens, window ", window, ", shift ", shift);
+    p.axis[kAxes - axes + i] = Axis::of(size, window, shift, a.periodic[size_t(i)]);
   }
   STD_TORCH_CHECK(p.tokens() <= kMaxTokens, "swin_kernels: expected at most ", kMaxTokens,
                   " tokens in a window, got ", p.tokens());

@@ -20,18 +20,25 @@ struct Axis {
   int64_t size = 1;    // tokens of the map
   int64_t window = 1;  // tokens of a window
   int64_t shift = 0;
-  bool wraps = false;  // the axis is periodic: no region boundary on it
+  bool wraps = false;   // the axis is periodic: no region boundary on it
+  int64_t windows = 1;  // kept, as a division costs a GPU a hundred instructions
 
-  SWIN_HOST_DEVICE int64_t count() const { return (size + window - 1) / window; }
+  static Axis of(int64_t size, int64_t window, int64_t shift, bool wraps) {
+    return {size, window, shift, wraps, (size + window - 1) / window};
+  }
+
+  SWIN_HOST_DEVICE int64_t count() const { return windows; }
   SWIN_HOST_DEVICE int64_t padded() const { return count() * window; }
 
   // Where the token at `rolled` comes from; -1 if padding added it.
   SWIN_HOST_DEVICE int64_t source(int64_t rolled, bool roll_then_pad) const {
     const int64_t period = roll_then_pad ? size : padded();
     if (rolled >= period) return -1;
-    int64_t position =
-        rolled + shift;  // shift < window <= padded, but a map can be smaller than its shift
-    if (position >= period) position %= period;
+    int64_t position = rolled + shift;
+    if (position >= period) {
+      position -= period;  // shift < window <= padded, but a map can be smaller than its shift
+      if (position >= period) position %= period;
+    }
     return position < size ? position : -1;
   }
 

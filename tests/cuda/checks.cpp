@@ -204,10 +204,8 @@ std::string geometry() {
     p.batch = upto(2);
     p.roll_then_pad = random() % 2 != 0;
     for (int a = int(random() % kAxes); a < kAxes; ++a) {
-      p.axis[a].window = upto(5);
-      p.axis[a].shift = upto(p.axis[a].window) - 1;
-      p.axis[a].size = upto(3 * p.axis[a].window);
-      p.axis[a].wraps = random() % 4 == 0;
+      const int64_t window = upto(5), shift = upto(window) - 1, size = upto(3 * window);
+      p.axis[a] = Axis::of(size, window, shift, random() % 4 == 0);
     }
     wrong += geometry_differences(p);
   }
