@@ -57,7 +57,7 @@ $(OBJECT): build/environment setup.py $(shell find csrc)
 
 # takes minutes: for two architectures, unless TORCH_CUDA_ARCH_LIST names others
 build/cuda: $(OBJECT)
-	@TORCH_CUDA_ARCH_LIST="$${TORCH_CUDA_ARCH_LIST:-8.0;9.0}" $(BUILD_IN_PLACE)
+	@TORCH_CUDA_ARCH_LIST="$${TORCH_CUDA_ARCH_LIST:-8.0;9.0+PTX}" $(BUILD_IN_PLACE)
 	@grep '^swin_kernels:' build/log
 	@touch $@
 

@@ -24,8 +24,8 @@ def fail(message: str) -> NoReturn:
     sys.exit(f"swin_kernels: {message}")
 
 
-def toolkit() -> Path | None:
-    """A CUDA toolkit with headers: CUDA_HOME, that of nvcc, or the packages of PyPI."""
+def toolkits() -> list[Path]:
+    """Where a CUDA toolkit may be: CUDA_HOME, that of nvcc, the usual place, PyPI's packages."""
     places = [Path(os.environ[name]) for name in ("CUDA_HOME", "CUDA_PATH") if os.environ.get(name)]
     if nvcc := shutil.which("nvcc"):
         # nvcc may be a wrapper that lies elsewhere: it knows where its toolkit is
@@ -34,18 +34,40 @@ def toolkit() -> Path | None:
         ).stderr
         top = re.search(r"TOP=(\S+)", told)
         places.append(Path(top[1]) if top else Path(nvcc).resolve().parent.parent)
+    places.append(Path("/usr/local/cuda"))
     for packages in map(Path, sys.path):
         places += sorted(packages.glob("nvidia/cu[0-9]*"), reverse=True)
-    for place in places:
-        if (place / "bin" / "nvcc").exists() and (place / "include" / "cuda_runtime.h").exists():
-            return place.resolve()
-    return None
+    return [place.resolve() for place in places if (place / "bin" / "nvcc").exists()]
+
+
+# what the sources include and link, and which of NVIDIA's packages has it
+PARTS = {
+    "include/cuda_runtime.h": "nvidia-cuda-runtime",
+    "include/cuda_bf16.h": "nvidia-cuda-runtime",
+    "include/crt/host_config.h": "nvidia-cuda-crt",
+    "include/nv/target|include/cccl/nv/target": "nvidia-cuda-cccl",
+    "lib*/libcudart_static.a": "nvidia-cuda-runtime",
+}
+
+
+def lacks(place: Path) -> list[str]:
+    """Parts of a toolkit that are not there, as files; conda has them under targets/."""
+    return [
+        f"{part} ({package})"
+        for part, package in PARTS.items()
+        if not any(
+            next(at.glob(pattern), None)
+            for at in (place, *place.glob("targets/*"))
+            for pattern in part.split("|")
+        )
+    ]
 
 
 CUDA = os.environ.get("SWIN_KERNELS_CUDA", "auto")
 if CUDA not in ("auto", "0", "1"):
     fail(f"SWIN_KERNELS_CUDA: expected auto, 0 or 1, got {CUDA!r}")
-HOME = toolkit() if CUDA != "0" else None
+TOOLKITS = toolkits() if CUDA != "0" else []
+HOME = next((place for place in TOOLKITS if not lacks(place)), None)
 if HOME is not None:
     os.environ["CUDA_HOME"] = str(HOME)  # before torch.utils.cpp_extension looks for one
 
@@ -82,6 +104,8 @@ def why_no_cuda() -> str | None:
         return "SWIN_KERNELS_CUDA=0"
     if torch.version.cuda is None:
         return f"torch {torch.__version__} is built without CUDA"
+    if TOOLKITS and HOME is None:
+        return f"the toolkit in {TOOLKITS[0]} lacks {', '.join(lacks(TOOLKITS[0]))}"
     if HOME is None:
         return (
             "no CUDA toolkit found: set CUDA_HOME, put nvcc on PATH, or `pip install "
@@ -101,20 +125,38 @@ def nvcc_version() -> str:
     return release[1] if release else "unknown"
 
 
+# names that torch's own extensions take
+FAMILIES = {
+    "Ampere": "8.0;8.6+PTX",
+    "Ada": "8.9+PTX",
+    "Hopper": "9.0+PTX",
+    "Blackwell": "10.0;10.3;12.0;12.1+PTX",
+}
+
+
 def architectures() -> tuple[list[str], list[str]]:
-    """What to build for, and what of it this nvcc or these kernels do not know."""
+    """What to build for, and what of it this nvcc or these kernels do not know.
+
+    Where the last is left out and had PTX, which later GPUs compile, the last that is kept gets it.
+    """
     told = subprocess.run(
         [str(HOME / "bin" / "nvcc"), "--list-gpu-arch"], check=False, capture_output=True, text=True
     ).stdout
     known = set(re.findall(r"compute_(\d+)", told))
-    wanted = re.split(r"[;, ]+", os.environ.get("TORCH_CUDA_ARCH_LIST") or ARCHITECTURES)
+    listed = os.environ.get("TORCH_CUDA_ARCH_LIST", "").strip() or ARCHITECTURES
+    for family, members in FAMILIES.items():
+        listed = re.sub(rf"\b{family}\b", members, listed)
     kept, left = [], []
-    for name in filter(None, wanted):
+    for name in filter(None, re.split(r"[;, ]+", listed)):
         number = re.fullmatch(r"(\d+\.\d+)a?(\+PTX)?", name)
-        if number is None:
-            fail(f"TORCH_CUDA_ARCH_LIST: expected numbers as 9.0 or 12.0+PTX, got {name!r}")
-        fits = number[1].replace(".", "") in known and float(number[1]) >= OLDEST_ARCHITECTURE
+        fits = (
+            number is not None
+            and number[1].replace(".", "") in known
+            and float(number[1]) >= OLDEST_ARCHITECTURE
+        )
         (kept if fits else left).append(name)
+    if kept and any("+PTX" in name for name in left) and not any("+PTX" in x for x in kept):
+        kept[-1] += "+PTX"
     return kept, left
 
 
@@ -134,7 +176,10 @@ def cuda_extension() -> CUDAExtension:
     extension.libraries = [name for name in extension.libraries if name != "cudart"]
     extension.libraries += ["cudart_static", "rt", "dl", "pthread"]
     # of toolkits from PyPI torch looks in lib64, where they have lib
-    extension.library_dirs += [str(x) for x in map(HOME.joinpath, ("lib64", "lib")) if x.exists()]
+    targets = list(HOME.glob("targets/*"))
+    folders = [HOME / "lib64", HOME / "lib", *(target / "lib" for target in targets)]
+    extension.library_dirs += [str(folder) for folder in folders if folder.exists()]
+    extension.include_dirs += [str(target / "include") for target in targets]
     return extension
 
 
@@ -157,9 +202,14 @@ if reason is None:
         extensions.append(cuda_extension())
         told = f"with _C_cuda (CUDA {nvcc_version()}) for {' '.join(kept)}"
         if left:
-            told += f", not for {' '.join(left)}, which it does not know or which is too old"
+            told += (
+                f", not for {' '.join(left)}: not known to it, older than 8.0, or no such number"
+            )
     else:
-        told = f"without _C_cuda: it does not know {' '.join(left)}, or that is too old"
+        told = (
+            f"without _C_cuda: TORCH_CUDA_ARCH_LIST: expected numbers from 8.0 to what CUDA "
+            f"{nvcc_version()} knows, as 9.0 or 12.0+PTX, got {' '.join(left)}"
+        )
 if CUDA == "1" and len(extensions) == 1:
     fail(f"SWIN_KERNELS_CUDA=1, but {told}")
 if shutil.which("ccache"):

@@ -24,6 +24,7 @@ from benchmarks.device import Cuda, Rehearsal
 from benchmarks.providers import GPU_PROVIDERS
 from benchmarks.rows import command_of, facts_of, file_name
 from benchmarks.sweeps import GPU_IMAGES, UNITS, compared, sweeps
+from benchmarks.targets import verdicts
 from benchmarks.timing import Loop, make_inputs, reason_of
 
 
@@ -91,7 +92,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     suite = suite_of(options)
     if options.csv is None and options.sweep is not None:
         options.csv = RESULTS / file_name(facts_of(suite.device), f"gpu-{options.sweep}")
-    return Run(suite, options).measure()
+    run = Run(suite, options)
+    code = run.measure()
+    print(*verdicts(run.book.rows), sep="\n", flush=True)
+    return code
 
 
 if __name__ == "__main__":

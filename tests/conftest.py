@@ -16,7 +16,7 @@ from modes import (
     CUDA_CPP,
     EMULATOR,
     INTERPRETER,
-    NOT_INTERPRETED,
+    TOO_COSTLY,
     Mode,
 )
 
@@ -123,8 +123,8 @@ def _deselected(item, mode: Mode) -> str | None:
         return "tests no backend"
     if item.get_closest_marker("float64") and torch.float64 in mode.lacks:
         return mode.lacks[torch.float64]
-    if mode is INTERPRETER:
-        for mark, reason in NOT_INTERPRETED.items():
+    if mode in (INTERPRETER, EMULATOR):
+        for mark, reason in TOO_COSTLY.items():
             if item.get_closest_marker(mark):
                 return reason
     parameters = item.callspec.params.values() if hasattr(item, "callspec") else ()

@@ -28,6 +28,8 @@ SHAPES = (
     TILES.but(head_dim=70, value_dim=40, mask="regions", cosine=True),  # in several turns
 )
 
+DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
 
 def main() -> None:
     device = torch.device("cuda")
@@ -38,7 +40,7 @@ def main() -> None:
     count = 0
     for tf32 in (False, True):
         torch.set_float32_matmul_precision("high" if tf32 else "highest")
-        for dtype in (torch.float32,) if tf32 else (torch.float16, torch.float32, torch.float64):
+        for dtype in (torch.float32,) if tf32 else DTYPES:
             for shape in SHAPES:
                 case = shape.but(dtype=dtype)
                 found = run(case, make_operands(case, device), make_grad_out(case, device), "cuda")

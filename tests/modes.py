@@ -50,8 +50,8 @@ EMULATOR = Mode("emulator", ("cuda",), {}, ("rehearsed",))
 CUDA = Mode("cuda", ("triton",), _NO_FP64, ("gpu",))
 CUDA_CPP = Mode("cuda", ("cuda",), {}, ("gpu",))
 
-# tests marked with these are deselected under the interpreter
-NOT_INTERPRETED = {
+# tests marked with these are deselected under the interpreter and in the emulator
+TOO_COSTLY = {
     "costly": "takes minutes there; what it tests, other tests do too",
 }
 

@@ -51,6 +51,10 @@ def test_what_lacks_a_barrier_gives_other_numbers(check):
     assert check("with a barrier") == "1.000000 1.000000"
     # shared memory begins as NaN; odd blocks run their threads in reverse
     assert check("without a barrier") == "NaN 1.000000"
+    one, two = "1.000000", "2.000000"
+    assert check("overwritten after a barrier") == f"{one} {one} {one} {one}"
+    # in the first block one warp runs ahead of the other
+    assert check("overwritten without") == f"{one} {two} {one} {one}"
 
 
 @pytest.mark.parametrize("precision", ["fp16", "bf16", "tf32", "fp32", "fp64"])

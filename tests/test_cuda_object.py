@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+
 import pytest
 import torch
 
@@ -40,6 +42,8 @@ def test_the_backend_says_what_it_runs_on():
 @pytest.mark.parametrize("arch", BUILT_FOR)
 def test_kernels_spill_nothing_and_use_matrix_units_where_they_should(arch, kernels):
     found = [k for k in kernels if k.arch == arch]
+    if not found and "CI" not in os.environ:
+        pytest.skip(f"the object was built for {', '.join(sorted({k.arch for k in kernels}))}")
     tiled = 5  # forward, statistics, gradients of queries, of keys and values, of the bias
     count = {p: sum(k.precision == p for k in found) for p in cuda_object.PRECISIONS.values()}
     # two widths of whole windows in half precision; fp64 has no whole-window backward

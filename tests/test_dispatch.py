@@ -185,6 +185,18 @@ def test_object_that_does_not_load_keeps_its_reason(tmp_path, monkeypatch):
     assert "_C_broken.abi3.so did not load" in loaded.error
 
 
+def test_object_without_its_operations_keeps_its_reason(tmp_path, monkeypatch):
+    """One of other sources: it loads, and registers something else or nothing."""
+    empty = tmp_path / "empty.c"
+    empty.write_text("int nothing;\n")
+    made = tmp_path / "_C_stale.abi3.so"
+    subprocess.run(["cc", "-shared", "-fPIC", empty, "-o", made], check=True)
+    monkeypatch.setattr(native, "_PACKAGE", tmp_path)
+    loaded = native._load("_C_stale", "no_such_operation")
+    assert loaded.path == made
+    assert "_C_stale.abi3.so lacks swin_kernels::no_such_operation" in loaded.error
+
+
 def test_choice_of_the_reference_is_logged_under_compile(monkeypatch, caplog):
     monkeypatch.setattr(native.CpuBackend, "why_not", lambda self, problem: "not today")
     monkeypatch.setattr(dispatch, "_already_logged", set())

@@ -77,11 +77,35 @@ def test_a_patched_swin_runs_from_cpp_without_python(program, tmp_path, device):
         ([], "usage: "),
         (["model.pt2", "tensors.pt", "nowhere.so"], "nowhere.so: cannot open shared object file"),
         (["model.pt2", "tensors.pt", str(native.CPU_OBJECT.path)], "model.pt2: cannot be read"),
+        (["model.pt2", "tensors.pt", "x.so", "3abc"], "expected a whole number up to 999999"),
     ],
-    ids=["no arguments", "no library", "no package"],
+    ids=["no arguments", "no library", "no package", "rounds"],
 )
 def test_what_is_missing_is_named(program, tmp_path, arguments, complaint, monkeypatch):
     monkeypatch.chdir(tmp_path)
     done = run(program, *arguments)
     assert done.returncode == 2
     assert complaint in done.stderr
+
+
+def test_make_finds_the_package_and_exports_again_for_other_arguments(tmp_path):
+    def made(*arguments: str) -> subprocess.CompletedProcess[str]:
+        """In an environment without our package, as in a clone where nothing is installed."""
+        environment = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
+        command = ["make", "-C", str(EXAMPLE), f"PYTHON={sys.executable}", f"OUT={tmp_path}"]
+        return subprocess.run(
+            [*command, str(tmp_path / "model.pt2"), *arguments],
+            check=False,
+            capture_output=True,
+            text=True,
+            env=environment,
+        )
+
+    wrong = made("ARGS=--model nonsense")
+    assert wrong.returncode != 0
+    assert "export: timm makes no nonsense" in wrong.stderr
+    (tmp_path / "model.pt2").touch()
+    again = made("ARGS=--model nonsense")
+    assert again.returncode == 0
+    assert "export.py" not in again.stdout
+    assert "timm makes no other" in made("ARGS=--model other").stderr

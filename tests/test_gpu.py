@@ -26,7 +26,6 @@ from benchmarks.models import COMPILED_FACTOR, check_errors
 from benchmarks.models import Outcome as Logits
 from benchmarks.providers import ours
 from benchmarks.timing import Gate, Inputs, Loop, Replayed, make_inputs
-from swin_kernels.kernels.native import CUDA_OBJECT
 from swin_kernels.kernels.triton import direct
 from swin_kernels.kernels.triton.backend import INTERPRETED
 from swin_kernels.ops.dispatch import BACKENDS, choose
@@ -438,8 +437,8 @@ def both(device):
         from cuda_emulator import emulated_backend
 
         BACKENDS["cuda"] = emulated_backend()
-    elif CUDA_OBJECT.error is not None:
-        pytest.skip(CUDA_OBJECT.error)
+    elif device.backend != "cuda":
+        pytest.skip("runs among the tests of the CUDA kernels, once those are built")
     return "triton", "cuda"
 
 
@@ -455,4 +454,11 @@ def test_both_kernels_agree_within_what_the_error_rule_allows_them(case, dtype, 
     exact = run_exact(case, operands, grad_out)
     for found in (first, second):
         assert_within_error_rule(found, eager, exact)
-    assert first.grads.keys() == second.grads.keys()
+    for name, a, b, rough, best in [
+        ("output", first.out, second.out, eager.out, exact.out),
+        *((n, first.grads[n], second.grads[n], eager.grads[n], x) for n, x in exact.grads.items()),
+    ]:
+        # each is allowed twice eager's error and an ulp
+        ulp = torch.finfo(a.dtype).eps * best.abs().max()
+        apart = (a.double() - b.double()).abs().max()
+        assert apart <= 2 * (2 * (rough.double() - best).abs().max() + ulp), name

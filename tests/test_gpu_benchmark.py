@@ -22,6 +22,7 @@ from benchmarks import attention, gpu, models, providers
 from benchmarks.cases import other_cases, swin_cases, toy_cases
 from benchmarks.device import Cuda, Rehearsal
 from benchmarks.rows import Book, Row, print_plain, read, table_of
+from benchmarks.targets import verdicts
 from benchmarks.timing import DIRECTIONS, Gate, Loop, Replayed, make_inputs, sample_in_turn
 from swin_kernels.kernels.triton import configs
 from swin_kernels.kernels.triton.configs import INTERPRETER, Shape
@@ -104,7 +105,7 @@ def test_tests_of_a_gpu_pass_rehearsed_with_the_cuda_kernels():
 @pytest.mark.slow
 def test_what_the_sanitizer_watches_runs():
     told = rehearsed("tests/cuda_sanitized.py", "--emulate")
-    assert told == "20 cases ran, forward and backward\n"
+    assert told == "25 cases ran, forward and backward\n"
 
 
 @pytest.mark.slow
@@ -360,6 +361,20 @@ def test_cases_have_the_sizes_of_the_papers():
         assert not case.grid.needs_padding
 
 
+def test_targets_of_the_cuda_kernels_are_held_against_rows():
+    def timed(provider: str, us: float, direction: str = "forward") -> Row:
+        return Row("T1 shift 3", provider, direction, us)
+
+    rows = [timed("ours, CUDA C++", 150.0), timed("unfused", 500.0), timed("ours", 100.0)]
+    rows += [timed("ours, CUDA C++", 150.0, "backward"), timed("unfused", 400.0, "backward")]
+    (line,) = verdicts(rows)  # nothing where one of the three was not timed
+    assert "T1 shift 3, forward: 3.33 times as fast" in line
+    assert line.endswith(": reached")
+    (line,) = verdicts([timed("ours, CUDA C++", 170.0), *rows[1:]])
+    assert "1.70 times the time of ours" in line
+    assert line.endswith("NOT reached")
+
+
 # the driver
 
 
@@ -398,7 +413,7 @@ def test_driver_goes_on_after_failed_tests_and_a_lost_device(driver, tmp_path, m
     assert asked[1][-1].endswith("gpu-x.csv")
     assert asked[2][-1] == "--resume"
     told = capsys.readouterr().out
-    assert "tests: exit code 1; benchmark: exit code 0; sanitizer: 0 faults" in told
+    assert "tests: exit code 1; benchmark: exit code 0; sanitizer: 0 failed" in told
     assert "done\nsanitizer: gpu-racecheck: exit code 0" in told
     assert "counted\ncounters: exit code 0" in told
     written = {path.name for path in (tmp_path / "out").iterdir()}
@@ -416,21 +431,22 @@ def test_driver_goes_on_after_failed_tests_and_a_lost_device(driver, tmp_path, m
 
 
 def test_driver_tells_of_faults_and_of_an_object_that_was_not_built(driver, monkeypatch, capsys):
-    def ends(code: int) -> list[str]:
-        return [sys.executable, "-c", f"raise SystemExit({code})"]
+    def ends(code: int, told: str = "") -> list[str]:
+        return [sys.executable, "-c", f"print({told!r}); raise SystemExit({code})"]
 
     monkeypatch.setattr(driver.Session, "command", lambda *_: ends(0))
     monkeypatch.setattr(driver, "test_command", lambda rehearse, part: ends(0))
     monkeypatch.setattr(driver, "cuda_test_command", lambda rehearse, part: ends(0))
-    monkeypatch.setattr(
-        driver, "sanitizer_command", lambda rehearse, tool: ends(9 if tool == "memcheck" else 255)
-    )
+    tools = {"memcheck": ends(1), "racecheck": ends(255, "Device not supported")}
+    monkeypatch.setattr(driver, "sanitizer_command", lambda rehearse, tool: tools[tool])
     monkeypatch.setattr(driver, "build_command", lambda rehearse: ends(0))
     assert driver.run(driver.Session(300, rehearse=True)) == 1
-    assert "sanitizer: 1 faults" in capsys.readouterr().out
+    assert "sanitizer: 1 failed" in capsys.readouterr().out
     monkeypatch.setattr(driver, "build_command", lambda rehearse: ends(1))
-    assert driver.run(driver.Session(300, rehearse=True)) == 0
-    assert "the CUDA object was not built: its tests are left out" in capsys.readouterr().out
+    assert driver.run(driver.Session(300, rehearse=True)) == 1
+    told = capsys.readouterr().out
+    assert "the CUDA object was not built: its part is left out" in told
+    assert "build: exit code 1; tests: exit code 0" in told
 
 
 def test_driver_tunes_for_its_whole_time_and_keeps_the_table(driver, tmp_path, monkeypatch, capsys):

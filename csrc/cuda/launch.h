@@ -28,6 +28,16 @@ class Device {
     stream_ = static_cast<cudaStream_t>(stream);
   }
 
+  // Whether a kernel can be launched there: the object has machine code or PTX for it.
+  template <class A>
+  static bool has_code(int32_t index, void (*kernel)(A)) {
+    const torch::stable::accelerator::DeviceGuard guard(index);
+    cudaFuncAttributes attributes;
+    const bool found = cudaFuncGetAttributes(&attributes, kernel) == cudaSuccess;
+    if (!found) (void)cudaGetLastError();  // which the next launch would report as its own
+    return found;
+  }
+
   int multiprocessors() const {
     int count = 0;
     STD_CUDA_CHECK(cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, index_));
@@ -56,6 +66,11 @@ class Device {
 class Device {
  public:
   explicit Device(const Tensor&) {}
+
+  template <class A>
+  static bool has_code(int32_t, void (*)(A)) {
+    return true;
+  }
 
   int multiprocessors() const { return 1; }
 

@@ -17,6 +17,9 @@
 namespace swin_kernels::cuda {
 namespace {
 
+SWIN_KERNEL(32, 1)
+anything(SWIN_PARAMETER int) {}
+
 // f(Precision<…>()) for tokens of a dtype.
 template <class F>
 auto choose(Element element, bool tf32, const F& f) {
@@ -61,6 +64,9 @@ Gradients cuda_backward(Tensor grad_out, SWIN_PARAMETERS, bool tf32, int64_t nee
   });
 }
 
+// Whether this object was built for a device.
+bool cuda_has_code_for(int64_t index) { return Device::has_code(int32_t(index), anything); }
+
 }  // namespace
 }  // namespace swin_kernels::cuda
 
@@ -73,9 +79,14 @@ SWIN_DEFINE(SWIN_LIBRARY) {
   m.def("cuda_backward(Tensor grad_out, " SWIN_OPERANDS SWIN_OPTIONS
         ", bool tf32, int needs) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, "
         "Tensor)");
+  m.def("cuda_has_code_for(int device) -> bool");
 }
 
 SWIN_IMPLEMENT(SWIN_LIBRARY, SWIN_DISPATCH_KEY) {
   m.impl("cuda_forward", TORCH_BOX(&swin_kernels::cuda::cuda_forward));
   m.impl("cuda_backward", TORCH_BOX(&swin_kernels::cuda::cuda_backward));
+}
+
+SWIN_IMPLEMENT(SWIN_LIBRARY, CompositeExplicitAutograd) {
+  m.impl("cuda_has_code_for", TORCH_BOX(&swin_kernels::cuda::cuda_has_code_for));
 }

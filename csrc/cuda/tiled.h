@@ -6,7 +6,7 @@
 
 namespace swin_kernels::cuda {
 
-constexpr int kColumnBytes = 12 << 10;  // of a head's column of the table, for windows up to 24×24
+constexpr int kColumnBytes = 12 << 10;  // of a head's column of the table: in fp32 of 24×24 tokens
 
 SWIN_DEVICE int tile_count(int tokens) { return (tokens + kTile - 1) / kTile; }
 

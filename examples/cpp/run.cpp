@@ -98,7 +98,11 @@ int main(int count, char** arguments) {
     return 2;
   }
   try {
-    return run(arguments[1], arguments[2], arguments[3], count > 4 ? std::stoi(arguments[4]) : 0);
+    const std::string rounds = count > 4 ? arguments[4] : "0";
+    if (rounds.empty() || rounds.size() > 6 ||
+        rounds.find_first_not_of("0123456789") != std::string::npos)
+      throw std::runtime_error("ROUNDS: expected a whole number up to 999999, got " + rounds);
+    return run(arguments[1], arguments[2], arguments[3], std::stoi(rounds));
   } catch (const c10::Error& error) {
     std::fprintf(stderr, "%s: %s\n", arguments[0], error.what_without_backtrace());
     return 2;

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import sysconfig
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,7 +27,8 @@ class LoadedObject:
     error: str | None
 
 
-def _load(name: str) -> LoadedObject:
+def _load(name: str, *operations: str) -> LoadedObject:
+    """The object of this name, with these of its operations."""
     candidates = sorted(_PACKAGE.glob(f"{name}.abi3*")) + sorted(
         _PACKAGE.glob(f"{name}*{sysconfig.get_config_var('EXT_SUFFIX') or '.so'}")
     )
@@ -40,11 +42,17 @@ def _load(name: str) -> LoadedObject:
         return LoadedObject(
             name, candidates[0], f"{candidates[0].name} did not load: {error}{cause}"
         )
+    for operation in operations:
+        if not hasattr(torch.ops.swin_kernels, operation):
+            reason = f"{candidates[0].name} lacks swin_kernels::{operation}: build it again"
+            return LoadedObject(name, candidates[0], reason)
     return LoadedObject(name, candidates[0], None)
 
 
-CPU_OBJECT = _load("_C_cpu")
-CUDA_OBJECT = _load("_C_cuda")
+CPU_OBJECT = _load(
+    "_C_cpu", "window_attention_forward", "window_attention_backward", "cpu_capability"
+)
+CUDA_OBJECT = _load("_C_cuda", "cuda_forward", "cuda_backward", "cuda_has_code_for")
 
 
 def cpu_capability() -> str:
@@ -177,4 +185,15 @@ class CudaBackend(_NativeBackend):
 def _why_not_on(device: torch.device) -> str | None:
     if torch.version.hip is not None:
         return "is built for NVIDIA GPUs, this torch is for AMD's"
-    return too_old(device)
+    if reason := too_old(device):
+        return reason
+    return _lacks_code_for(device)
+
+
+@functools.cache
+def _lacks_code_for(device: torch.device) -> str | None:
+    index = torch.cuda.current_device() if device.index is None else device.index
+    if torch.ops.swin_kernels.cuda_has_code_for(index):
+        return None
+    major, minor = torch.cuda.get_device_capability(device)
+    return f"_C_cuda has no code for it: build with TORCH_CUDA_ARCH_LIST={major}.{minor}"

@@ -68,6 +68,24 @@ std::string neighbour(bool barrier) {
   return found;
 }
 
+// What each warp finds where both wrote, one after the other, in each of two blocks.
+std::string overwritten(bool barrier) {
+  std::string found[2];
+  emulator::run(2, 2 * kWarp, kBytes, [&] {
+    auto* memory = reinterpret_cast<float*>(shared_memory());
+    const int warp = thread_index() / kWarp;
+    if (thread_index() == 0) memory[0] = 1;
+    block_barrier();
+    warp_barrier();  // where warps are let loose
+    const float x = memory[0];
+    if (barrier) block_barrier();
+    warp_barrier();
+    if (warp == 0) memory[0] = 2;
+    if (thread_index() % kWarp == 0) found[block_index()] += said(x) + " ";
+  });
+  return found[0] + found[1];
+}
+
 // The largest difference of a warp's products from plain loops over small whole numbers, which no
 // sum rounds.
 template <class P, Order L, Order R>
@@ -287,6 +305,8 @@ const std::map<std::string, std::function<std::string()>> kChecks = {
     {"copies", copies},
     {"with a barrier", [] { return neighbour(true); }},
     {"without a barrier", [] { return neighbour(false); }},
+    {"overwritten after a barrier", [] { return overwritten(true); }},
+    {"overwritten without", [] { return overwritten(false); }},
     {"products fp16", products<Fp16>},
     {"products bf16", products<Bf16>},
     {"products tf32", products<Tf32>},

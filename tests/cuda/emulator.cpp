@@ -100,12 +100,19 @@ void run_block() {
   const bool reversed = block->index % 2 != 0;
   for (;;) {
     bool ran = false;
-    for (int i = 0; i < threads; ++i) {
-      const int index = reversed ? threads - 1 - i : i;
-      if (block->threads[size_t(index)].state != State::kReady) continue;
-      resume(index);
-      ran = true;
-      finish_warp(index / kWarp * kWarp);
+    // a warp goes as far as it can before the next begins, so that none waits for another unasked
+    for (int w = 0; w < threads / kWarp; ++w) {
+      const int first = (reversed ? threads / kWarp - 1 - w : w) * kWarp;
+      for (bool goes_on = true; goes_on;) {
+        goes_on = false;
+        for (int i = 0; i < kWarp; ++i) {
+          const int index = first + (reversed ? kWarp - 1 - i : i);
+          if (block->threads[size_t(index)].state != State::kReady) continue;
+          resume(index);
+          ran = goes_on = true;
+          finish_warp(first);
+        }
+      }
     }
     if (ran) continue;
     const auto is = [](State state) {

@@ -3,8 +3,9 @@
 // in an operation of its whole warp, which is computed when all 32 lanes have come to it. Threads
 // that wait for each other in vain, or for different things, end the launch with an error.
 //
-// Shared memory begins as NaN. What is copied asynchronously is NaN until it is waited for. Odd
-// blocks run their threads in reverse, so that what lacks a barrier gives other numbers.
+// Shared memory begins as NaN. What is copied asynchronously is NaN until it is waited for. A
+// warp runs until it can go no further before the next begins, and odd blocks run theirs in
+// reverse, so that what lacks a barrier gives other numbers.
 #pragma once
 
 #include <torch/headeronly/util/BFloat16.h>
