@@ -7,6 +7,7 @@ import os
 import zlib
 from pathlib import Path
 
+import hypothesis
 import pytest
 import torch
 from modes import (
@@ -98,6 +99,8 @@ def pytest_configure(config):
         mode = CUDA_CPP if config.getoption("--backend") == "cuda" else CUDA
         torch.set_default_device("cuda")  # before the tests are imported: some hold tensors
     config.stash[MODE] = mode
+    hypothesis.settings.register_profile(mode.name, max_examples=mode.examples)
+    hypothesis.settings.load_profile(mode.name)  # before the tests are imported, which take it up
 
 
 def pytest_report_header(config):

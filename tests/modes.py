@@ -25,6 +25,7 @@ class Mode:
     name: str
     backends: tuple[str, ...]
     lacks: dict[torch.dtype, str]  # dtypes that are deselected, and why
+    examples: int = 60  # of a property
     marks: tuple[str, ...] = ()  # of the tests that some modes alone run, those that this one runs
 
     @property
@@ -44,11 +45,12 @@ INTERPRETER = Mode(
     "interpreter",
     ("triton",),
     _NO_FP64 | {torch.bfloat16: "Triton's interpreter multiplies bf16 wrongly"},
+    6,
     ("interpreted", "rehearsed"),
 )
-EMULATOR = Mode("emulator", ("cuda",), {}, ("rehearsed",))
-CUDA = Mode("cuda", ("triton",), _NO_FP64, ("gpu",))
-CUDA_CPP = Mode("cuda", ("cuda",), {}, ("gpu",))
+EMULATOR = Mode("emulator", ("cuda",), {}, 25, ("rehearsed",))
+CUDA = Mode("cuda", ("triton",), _NO_FP64, marks=("gpu",))
+CUDA_CPP = Mode("cuda", ("cuda",), {}, marks=("gpu",))
 
 # tests marked with these are deselected under the interpreter and in the emulator
 TOO_COSTLY = {

@@ -66,7 +66,6 @@ def _affordable(case: Case) -> bool:
 
 
 @settings(
-    max_examples=6 if INTERPRETED else 60,
     deadline=None,
     derandomize=True,
     suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.filter_too_much],

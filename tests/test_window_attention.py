@@ -95,7 +95,10 @@ def test_biases_of_another_dtype_match_float64(case, dtype, backend):
 
 
 @over_dtypes
-@pytest.mark.parametrize("head_dim", [8, 10, 16, 24, 30, 32, 48, 64, 88, 96, 128])
+@pytest.mark.parametrize(
+    "head_dim",
+    [8, 10, 16, 24, 30, 32, 48, 64, 88, pytest.param(96, marks=pytest.mark.costly), 128],
+)
 def test_trap_9_head_dims_match_float64(head_dim, dtype, backend):
     case = Case(1, (11, 8), (4, 4), (2, 2), head_dim=head_dim, dtype=dtype, bias="table")
     case = case.but(packed=head_dim % 16 == 0, pads=True, cosine=head_dim % 3 == 0)
