@@ -29,8 +29,8 @@ JOBS += [(case, "bf16", arch) for arch in ARCHS if arch not in FULL for case in 
 JOBS += [(case, dtype, arch) for arch in FULL for dtype in ("fp32", "tf32") for case in KINDS]
 JOBS += [("swin", dtype, "sm_100") for dtype in DTYPES if dtype != "bf16"]
 JOBS += [("swin", "fp16", arch) for arch in FULL]
-JOBS += [(case, "bf16", "sm_90") for case in RARE]
-JOBS += [("everything", "fp32", "sm_90")]
+JOBS += [(case, "bf16", "sm_90") for case in ("dense, masked", "window 12, everything")]
+JOBS += [("everything", dtype, "sm_90") for dtype in ("bf16", "fp32")]
 
 
 @pytest.fixture(scope="module")
