@@ -1,0 +1,144 @@
+"""Window attention on a map: a linear layer, the fused operation, a linear layer.
+
+Nothing is rolled, padded or partitioned, and no mask is kept: that is in the operation, for any
+size of map. Parameters are named as in the Swin authors' `WindowAttention`.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from swin_kernels.modules import BIAS_LIMIT, MAX_LOGIT_SCALE
+from swin_kernels.ops.window_attention import shifted_window_attention_qkvpacked
+from swin_kernels.position_bias import log_coordinates, table_length
+
+
+class _MapAttention(nn.Module):
+    """What both versions share."""
+
+    def __init__(
+        self,
+        dim: int,
+        window_size: tuple[int, int],
+        shift_size: tuple[int, int],
+        num_heads: int,
+        attn_drop: float,
+        proj_drop: float,
+        backend: str | None,
+    ) -> None:
+        super().__init__()
+        if num_heads < 1 or dim % num_heads != 0:
+            raise ValueError(
+                f"num_heads: expected a divisor of the {dim} channels, got {num_heads}"
+            )
+        self.dim, self.num_heads = dim, num_heads
+        self.window_size, self.shift_size = window_size, shift_size
+        self.attn_drop = nn.Dropout(attn_drop)
+        self.proj = nn.Linear(dim, dim)
+        self.proj_drop = nn.Dropout(proj_drop)
+        self.backend = backend
+
+    def _shift(self, x: Tensor) -> tuple[int, int]:
+        """Nothing is shifted on an axis that one window covers."""
+        height, width = (
+            0 if window >= size else shift
+            for window, size, shift in zip(self.window_size, x.shape[1:3], self.shift_size)
+        )
+        return height, width
+
+    def _attend(self, x: Tensor, qkv: Tensor, qkv_bias: Tensor | None, **options) -> Tensor:
+        """A token of padding is 0 before the qkv layer, and so that layer's bias behind it."""
+        heads = (3, self.num_heads, self.dim // self.num_heads)
+        pads = {}
+        if qkv_bias is not None:
+            _, pads["pad_key"], pads["pad_value"] = qkv_bias.unflatten(0, heads).unbind(0)
+        out = shifted_window_attention_qkvpacked(
+            qkv.unflatten(-1, heads),
+            self.window_size,
+            self._shift(x),
+            dropout_p=self.attn_drop.p if self.attn_drop.training else 0.0,
+            backend=self.backend,
+            **pads,
+            **options,
+        )
+        return self.proj_drop(self.proj(out.flatten(-2)))
+
+    def extra_repr(self) -> str:
+        return (
+            f"dim={self.dim}, window_size={self.window_size}, shift_size={self.shift_size}, "
+            f"num_heads={self.num_heads}"
+        )
+
+
+class MapAttention(_MapAttention):
+    """softmax(q·kᵀ/√d + B)·v within shifted windows of a map (Liu et al., ICCV 2021, eq. 4)."""
+
+    def __init__(
+        self,
+        dim: int,
+        window_size: tuple[int, int],
+        shift_size: tuple[int, int],
+        num_heads: int,
+        attn_drop: float = 0.0,
+        proj_drop: float = 0.0,
+        backend: str | None = None,
+    ) -> None:
+        super().__init__(dim, window_size, shift_size, num_heads, attn_drop, proj_drop, backend)
+        self.qkv = nn.Linear(dim, 3 * dim)
+        self.relative_position_bias_table = nn.Parameter(
+            torch.zeros(table_length(window_size), num_heads)
+        )
+        nn.init.trunc_normal_(self.relative_position_bias_table, std=0.02)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, height, width, dim) -> the same."""
+        return self._attend(
+            x, self.qkv(x), self.qkv.bias, bias_table=self.relative_position_bias_table
+        )
+
+
+class MapAttentionV2(_MapAttention):
+    """Cosine attention with a continuous position bias (Liu et al., CVPR 2022, eq. 2 to 4).
+
+    `pretrained_window_size` is that of the weights, by which coordinates are scaled; 0: this one.
+    """
+
+    relative_coords_table: Tensor
+
+    def __init__(
+        self,
+        dim: int,
+        window_size: tuple[int, int],
+        shift_size: tuple[int, int],
+        num_heads: int,
+        attn_drop: float = 0.0,
+        proj_drop: float = 0.0,
+        backend: str | None = None,
+        pretrained_window_size: Sequence[int] = (0, 0),
+    ) -> None:
+        super().__init__(dim, window_size, shift_size, num_heads, attn_drop, proj_drop, backend)
+        self.qkv = nn.Linear(dim, 3 * dim, bias=False)
+        self.q_bias = nn.Parameter(torch.zeros(dim))
+        self.v_bias = nn.Parameter(torch.zeros(dim))
+        self.logit_scale = nn.Parameter(torch.full((num_heads, 1, 1), math.log(10.0)))
+        self.cpb_mlp = nn.Sequential(
+            nn.Linear(2, 512), nn.ReLU(), nn.Linear(512, num_heads, bias=False)
+        )
+        coordinates = log_coordinates(window_size, pretrained_window_size)
+        self.register_buffer("relative_coords_table", coordinates.flatten(0, 1), persistent=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, height, width, dim) -> the same."""
+        bias = torch.cat((self.q_bias, torch.zeros_like(self.v_bias), self.v_bias))
+        table = BIAS_LIMIT * torch.sigmoid(self.cpb_mlp(self.relative_coords_table))
+        return self._attend(
+            x,
+            nn.functional.linear(x, self.qkv.weight, bias),
+            bias,
+            bias_table=table,
+            logit_scale=self.logit_scale.clamp(max=MAX_LOGIT_SCALE).exp().flatten(),
+        )

@@ -1,0 +1,98 @@
+"""What surrounds attention in Swin: patch embedding, patch merging, MLP, stochastic depth."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+def pad_to_multiple(x: Tensor, of: tuple[int, int], axes: tuple[int, int]) -> Tensor:
+    """x with zeros behind two of its axes, up to multiples of `of`."""
+    for axis, multiple in zip(axes, of):
+        if missing := -x.shape[axis] % multiple:
+            # F.pad counts axes from the last one
+            x = F.pad(x, [0, 0] * (x.ndim - 1 - axis) + [0, missing])
+    return x
+
+
+class DropPath(nn.Module):
+    """Stochastic depth: while training, x is 0 for an image with probability `p`, else x/(1 − p).
+
+    Huang et al., "Deep Networks with Stochastic Depth", ECCV 2016.
+    """
+
+    def __init__(self, p: float = 0.0) -> None:
+        super().__init__()
+        if not 0 <= p < 1:
+            raise ValueError(f"drop_path: expected a probability below 1, got {p}")
+        self.p = p
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, …) -> the same."""
+        if self.p == 0 or not self.training:
+            return x
+        kept = x.new_empty((x.shape[0],) + (1,) * (x.ndim - 1)).bernoulli_(1 - self.p)
+        return x * kept / (1 - self.p)
+
+    def extra_repr(self) -> str:
+        return f"p={self.p:.3g}"
+
+
+class Mlp(nn.Module):
+    """fc2(GELU(fc1(x))) on the last axis."""
+
+    def __init__(self, dim: int, hidden: int, drop: float = 0.0) -> None:
+        super().__init__()
+        self.fc1 = nn.Linear(dim, hidden)
+        self.fc2 = nn.Linear(hidden, dim)
+        self.drop = nn.Dropout(drop)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(…, dim) -> (…, dim)."""
+        return self.drop(self.fc2(self.drop(F.gelu(self.fc1(x)))))
+
+
+class PatchEmbed(nn.Module):
+    """Non-overlapping patches as tokens: a convolution whose stride is its kernel, then LayerNorm.
+
+    An image that patches do not divide is padded with zeros.
+    """
+
+    def __init__(self, patch_size: int, in_chans: int, dim: int) -> None:
+        super().__init__()
+        self.patch_size = patch_size
+        self.proj = nn.Conv2d(in_chans, dim, patch_size, patch_size)
+        self.norm = nn.LayerNorm(dim)
+
+    def forward(self, image: Tensor) -> Tensor:
+        """(B, in_chans, height, width) -> (B, ⌈height/p⌉, ⌈width/p⌉, dim)."""
+        if image.ndim != 4 or image.shape[1] != self.proj.in_channels:
+            raise ValueError(
+                f"image: expected (B, {self.proj.in_channels}, height, width), "
+                f"got {tuple(image.shape)}"
+            )
+        image = pad_to_multiple(image, (self.patch_size,) * 2, (2, 3))
+        return self.norm(self.proj(image).permute(0, 2, 3, 1))
+
+
+class PatchMerging(nn.Module):
+    """Each 2×2 cell of a map as one token of twice the channels (Liu et al., ICCV 2021, 3.1).
+
+    V1 normalises the four concatenated tokens, V2 (`norm_last`) what the linear layer makes of
+    them. A map of odd size is padded with zeros.
+    """
+
+    def __init__(self, dim: int, norm_last: bool = False) -> None:
+        super().__init__()
+        self.norm_last = norm_last
+        self.reduction = nn.Linear(4 * dim, 2 * dim, bias=False)
+        self.norm = nn.LayerNorm(2 * dim if norm_last else 4 * dim)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, height, width, dim) -> (B, ⌈height/2⌉, ⌈width/2⌉, 2·dim)."""
+        x = pad_to_multiple(x, (2, 2), (1, 2))
+        # the order of the authors: (0, 0), (1, 0), (0, 1), (1, 1)
+        cells = [x[:, row::2, column::2] for column in (0, 1) for row in (0, 1)]
+        x = torch.cat(cells, -1)
+        return self.norm(self.reduction(x)) if self.norm_last else self.reduction(self.norm(x))

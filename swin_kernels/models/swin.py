@@ -1,0 +1,264 @@
+"""Swin Transformer (Liu et al., ICCV 2021, arXiv 2103.14030), on the fused operation.
+
+A map is (B, height, width, C) throughout. Modules and parameters are named as in the authors'
+swin_transformer.py, whose checkpoints load as they are, but for their buffers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from swin_kernels.models.attention import MapAttention
+from swin_kernels.models.layers import DropPath, Mlp, PatchEmbed, PatchMerging
+
+ATTENTIONS = ("fused", "reference")
+
+
+@dataclass(frozen=True)
+class SwinConfig:
+    """What a Swin is made of; `window_size` and `img_size` are those of its weights."""
+
+    embed_dim: int = 96
+    depths: tuple[int, ...] = (2, 2, 6, 2)
+    num_heads: tuple[int, ...] = (3, 6, 12, 24)
+    window_size: int = 7
+    img_size: int = 224  # where a stage's map is smaller than the window, the window is that map
+    patch_size: int = 4
+    in_chans: int = 3
+    num_classes: int = 1000
+    mlp_ratio: float = 4.0
+    drop_rate: float = 0.0
+    attn_drop_rate: float = 0.0
+    drop_path_rate: float = 0.1
+
+    def __post_init__(self) -> None:
+        if len(self.depths) != len(self.num_heads) or not self.depths:
+            raise ValueError(
+                f"depths and num_heads: expected one number a stage each, got {self.depths} and "
+                f"{self.num_heads}"
+            )
+        for name in ("embed_dim", "window_size", "img_size", "patch_size", "in_chans"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}: expected at least 1, got {getattr(self, name)}")
+
+    def map_size(self, stage: int) -> int:
+        """Tokens on a side of the map of a stage, at `img_size`."""
+        return -(-self.img_size // (self.patch_size << stage))
+
+    def window(self, stage: int) -> int:
+        """Tokens on a side of a stage's windows."""
+        return min(self.window_size, self.map_size(stage))
+
+
+def sizes_of_models(**common) -> dict[str, SwinConfig]:
+    """T, S, B and L."""
+    return {
+        "tiny": SwinConfig(**common),
+        "small": SwinConfig(depths=(2, 2, 18, 2), **common),
+        "base": SwinConfig(128, (2, 2, 18, 2), (4, 8, 16, 32), **common),
+        "large": SwinConfig(192, (2, 2, 18, 2), (6, 12, 24, 48), **common),
+    }
+
+
+CONFIGS = {
+    **{f"swin_{n}_patch4_window7_224": c for n, c in sizes_of_models().items()},
+    **{
+        f"swin_{n}_patch4_window12_384": c
+        for n, c in sizes_of_models(window_size=12, img_size=384).items()
+    },
+}
+ModuleOfMap = Callable[[int], nn.Module]  # of a map's channels: a module from a map to such a map
+
+
+class SwinBlock(nn.Module):
+    """x + W-MSA(LN(x)), then x + MLP(LN(x)); windows are shifted in every other block (eq. 3).
+
+    `before_attention` is a module of the user's on the normalised map, or None.
+    """
+
+    def __init__(
+        self,
+        attention: nn.Module,
+        dim: int,
+        mlp_ratio: float,
+        drop: float,
+        drop_path: float,
+        before_attention: nn.Module | None = None,
+    ) -> None:
+        super().__init__()
+        self.norm1 = nn.LayerNorm(dim)
+        self.before_attention = before_attention
+        self.attn = attention
+        self.drop_path = DropPath(drop_path)
+        self.norm2 = nn.LayerNorm(dim)
+        self.mlp = Mlp(dim, int(dim * mlp_ratio), drop)
+
+    def attend(self, x: Tensor) -> Tensor:
+        if self.before_attention is not None:
+            x = self.before_attention(x)
+        return self.attn(x)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, height, width, dim) -> the same."""
+        x = x + self.drop_path(self.attend(self.norm1(x)))
+        return x + self.drop_path(self.mlp(self.norm2(x)))
+
+
+class Stage(nn.Module):
+    """Blocks of one resolution; `downsample`, which the next stage's map comes by, stands last."""
+
+    def __init__(self, blocks: Sequence[nn.Module], downsample: nn.Module | None) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(blocks)
+        self.downsample = downsample
+        self.checkpointing = False
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, height, width, C) -> the same, before `downsample`."""
+        for block in self.blocks:
+            if self.checkpointing and torch.is_grad_enabled():
+                x = checkpoint(block, x, use_reentrant=False)
+            else:
+                x = block(x)
+        return x
+
+
+class SwinTransformer(nn.Module):
+    """Swin V1: logits of an image, or the maps of its stages.
+
+    Args:
+        config: sizes; CONFIGS holds the published ones by name.
+        attention: "fused", or "reference" for the unfused path in plain PyTorch.
+        backend: of the fused operation; None takes the first that can.
+        features_only: `forward` returns the stages' maps instead of logits, each through a
+            LayerNorm of its own, and there is no head.
+        before_attention: makes, of a block's channels, a module that each block applies to its
+            normalised map before attention.
+
+    Raises:
+        ValueError: sizes that do not fit each other, here or in forward.
+    """
+
+    def __init__(
+        self,
+        config: SwinConfig | None = None,
+        *,
+        attention: str = "fused",
+        backend: str | None = None,
+        features_only: bool = False,
+        before_attention: ModuleOfMap | None = None,
+        **changes,
+    ) -> None:
+        super().__init__()
+        if attention not in ATTENTIONS:
+            raise ValueError(f"attention: expected one of {ATTENTIONS}, got {attention!r}")
+        if attention == "reference" and backend not in (None, "reference"):
+            raise ValueError(f'attention="reference" has no backend, got backend={backend!r}')
+        self.config = config = replace(config or self.default(), **changes)
+        self.backend = "reference" if attention == "reference" else backend
+        self.features_only = features_only
+        self.patch_embed = PatchEmbed(config.patch_size, config.in_chans, config.embed_dim)
+        self.pos_drop = nn.Dropout(config.drop_rate)
+        blocks_in_all = sum(config.depths)
+        step = config.drop_path_rate / max(blocks_in_all - 1, 1)  # from 0 in the first block
+        rates = [i * step for i in range(blocks_in_all)]
+        stages, last = [], len(config.depths) - 1
+        for i, depth in enumerate(config.depths):
+            blocks = []
+            for j in range(depth):
+                inner = before_attention(config.embed_dim << i) if before_attention else None
+                blocks.append(self.make_block(i, j, rates[sum(config.depths[:i]) + j], inner))
+            downsample = self.make_merging(config.embed_dim << i) if i < last else None
+            stages.append(Stage(blocks, downsample))
+        self.layers = nn.ModuleList(stages)
+        self.num_features = config.embed_dim << last
+        if features_only:
+            self.out_norms = nn.ModuleList(
+                nn.LayerNorm(config.embed_dim << i) for i in range(len(config.depths))
+            )
+        else:
+            self.norm = nn.LayerNorm(self.num_features)
+            self.head = (
+                nn.Linear(self.num_features, config.num_classes)
+                if config.num_classes
+                else nn.Identity()
+            )
+        self.apply(self._initialise)
+        self.initialise_norms()
+
+    @staticmethod
+    def default() -> SwinConfig:
+        return SwinConfig()
+
+    def make_block(self, stage: int, index: int, drop_path: float, inner: nn.Module | None):
+        """Block `index` of a stage."""
+        c, dim = self.config, self.config.embed_dim << stage
+        window = c.window(stage)
+        shift = window // 2 if index % 2 else 0  # on maps of several windows
+        attention = MapAttention(
+            dim,
+            (window, window),
+            (shift, shift),
+            c.num_heads[stage],
+            c.attn_drop_rate,
+            c.drop_rate,
+            self.backend,
+        )
+        return SwinBlock(attention, dim, c.mlp_ratio, c.drop_rate, drop_path, inner)
+
+    def make_merging(self, dim: int) -> nn.Module:
+        return PatchMerging(dim)
+
+    @staticmethod
+    def _initialise(module: nn.Module) -> None:
+        if isinstance(module, nn.Linear):
+            nn.init.trunc_normal_(module.weight, std=0.02)
+            if module.bias is not None:
+                nn.init.zeros_(module.bias)
+
+    def initialise_norms(self) -> None:
+        """V2 begins with branches that add nothing."""
+
+    def set_checkpointing(self, on: bool = True) -> None:
+        """Whether blocks are computed again in the backward instead of kept (while training)."""
+        for stage in self.layers:
+            assert isinstance(stage, Stage)
+            stage.checkpointing = on
+
+    def stages(self, image: Tensor) -> list[Tensor]:
+        """The map of each stage, (B, height, width, C)."""
+        x = self.pos_drop(self.patch_embed(image))
+        maps = []
+        for stage in self.layers:
+            assert isinstance(stage, Stage)
+            x = stage(x)
+            maps.append(x)
+            if stage.downsample is not None:
+                x = stage.downsample(x)
+        return maps
+
+    def forward_features(self, image: Tensor) -> Tensor:
+        """(B, 3, height, width) -> the last map, normalised, (B, height/32, width/32, C)."""
+        return self.norm(self.stages(image)[-1])
+
+    def forward(self, image: Tensor) -> Tensor | list[Tensor]:
+        """(B, 3, height, width) -> (B, num_classes); with features_only [(B, C, h, w), …].
+
+        Any height and width: what windows do not divide is padded inside.
+        """
+        if self.features_only:
+            maps = self.stages(image)
+            return [n(x).permute(0, 3, 1, 2) for n, x in zip(self.out_norms, maps)]
+        return self.head(self.forward_features(image).mean((1, 2)))
+
+
+def swin(name: str, **options) -> SwinTransformer:
+    """The Swin V1 of this name in CONFIGS, with random weights; `options` as of its class."""
+    if name not in CONFIGS:
+        raise ValueError(f"expected one of {', '.join(CONFIGS)}, got {name!r}")
+    return SwinTransformer(CONFIGS[name], **options)

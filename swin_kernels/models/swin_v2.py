@@ -1,0 +1,112 @@
+"""Swin Transformer V2 (Liu et al., CVPR 2022, arXiv 2111.09883): res-post-norm, cosine attention,
+log-spaced continuous position bias.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor, nn
+
+from swin_kernels.models.attention import MapAttentionV2
+from swin_kernels.models.layers import PatchMerging
+from swin_kernels.models.swin import SwinBlock, SwinConfig, SwinTransformer
+
+
+@dataclass(frozen=True)
+class SwinV2Config(SwinConfig):
+    """As SwinConfig."""
+
+    window_size: int = 8
+    img_size: int = 256
+    pretrained_window_sizes: tuple[int, ...] = (0, 0, 0, 0)  # of each stage; 0: its window
+    extra_norm_every: int = 0  # blocks after which the main branch is normalised; 0: never
+
+
+_SIZES = {
+    "tiny": (96, (2, 2, 6, 2), (3, 6, 12, 24)),
+    "small": (96, (2, 2, 18, 2), (3, 6, 12, 24)),
+    "base": (128, (2, 2, 18, 2), (4, 8, 16, 32)),
+    "large": (192, (2, 2, 18, 2), (6, 12, 24, 48)),
+}
+_HUGE = {
+    "huge": (352, (2, 2, 18, 2), (11, 22, 44, 88)),
+    "giant": (512, (2, 2, 42, 4), (16, 32, 64, 128)),
+}
+CONFIGS = {
+    **{f"swinv2_{n}_window8_256": SwinV2Config(*s) for n, s in _SIZES.items()},
+    **{f"swinv2_{n}_window16_256": SwinV2Config(*s, window_size=16) for n, s in _SIZES.items()},
+    **{
+        f"swinv2_{n}_window12to24_384": SwinV2Config(
+            *s, window_size=24, img_size=384, pretrained_window_sizes=(12, 12, 12, 6)
+        )
+        for n, s in _SIZES.items()
+    },
+    **{f"swinv2_{n}": SwinV2Config(*s, extra_norm_every=6) for n, s in _HUGE.items()},
+}
+
+
+class SwinV2Block(SwinBlock):
+    """x + LN(W-MSA(x)), then x + LN(MLP(x)) (section 3.2); `norm3` normalises the main branch."""
+
+    def __init__(self, *arguments, extra_norm: bool = False, **options) -> None:
+        super().__init__(*arguments, **options)
+        dim = self.norm1.normalized_shape
+        self.norm3 = nn.LayerNorm(dim) if extra_norm else nn.Identity()
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, height, width, dim) -> the same."""
+        x = x + self.drop_path(self.norm1(self.attend(x)))
+        return self.norm3(x + self.drop_path(self.norm2(self.mlp(x))))
+
+
+class SwinTransformerV2(SwinTransformer):
+    """Swin V2; arguments as of `SwinTransformer`."""
+
+    config: SwinV2Config
+
+    @staticmethod
+    def default() -> SwinV2Config:
+        return SwinV2Config()
+
+    def make_block(self, stage: int, index: int, drop_path: float, inner: nn.Module | None):
+        c, dim = self.config, self.config.embed_dim << stage
+        window = c.window(stage)
+        shift = window // 2 if index % 2 else 0
+        pretrained = c.pretrained_window_sizes[stage]
+        attention = MapAttentionV2(
+            dim,
+            (window, window),
+            (shift, shift),
+            c.num_heads[stage],
+            c.attn_drop_rate,
+            c.drop_rate,
+            self.backend,
+            (pretrained, pretrained),
+        )
+        every = c.extra_norm_every
+        return SwinV2Block(
+            attention,
+            dim,
+            c.mlp_ratio,
+            c.drop_rate,
+            drop_path,
+            inner,
+            extra_norm=every > 0 and (index + 1) % every == 0,
+        )
+
+    def make_merging(self, dim: int) -> nn.Module:
+        return PatchMerging(dim, norm_last=True)
+
+    def initialise_norms(self) -> None:
+        for block in self.modules():
+            if isinstance(block, SwinV2Block):
+                for norm in (block.norm1, block.norm2):
+                    nn.init.zeros_(norm.weight)
+
+
+def swin_v2(name: str, **options) -> SwinTransformerV2:
+    """The Swin V2 of this name in CONFIGS, with random weights; `options` as of its class."""
+    if name not in CONFIGS:
+        raise ValueError(f"expected one of {', '.join(CONFIGS)}, got {name!r}")
+    return SwinTransformerV2(CONFIGS[name], **options)
