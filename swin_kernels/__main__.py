@@ -63,14 +63,39 @@ def _joined(arguments: list[str]) -> list[str]:
     return joined
 
 
+def _bias_figure(options: argparse.Namespace):
+    """Of a block's bias in a checkpoint."""
+    from swin_kernels.models.biases import learnt_bias
+    from swin_kernels.models.checkpoints import read
+    from swin_kernels.picture import bias_figure
+
+    window = None if options.window is None else _two(options.window)
+    stage, block = options.block
+    bias = learnt_bias(read(options.bias), stage, block, window)
+    return bias_figure(bias, f"Stage {stage}, block {block} of {Path(options.bias).name}")
+
+
+def _two(values: list[int]) -> list[int]:
+    """One number for both axes, or one for each."""
+    return values * 2 if len(values) == 1 else values
+
+
 def _picture(options: argparse.Namespace) -> str:
     """Writes the picture; returns its path."""
+    from swin_kernels import picture
     from swin_kernels.geometry import Grid
-    from swin_kernels.picture import shift_figure
 
-    window = options.window if len(options.window) > 1 else options.window[0]
-    shift = options.shift if len(options.shift) > 1 else options.shift[0]
-    figure = shift_figure(Grid.checked(options.size, window, shift), options.mask_value)
+    if options.bias is not None:
+        figure = _bias_figure(options)
+    else:
+        window = _two(options.window or [3])
+        grid = Grid.checked(options.size, window, _two(list(options.shift)))
+        if options.only == "regions":
+            figure = picture.region_figure(grid)
+        elif options.only == "masks":
+            figure = picture.mask_figure(grid, options.mask_value)
+        else:
+            figure = picture.shift_figure(grid, options.mask_value)
     Path(options.out).parent.mkdir(parents=True, exist_ok=True)
     # matplotlib appends .png to a name without one, and the path returned would be wrong
     figure.savefig(options.out, format=Path(options.out).suffix[1:] or "png")
@@ -94,17 +119,30 @@ def _parser() -> argparse.ArgumentParser:
     explain = commands.add_parser("explain", help="backends, and why one cannot run")
     explain.set_defaults(prepare=_explanation, run=_print)
 
-    picture = commands.add_parser("picture", help="shift regions and window masks as a PNG")
+    picture = commands.add_parser(
+        "picture", help="shift regions, window masks or a learnt bias as PNG or SVG"
+    )
     picture.add_argument(
         "--size", type=int, nargs=2, default=(6, 6), help="tokens of the map (6 6)"
     )
-    picture.add_argument("--window", type=int, nargs="+", default=(3,), help="window (3)")
+    picture.add_argument("--window", type=int, nargs="+", help="window (3)")
     picture.add_argument("--shift", type=int, nargs="+", default=(2,), help="shift (2)")
     picture.add_argument(
         "--mask-value", type=_mask_value, default=-100.0, help="mask, a number or -inf (-100)"
     )
+    picture.add_argument("--only", choices=("regions", "masks"), help="one of the two")
     picture.add_argument(
-        "--out", metavar="FILE", type=_file, default="out/shift.png", help="PNG (out/shift.png)"
+        "--bias", metavar="CHECKPOINT", help="instead, the position bias of a block in this file"
+    )
+    picture.add_argument(
+        "--block", type=int, nargs=2, default=(0, 0), metavar=("STAGE", "BLOCK"), help="which (0 0)"
+    )
+    picture.add_argument(
+        "--out",
+        metavar="FILE",
+        type=_file,
+        default="out/shift.png",
+        help="PNG, or by its suffix SVG or PDF (out/shift.png)",
     )
     picture.set_defaults(prepare=_picture, run=_print)
     return parser

@@ -126,10 +126,9 @@ def _deselected(item, mode: Mode) -> str | None:
         return "tests no backend"
     if item.get_closest_marker("float64") and torch.float64 in mode.lacks:
         return mode.lacks[torch.float64]
-    if mode in (INTERPRETER, EMULATOR):
-        for mark, reason in TOO_COSTLY.items():
-            if item.get_closest_marker(mark):
-                return reason
+    for mark, (modes, reason) in TOO_COSTLY.items():
+        if mode in modes and item.get_closest_marker(mark):
+            return reason
     parameters = item.callspec.params.values() if hasattr(item, "callspec") else ()
     dtypes = [p.dtype if isinstance(p, Case) else p for p in parameters]
     return next((why for dtype, why in mode.lacks.items() if dtype in dtypes), None)

@@ -45,16 +45,17 @@ INTERPRETER = Mode(
     "interpreter",
     ("triton",),
     _NO_FP64 | {torch.bfloat16: "Triton's interpreter multiplies bf16 wrongly"},
-    6,
+    4,
     ("interpreted", "rehearsed"),
 )
 EMULATOR = Mode("emulator", ("cuda",), {}, 25, ("rehearsed",))
 CUDA = Mode("cuda", ("triton",), _NO_FP64, marks=("gpu",))
 CUDA_CPP = Mode("cuda", ("cuda",), {}, marks=("gpu",))
 
-# tests marked with these are deselected under the interpreter and in the emulator
+# where tests marked with these are deselected, and why
 TOO_COSTLY = {
-    "costly": "takes minutes there; what it tests, other tests do too",
+    "costly": ((INTERPRETER, EMULATOR), "takes minutes there; what it tests, other tests do too"),
+    "tedious": ((INTERPRETER,), "takes a minute there; a case much like it is tested"),
 }
 
 
@@ -77,6 +78,8 @@ def sized(case: Case) -> Case:
     if not INTERPRETED:
         return case
     case = cut(case)
+    if case.value_dim is not None:
+        case = case.but(value_dim=max(10, case.value_dim))
     if case.head_dim == Case.head_dim:  # the default, so not what this case is about
         case = case.but(head_dim=32)
     if not case.cosine:

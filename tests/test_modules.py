@@ -148,6 +148,7 @@ def test_scale_given_is_used(through):
     _check(_make(WindowAttention, qk_scale=0.5), True)
 
 
+@pytest.mark.tedious
 def test_coordinates_of_the_pretraining_window_are_used(through):
     module = _make(WindowAttentionV2, pretrained_window_size=[12, 12])
     plain = _make(WindowAttentionV2)

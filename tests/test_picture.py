@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import sys
 
 import pytest
@@ -9,6 +10,8 @@ import torch
 
 from swin_kernels.__main__ import main
 from swin_kernels.geometry import Grid
+from swin_kernels.models import SwinTransformer, SwinTransformerV2, state_dict_for
+from swin_kernels.position_bias import bias_from_table, relative_position_index
 
 pytest.importorskip("matplotlib")
 
@@ -145,6 +148,63 @@ def test_picture_command_writes_the_classic(tmp_path, capsys):
     assert capsys.readouterr().out == f"{path}\n"
 
 
+@pytest.mark.parametrize(("only", "panels"), [("regions", 2), ("masks", 4)])
+def test_picture_command_draws_one_of_the_two_as_svg(only, panels, tmp_path):
+    path = tmp_path / "x.svg"
+    assert main(["picture", "--only", only, "--out", str(path)]) == 0
+    text = path.read_text()
+    assert "<svg" in text
+    assert len(re.findall(r'id="axes_\d+"', text)) == panels
+
+
+BIASES = {
+    "table": (SwinTransformer, "timm", None),
+    "network": (SwinTransformerV2, "authors", None),
+    "network, window given": (SwinTransformerV2, "transformers-old", 4),
+}
+
+
+@pytest.mark.parametrize("kind", BIASES)
+def test_picture_command_draws_the_bias_of_a_checkpoint(kind, tmp_path, monkeypatch, capsys):
+    cls, layout, window = BIASES[kind]
+    torch.manual_seed(0)
+    model = cls(embed_dim=16, depths=(2, 2), num_heads=(2, 4), window_size=4, img_size=32)
+    file = tmp_path / "weights.pt"
+    torch.save({"model": state_dict_for(model, layout)}, file)
+    drawn = []
+    bias_figure = picture.bias_figure
+    monkeypatch.setattr(picture, "bias_figure", lambda *a: drawn.append(a) or bias_figure(*a))
+    command = [
+        "picture",
+        "--bias",
+        str(file),
+        "--block",
+        "1",
+        "1",
+        "--out",
+        str(tmp_path / "x.png"),
+    ]
+    if window:
+        with pytest.raises(SystemExit):
+            main(command)
+        assert "does not tell the window of its bias" in capsys.readouterr().err
+        command += ["--window", str(window)]
+    assert main(command) == 0
+    attention = model.layers[1].blocks[1].attn
+    if cls is SwinTransformer:
+        table = attention.relative_position_bias_table
+    else:
+        table = 16 * torch.sigmoid(attention.cpb_mlp(attention.relative_coords_table))
+    ((bias, title),) = drawn
+    expected = bias_from_table(table, relative_position_index((4, 4)))
+    torch.testing.assert_close(bias, expected.detach())
+    assert title == "Stage 1, block 1 of weights.pt"
+    command[command.index("--block") + 1] = "7"
+    with pytest.raises(SystemExit):
+        main(command)
+    assert "block 1 of stage 7" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("name", ["x", ".png", "x.PNG", "x.y.png"])
 def test_picture_command_writes_the_file_it_names(name, tmp_path, capsys):
     path = tmp_path / name
@@ -203,6 +263,8 @@ def test_picture_command_draws_any_number_and_minus_infinity(
         ("--shift 3", "expected 0 <= shift < window"),
         ("--window 3 3 3", "window_size"),
         ("--size 6", "--size"),
+        ("--only biases", "--only"),
+        ("--bias nowhere.pt", "nowhere.pt"),
         ("--mask-value nan", "--mask-value: expected a float32 number or -inf, got 'nan'"),
         ("--mask-value -nan", "--mask-value: expected a float32 number or -inf, got '-nan'"),
         ("--mask-value inf", "--mask-value: expected a float32 number or -inf, got 'inf'"),

@@ -73,7 +73,7 @@ def test_windows_do_not_depend_on_the_run_they_are_in(case, dtype, windows_a_pro
         torch.testing.assert_close(other.grads, results[0].grads, rtol=2e-3, atol=2e-3)
 
 
-@pytest.mark.parametrize("number", [1, 3, 4, 100])
+@pytest.mark.parametrize("number", [1, 3, 100])
 def test_tiles_do_not_depend_on_the_windows_worked_on_at_once(number, monkeypatch):
     """Every tile of every head and window has its program, also where the last ones are fewer."""
     from swin_kernels.kernels.triton import calls, plan_backward, plan_forward

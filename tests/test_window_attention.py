@@ -97,7 +97,11 @@ def test_biases_of_another_dtype_match_float64(case, dtype, backend):
 @over_dtypes
 @pytest.mark.parametrize(
     "head_dim",
-    [8, 10, 16, 24, 30, 32, 48, 64, 88, pytest.param(96, marks=pytest.mark.costly), 128],
+    [
+        *(8, 10, 16, 30, 32, 48, 64, 88, 128),
+        pytest.param(24, marks=pytest.mark.tedious),
+        pytest.param(96, marks=pytest.mark.costly),
+    ],
 )
 def test_trap_9_head_dims_match_float64(head_dim, dtype, backend):
     case = Case(1, (11, 8), (4, 4), (2, 2), head_dim=head_dim, dtype=dtype, bias="table")
@@ -124,7 +128,12 @@ WINDOWS = (
 
 @over_dtypes
 @pytest.mark.parametrize(
-    ("size", "window"), WINDOWS, ids=[str(math.prod(window)) for _, window in WINDOWS]
+    ("size", "window"),
+    [
+        pytest.param(*case, id=str(tokens), marks=[pytest.mark.tedious] if tokens == 392 else [])
+        for case in WINDOWS
+        for tokens in [math.prod(case[1])]
+    ],
 )
 def test_trap_9_windows_of_4_to_576_tokens_match_float64(size, window, dtype, backend):
     shift = tuple(w // 2 if s > w else 0 for s, w in zip(size, window))

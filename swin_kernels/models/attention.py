@@ -16,6 +16,17 @@ from swin_kernels.modules import BIAS_LIMIT, MAX_LOGIT_SCALE
 from swin_kernels.ops.window_attention import shifted_window_attention_qkvpacked
 from swin_kernels.position_bias import log_coordinates, table_length
 
+ATTENTIONS = ("fused", "reference")
+
+
+def backend_of(attention: str, backend: str | None) -> str | None:
+    """The backend that a model's `attention` and `backend` ask for."""
+    if attention not in ATTENTIONS:
+        raise ValueError(f"attention: expected one of {ATTENTIONS}, got {attention!r}")
+    if attention == "reference" and backend not in (None, "reference"):
+        raise ValueError(f'attention="reference" has no backend, got backend={backend!r}')
+    return "reference" if attention == "reference" else backend
+
 
 class _MapAttention(nn.Module):
     """What both versions share."""

@@ -1,10 +1,31 @@
-"""What surrounds attention in Swin: patch embedding, patch merging, MLP, stochastic depth."""
+"""What surrounds attention: patch embedding, patch merging, MLP, stochastic depth."""
 
 from __future__ import annotations
+
+from collections.abc import Iterable
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+
+def initialise(module: nn.Module) -> None:
+    """Linear layers as in both papers' code; for `Module.apply`."""
+    if isinstance(module, nn.Linear):
+        nn.init.trunc_normal_(module.weight, std=0.02)
+        if module.bias is not None:
+            nn.init.zeros_(module.bias)
+
+
+def run_blocks(blocks: Iterable[nn.Module], x: Tensor, checkpointing: bool) -> Tensor:
+    """x through all blocks; with `checkpointing` each is computed again in the backward."""
+    for block in blocks:
+        if checkpointing and torch.is_grad_enabled():
+            x = checkpoint(block, x, use_reentrant=False)
+        else:
+            x = block(x)
+    return x
 
 
 def pad_to_multiple(x: Tensor, of: tuple[int, int], axes: tuple[int, int]) -> Tensor:
@@ -56,14 +77,14 @@ class Mlp(nn.Module):
 class PatchEmbed(nn.Module):
     """Non-overlapping patches as tokens: a convolution whose stride is its kernel, then LayerNorm.
 
-    An image that patches do not divide is padded with zeros.
+    An image that patches do not divide is padded with zeros. ViT has no `norm`.
     """
 
-    def __init__(self, patch_size: int, in_chans: int, dim: int) -> None:
+    def __init__(self, patch_size: int, in_chans: int, dim: int, norm: bool = True) -> None:
         super().__init__()
         self.patch_size = patch_size
         self.proj = nn.Conv2d(in_chans, dim, patch_size, patch_size)
-        self.norm = nn.LayerNorm(dim)
+        self.norm = nn.LayerNorm(dim) if norm else nn.Identity()
 
     def forward(self, image: Tensor) -> Tensor:
         """(B, in_chans, height, width) -> (B, ⌈height/p⌉, ⌈width/p⌉, dim)."""

@@ -9,14 +9,17 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
-import torch
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
-from swin_kernels.models.attention import MapAttention
-from swin_kernels.models.layers import DropPath, Mlp, PatchEmbed, PatchMerging
-
-ATTENTIONS = ("fused", "reference")
+from swin_kernels.models.attention import MapAttention, backend_of
+from swin_kernels.models.layers import (
+    DropPath,
+    Mlp,
+    PatchEmbed,
+    PatchMerging,
+    initialise,
+    run_blocks,
+)
 
 
 @dataclass(frozen=True)
@@ -73,6 +76,7 @@ CONFIGS = {
     },
 }
 ModuleOfMap = Callable[[int], nn.Module]  # of a map's channels: a module from a map to such a map
+Replace = Callable[[Tensor], Tensor]  # of embedded patches (B, height, width, C), the same
 
 
 class SwinBlock(nn.Module):
@@ -120,12 +124,7 @@ class Stage(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, height, width, C) -> the same, before `downsample`."""
-        for block in self.blocks:
-            if self.checkpointing and torch.is_grad_enabled():
-                x = checkpoint(block, x, use_reentrant=False)
-            else:
-                x = block(x)
-        return x
+        return run_blocks(self.blocks, x, self.checkpointing)
 
 
 class SwinTransformer(nn.Module):
@@ -155,12 +154,8 @@ class SwinTransformer(nn.Module):
         **changes,
     ) -> None:
         super().__init__()
-        if attention not in ATTENTIONS:
-            raise ValueError(f"attention: expected one of {ATTENTIONS}, got {attention!r}")
-        if attention == "reference" and backend not in (None, "reference"):
-            raise ValueError(f'attention="reference" has no backend, got backend={backend!r}')
         self.config = config = replace(config or self.default(), **changes)
-        self.backend = "reference" if attention == "reference" else backend
+        self.backend = backend_of(attention, backend)
         self.features_only = features_only
         self.patch_embed = PatchEmbed(config.patch_size, config.in_chans, config.embed_dim)
         self.pos_drop = nn.Dropout(config.drop_rate)
@@ -188,7 +183,7 @@ class SwinTransformer(nn.Module):
                 if config.num_classes
                 else nn.Identity()
             )
-        self.apply(self._initialise)
+        self.apply(initialise)
         self.initialise_norms()
 
     @staticmethod
@@ -214,13 +209,6 @@ class SwinTransformer(nn.Module):
     def make_merging(self, dim: int) -> nn.Module:
         return PatchMerging(dim)
 
-    @staticmethod
-    def _initialise(module: nn.Module) -> None:
-        if isinstance(module, nn.Linear):
-            nn.init.trunc_normal_(module.weight, std=0.02)
-            if module.bias is not None:
-                nn.init.zeros_(module.bias)
-
     def initialise_norms(self) -> None:
         """V2 begins with branches that add nothing."""
 
@@ -230,9 +218,20 @@ class SwinTransformer(nn.Module):
             assert isinstance(stage, Stage)
             stage.checkpointing = on
 
-    def stages(self, image: Tensor) -> list[Tensor]:
-        """The map of each stage, (B, height, width, C)."""
-        x = self.pos_drop(self.patch_embed(image))
+    @property
+    def stride(self) -> int:
+        """Pixels on a side of a token of the last map."""
+        return self.config.patch_size << (len(self.config.depths) - 1)
+
+    def stages(self, image: Tensor, replace_patches: Replace | None = None) -> list[Tensor]:
+        """The map of each stage, (B, height, width, C).
+
+        `replace_patches` changes the embedded patches first: a mask token's place (SimMIM).
+        """
+        x = self.patch_embed(image)
+        if replace_patches is not None:
+            x = replace_patches(x)
+        x = self.pos_drop(x)
         maps = []
         for stage in self.layers:
             assert isinstance(stage, Stage)
@@ -242,9 +241,9 @@ class SwinTransformer(nn.Module):
                 x = stage.downsample(x)
         return maps
 
-    def forward_features(self, image: Tensor) -> Tensor:
+    def forward_map(self, image: Tensor, replace_patches: Replace | None = None) -> Tensor:
         """(B, 3, height, width) -> the last map, normalised, (B, height/32, width/32, C)."""
-        return self.norm(self.stages(image)[-1])
+        return self.norm(self.stages(image, replace_patches)[-1])
 
     def forward(self, image: Tensor) -> Tensor | list[Tensor]:
         """(B, 3, height, width) -> (B, num_classes); with features_only [(B, C, h, w), …].
@@ -254,7 +253,7 @@ class SwinTransformer(nn.Module):
         if self.features_only:
             maps = self.stages(image)
             return [n(x).permute(0, 3, 1, 2) for n, x in zip(self.out_norms, maps)]
-        return self.head(self.forward_features(image).mean((1, 2)))
+        return self.head(self.forward_map(image).mean((1, 2)))
 
 
 def swin(name: str, **options) -> SwinTransformer:

@@ -1,0 +1,281 @@
+"""Weights in and out: the Swin authors' files, and state dicts of timm, torchvision, transformers.
+
+Which of them a state dict is, its keys tell. One table, `names.pieces`, says where each of our
+tensors lies in each of them; it is read in both directions, so what came in goes out bit for bit.
+"""
+
+from __future__ import annotations
+
+import math
+import pickle
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from swin_kernels.geometry import Grid
+from swin_kernels.models.attention import MapAttention, MapAttentionV2
+from swin_kernels.models.names import Layout, found_layout, layout_for, pieces
+from swin_kernels.models.simmim import SimMIM
+from swin_kernels.models.swin import SwinTransformer
+from swin_kernels.models.swin_v2 import SwinTransformerV2
+from swin_kernels.models.vit import VisionTransformer, resize_positions
+from swin_kernels.position_bias import relative_position_index, resize_table
+
+Model = SwinTransformer | VisionTransformer | SimMIM
+# made from sizes alone, so not loaded; some libraries save them
+_BUFFERS = ("relative_position_index", "relative_coords_table", "attn_mask")
+_SHOWN = 6  # keys of a kind in a message
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """What `load` did."""
+
+    layout: str  # the library whose names the checkpoint has
+    resized: tuple[str, ...]  # our tensors that were interpolated to another window or image
+    missing: tuple[str, ...]  # ours that were not taken: they stay as they were
+    unexpected: tuple[str, ...]  # keys of the checkpoint that this model has no place for
+
+
+def read(path: str | Path) -> dict[str, Tensor]:
+    """The state dict in a file of torch.save's or of safetensors; nothing in it is executed.
+
+    Of the authors' files, what is under "model"; of others also "state_dict".
+    ValueError for a file that holds no state dict.
+    """
+    path = Path(path)
+    if path.suffix == ".safetensors":
+        from safetensors.torch import load_file
+
+        return load_file(path)
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except (RuntimeError, EOFError, pickle.UnpicklingError) as error:
+        raise ValueError(
+            f"{path}: expected a file of torch.save's with tensors alone (what holds more, load "
+            f"yourself and pass its state dict): {error}"
+        ) from error
+    for name in ("model", "state_dict"):
+        if isinstance(content, Mapping) and isinstance(content.get(name), Mapping):
+            content = content[name]
+    return _checked(content, str(path))
+
+
+def _checked(state: object, of: str) -> dict[str, Tensor]:
+    if not isinstance(state, Mapping) or not all(isinstance(t, Tensor) for t in state.values()):
+        raise ValueError(f"{of}: expected a state dict, names with tensors, got {_kind(state)}")
+    return dict(state)
+
+
+def _kind(content: object) -> str:
+    if isinstance(content, Mapping):
+        other = next(k for k, v in content.items() if not isinstance(v, Tensor))
+        return f"a {type(content[other]).__name__} under {other!r}"
+    return f"a {type(content).__name__}"
+
+
+def _encoder(model: Model) -> SwinTransformer | VisionTransformer:
+    return model.encoder if isinstance(model, SimMIM) else model
+
+
+def _family(model: Model) -> str:
+    encoder = _encoder(model)
+    if isinstance(encoder, VisionTransformer):
+        return "vit"
+    return "swinv2" if isinstance(encoder, SwinTransformerV2) else "swin"
+
+
+@dataclass
+class _Reading:
+    """A checkpoint while it is taken apart for one model; the model changes only at the end."""
+
+    model: Model
+    state: dict[str, Tensor]
+    layout: Layout
+    used: set[str] = field(default_factory=set)
+    resized: list[str] = field(default_factory=list)
+    wrong: list[str] = field(default_factory=list)
+
+    def tensor(self, name: str) -> Tensor | None:
+        """Ours by this name, None where any part of it is missing."""
+        parts = []
+        for piece in pieces(name, self.layout):
+            if piece.name not in self.state:
+                return None
+            self.used.add(piece.name)
+            whole = self.state[piece.name]
+            parts.append(whole if piece.third is None else whole.chunk(3)[piece.third])
+        return torch.cat(parts) if len(parts) > 1 else parts[0]
+
+    def fitted(self, name: str, tensor: Tensor, own: Tensor) -> Tensor:
+        """`tensor` in the shape of `own`: resized if it is a table of another window."""
+        if tensor.shape == own.shape:
+            return tensor
+        try:
+            moved = self._resized(name, tensor)
+        except ValueError as error:
+            self.wrong.append(f"{name}: {error}")
+            return own
+        if moved is None or moved.shape != own.shape:
+            self.wrong.append(f"{name}: expected {tuple(own.shape)}, got {tuple(tensor.shape)}")
+            return own
+        self.resized.append(name)
+        return moved
+
+    def _resized(self, name: str, tensor: Tensor) -> Tensor | None:
+        encoder = _encoder(self.model)
+        if name.endswith("relative_position_bias_table") and tensor.ndim == 2:
+            side = (math.isqrt(tensor.shape[0]) + 1) // 2
+            attention = self.model.get_submodule(name.rpartition(".")[0])
+            assert isinstance(attention, MapAttention)
+            return resize_table(tensor, (side, side), attention.window_size)
+        if name.endswith("pos_embed") and isinstance(encoder, VisionTransformer):
+            config = encoder.config
+            return resize_positions(tensor, config.tokens, (config.grid, config.grid))
+        return None
+
+    def check_coordinates(self) -> None:
+        """The continuous bias of V2 must be asked where it was trained, if the file tells."""
+        for name, module in self.model.named_modules():
+            if not isinstance(module, MapAttentionV2):
+                continue
+            (piece,) = pieces(f"{name}.relative_coords_table", self.layout)
+            theirs = self.state.get(piece.name)
+            if theirs is None:
+                continue
+            theirs = theirs.reshape(-1, theirs.shape[-1])
+            ours = module.relative_coords_table
+            # the smallest step from 0 tells the window that coordinates are divided by
+            steps = [t[t > 0].min() if (t > 0).any() else t.sum() for t in (theirs, ours)]
+            if not torch.isclose(steps[0].float(), steps[1].float().to(steps[0].device)):
+                window = round(8 / (8 ** float(steps[0]) - 1)) + 1
+                self.wrong.append(
+                    f"{name}: its position bias was trained on windows of {window}: give "
+                    "pretrained_window_sizes, one for each stage, to the model"
+                )
+
+
+def load(
+    model: Model,
+    source: str | Path | Mapping[str, Tensor],
+    *,
+    head: bool = True,
+    strict: bool = True,
+) -> Loaded:
+    """Weights into `model`, from a file or a state dict of any library named above.
+
+    A position bias table of another window, and ViT's position embedding of another image, are
+    resized by bicubic interpolation. Into an encoder, that of a SimMIM checkpoint is taken; into a
+    model with `features_only`, the norm and the head of a classifier are left out.
+
+    Args:
+        head: False leaves the model's own head as it is (another number of classes).
+        strict: False takes what fits by name, and tells the rest in what it returns.
+
+    Raises:
+        ValueError: keys of no library that is known; keys missing or unexpected; shapes that do
+            not fit. The model is unchanged then.
+    """
+    state = read(source) if isinstance(source, (str, Path)) else _checked(source, "source")
+    reading = _Reading(model, state, found_layout(state))
+    taken: dict[str, Tensor] = {}
+    missing = []
+    for name, tensor in model.state_dict().items():
+        if (not head and name.startswith("head")) or (found := reading.tensor(name)) is None:
+            missing.append(name)
+        else:
+            taken[name] = reading.fitted(name, found, tensor)
+    reading.check_coordinates()
+    left = [name for name in state if name not in reading.used and not name.endswith(_BUFFERS)]
+    allowed = _may_lack(model, head), _may_hold(model, reading.layout, head)
+    _raise_for(
+        reading,
+        [name for name in missing if not name.startswith(allowed[0])] if strict else [],
+        [name for name in left if not name.startswith(allowed[1])] if strict else [],
+    )
+    model.load_state_dict(taken, strict=False)
+    return Loaded(reading.layout.name, tuple(reading.resized), tuple(missing), tuple(left))
+
+
+def _may_lack(model: Model, head: bool) -> tuple[str, ...]:
+    """Beginnings of our names that need not be in a checkpoint."""
+    names = () if head else ("head",)
+    return (*names, "out_norms.") if getattr(model, "features_only", False) else names
+
+
+def _may_hold(model: Model, layout: Layout, head: bool) -> tuple[str, ...]:
+    """Their names for which a backbone, or an encoder, has no place."""
+    layers = [] if isinstance(model, SimMIM) else ["decoder.0"]
+    if not head or not hasattr(model, "head") or isinstance(model.head, nn.Identity):
+        layers.append("head")
+    if getattr(model, "features_only", False):
+        layers.append("norm")
+    names = [f"{layer}.{kind}" for layer in layers for kind in ("weight", "bias")] + ["mask_token"]
+    return tuple(piece.name for name in names for piece in pieces(name, layout))
+
+
+def _raise_for(reading: _Reading, missing: list[str], unexpected: list[str]) -> None:
+    complaints = list(reading.wrong[:_SHOWN])
+    for what, names in (("missing", missing), ("unexpected", unexpected)):
+        if names:
+            more = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
+            complaints.append(f"{what}: {', '.join(names[:_SHOWN])}{more}")
+    if any(name.startswith("head") for name in missing) or any("head." in w for w in reading.wrong):
+        complaints.append("head=False keeps the model's own head")
+    if complaints:
+        raise ValueError(
+            f"the checkpoint, by its keys one of {reading.layout.name}, does not fit "
+            f"{type(reading.model).__name__}: " + "; ".join(complaints)
+        )
+
+
+def state_dict_for(model: Model, layout: str) -> dict[str, Tensor]:
+    """The weights of `model` under the names of `layout`, with the buffers that it saves.
+
+    Raises:
+        ValueError: a layout that is not known, or not for models of this kind.
+    """
+    target = layout_for(layout, _family(model), isinstance(model, SimMIM))
+    state: dict[str, Tensor] = {}
+    for name, tensor in model.state_dict().items():
+        parts = pieces(name, target)
+        for piece, part in zip(parts, tensor.chunk(len(parts))):
+            if piece.third is None:
+                state[piece.name] = part.clone()
+            else:  # keys of V2 have no bias; where there is room for one, it is 0
+                whole = state.setdefault(piece.name, part.new_zeros(3 * part.shape[0]))
+                whole.chunk(3)[piece.third].copy_(part)
+    state.update(_buffers(model, target))
+    return state
+
+
+def _buffers(model: Model, layout: Layout) -> dict[str, Tensor]:
+    """What a library keeps in its files though it follows from the sizes."""
+    state = {}
+    for name, module in model.named_modules():
+        if not isinstance(module, (MapAttention, MapAttentionV2)):
+            continue
+        window = module.window_size
+        found = {"attn.relative_position_index": relative_position_index(window)}
+        if isinstance(module, MapAttentionV2):
+            sides = [2 * w - 1 for w in window]
+            found["attn.relative_coords_table"] = module.relative_coords_table.view(1, *sides, 2)
+        if any(module.shift_size):
+            encoder = _encoder(model)
+            assert isinstance(encoder, SwinTransformer)
+            stage = int(name.removeprefix("encoder.").split(".")[1])
+            side = encoder.config.map_size(stage)
+            if side > window[0]:
+                padded = -(-side // window[0]) * window[0]
+                grid = Grid.checked((padded, padded), window, module.shift_size)
+                found["attn_mask"] = grid.shift_mask(dtype=torch.float32)
+        block = name.removesuffix("attn")
+        for buffer, tensor in found.items():
+            if buffer in layout.buffers:
+                (piece,) = pieces(block + buffer, layout)
+                flat = layout.buffers[buffer] == "flat"
+                state[piece.name] = tensor.flatten() if flat else tensor
+    return state

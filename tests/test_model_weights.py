@@ -1,0 +1,414 @@
+"""Our models with the weights of timm's, torchvision's and transformers': their logits and
+gradients, their names in and out.
+"""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from swin_kernels.models import (
+    SimMIM,
+    SwinTransformer,
+    SwinTransformerV2,
+    VisionTransformer,
+    load,
+    read,
+    state_dict_for,
+)
+from swin_kernels.models.simmim import random_masks
+
+timm = pytest.importorskip("timm", reason="what models are compared with")
+torchvision = pytest.importorskip("torchvision", reason="what models are compared with")
+transformers = pytest.importorskip("transformers", reason="what models are compared with")
+
+from patch_models import Outcome, assert_outcomes_no_worse, stirred, train_step
+from timm.models.deit import VisionTransformerDistilled
+from torchvision.models import swin_transformer as tv
+
+SMALL = {"embed_dim": 16, "depths": (2, 2), "num_heads": (1, 2), "num_classes": 10}
+VIT = {"patch_size": 8, "embed_dim": 32, "depth": 2, "num_heads": 2, "num_classes": 10}
+WINDOW = {SwinTransformer: 7, SwinTransformerV2: 8}
+
+
+class Logits(nn.Module):
+    """A model of transformers' that returns what others do; its names stay its own."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, image: Tensor) -> Tensor:
+        return self.model(image).logits
+
+    def state_dict(self, *args, **kwargs):
+        return self.model.state_dict(*args, **kwargs)
+
+    def load_state_dict(self, state, *args, **kwargs):
+        return self.model.load_state_dict(state, *args, **kwargs)
+
+    def named_parameters(self, *args, **kwargs):
+        return self.model.named_parameters(*args, **kwargs)
+
+
+def timm_swin(size: int) -> nn.Module:
+    return timm.models.swin_transformer.SwinTransformer(img_size=size, window_size=7, **SMALL)
+
+
+def timm_swinv2(size: int) -> nn.Module:
+    return timm.models.swin_transformer_v2.SwinTransformerV2(img_size=size, window_size=8, **SMALL)
+
+
+def timm_vit(size: int) -> nn.Module:
+    return timm.models.VisionTransformer(img_size=32, dynamic_img_size=True, **VIT)
+
+
+def timm_deit(size: int) -> nn.Module:
+    return VisionTransformerDistilled(img_size=32, dynamic_img_size=True, **VIT)
+
+
+def timm_vit_with_pre_logits(size: int) -> nn.Module:
+    """timm's own has had none since 0.9: its place is where the pooled token is normalised."""
+    model = timm_vit(size)
+    model.pre_logits = nn.Sequential()
+    model.pre_logits.fc = nn.Linear(32, 32)
+    model.fc_norm = Tanh([model.pre_logits])
+    return model
+
+
+class Tanh(nn.Module):
+    def __init__(self, of: list[nn.Module]) -> None:  # a list: no second name for its parameters
+        super().__init__()
+        self.of = of
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.tanh(self.of[0](x))
+
+
+def torchvision_swin(size: int, **options) -> nn.Module:
+    window = [8, 8] if options else [7, 7]
+    return tv.SwinTransformer(
+        patch_size=[4, 4],
+        embed_dim=16,
+        depths=[2, 2],
+        num_heads=[1, 2],
+        window_size=window,
+        stochastic_depth_prob=0.0,
+        num_classes=10,
+        **options,
+    )
+
+
+def torchvision_swinv2(size: int) -> nn.Module:
+    return torchvision_swin(
+        size, block=tv.SwinTransformerBlockV2, downsample_layer=tv.PatchMergingV2
+    )
+
+
+def _config(cls: type, size: int, window: int):
+    return cls(
+        image_size=size,
+        embed_dim=16,
+        depths=[2, 2],
+        num_heads=[1, 2],
+        window_size=window,
+        num_labels=10,
+        drop_path_rate=0.0,
+        encoder_stride=8,
+    )
+
+
+def transformers_swin(size: int) -> nn.Module:
+    config = _config(transformers.SwinConfig, size, 7)
+    return Logits(transformers.SwinForImageClassification(config))
+
+
+def transformers_swinv2(size: int) -> nn.Module:
+    config = _config(transformers.Swinv2Config, size, 8)
+    return Logits(transformers.Swinv2ForImageClassification(config))
+
+
+# whose, ours, the names that its state dict has
+MODELS = {
+    timm_swin: (SwinTransformer, "timm"),
+    timm_swinv2: (SwinTransformerV2, "timm"),
+    timm_vit: (VisionTransformer, "timm"),
+    timm_deit: (VisionTransformer, "timm"),
+    timm_vit_with_pre_logits: (VisionTransformer, "timm"),
+    torchvision_swin: (SwinTransformer, "torchvision"),
+    torchvision_swinv2: (SwinTransformerV2, "torchvision"),
+    transformers_swin: (SwinTransformer, "transformers"),
+    transformers_swinv2: (SwinTransformerV2, "transformers-old"),
+}
+over_models = pytest.mark.parametrize("make", MODELS, ids=lambda make: make.__name__)
+
+
+def made(make, scale: int) -> tuple[nn.Module, nn.Module, int]:
+    """Theirs for an image of `scale` times the native size, ours for the native one; the size."""
+    cls = MODELS[make][0]
+    native = 8 * WINDOW[cls] if cls in WINDOW else 32
+    torch.manual_seed(0)
+    theirs = stirred(make(scale * native)).eval()
+    for module in theirs.modules():  # torchvision and the authors keep a bias of keys at 0
+        if isinstance(module, tv.ShiftedWindowAttentionV2):
+            module.qkv.bias.data.chunk(3)[1].zero_()
+    if cls in WINDOW:
+        ours = cls(img_size=native, window_size=WINDOW[cls], drop_path_rate=0.0, **SMALL)
+    else:
+        ours = cls(
+            img_size=32,
+            distilled=make is timm_deit,
+            representation_size=32 if make is timm_vit_with_pre_logits else 0,
+            **VIT,
+        )
+    return theirs, ours.eval(), scale * native
+
+
+def renamed(ours: nn.Module, outcome: Outcome) -> Outcome:
+    """Gradients under our names."""
+    like = copy.deepcopy(ours).to(outcome.out.dtype)
+    load(like, {n: g for n, g in outcome.grads.items() if n != "input"})
+    grads = {n: p.detach() for n, p in like.named_parameters()}
+    return Outcome(outcome.out, grads | {"input": outcome.grads["input"]})
+
+
+@pytest.mark.parametrize("scale", [1, 2], ids=["native", "twice"])
+@over_models
+def test_logits_and_gradients_are_theirs(make, scale, cpu_kernels):
+    theirs, ours, size = made(make, scale)
+    loaded = load(ours, theirs.state_dict())
+    assert (loaded.layout, loaded.resized, loaded.missing) == (MODELS[make][1], (), ())
+    images = [torch.randn(2, 3, size, size) for _ in range(2)]
+    found = [train_step(ours, x) for x in images]
+    eager = [renamed(ours, train_step(theirs, x)) for x in images]
+    theirs.double()
+    exact = [renamed(ours, train_step(theirs, x.double())) for x in images]
+    assert_outcomes_no_worse(found, eager, exact)
+
+
+@over_models
+def test_what_came_in_goes_out_bit_for_bit(make):
+    theirs, ours, _ = made(make, 1)
+    before = theirs.state_dict()
+    load(ours, before)
+    after = state_dict_for(ours, MODELS[make][1])
+    assert after.keys() == before.keys()
+    for name, tensor in before.items():
+        assert torch.equal(after[name], tensor), name
+    theirs.load_state_dict(after)
+
+
+@over_models
+def test_wrapped_models_are_found(make):
+    theirs, ours, _ = made(make, 1)
+    state = {f"module.{name}": t for name, t in theirs.state_dict().items()}
+    assert load(ours, state).unexpected == ()
+    found = state_dict_for(ours, MODELS[make][1])
+    assert all(torch.equal(found[n], t) for n, t in theirs.state_dict().items())
+
+
+def swin_with(window: int = 7, **changes) -> SwinTransformer:
+    torch.manual_seed(0)
+    return stirred(SwinTransformer(img_size=56, window_size=window, **(SMALL | changes)))
+
+
+@pytest.mark.parametrize("cls", [SwinTransformer, SwinTransformerV2])
+def test_the_authors_names_and_buffers(cls):
+    ours = cls(img_size=64, window_size=8, **SMALL)
+    state = state_dict_for(ours, "authors")
+    theirs = timm_swin(56) if cls is SwinTransformer else timm_swinv2(64)
+    if cls is SwinTransformerV2:  # of the same window, and so of the same buffers
+        blocks = [(n, m) for n, m in theirs.named_modules() if hasattr(m, "attn_mask")]
+        for name, block in blocks:
+            key = f"{name}.attn_mask"
+            assert (block.attn_mask is None) == (key not in state)
+            if key in state:
+                assert torch.equal(block.attn_mask, state[key])
+            attn = block.attn
+            index = state[f"{name}.attn.relative_position_index"]
+            assert torch.equal(attn.relative_position_index, index)
+            coordinates = state[f"{name}.attn.relative_coords_table"]
+            assert torch.equal(attn.relative_coords_table.reshape(coordinates.shape), coordinates)
+    again = cls(img_size=64, window_size=8, **SMALL)
+    loaded = load(again, {"model." + n: t for n, t in state.items()})
+    assert loaded.layout == "authors"
+    assert all(torch.equal(t, again.state_dict()[n]) for n, t in ours.state_dict().items())
+
+
+def test_transformers_names_before_version_5():
+    ours = swin_with()
+    state = state_dict_for(ours, "transformers-old")
+    assert "swin.encoder.layers.0.blocks.1.attention.self.query.weight" in state
+    assert "swin.encoder.layers.0.blocks.1.intermediate.dense.bias" in state
+    # transformers renames them itself when it loads a file
+    theirs = transformers_swin(56)
+    assert len(state) == len(theirs.state_dict())
+    again = swin_with(embed_dim=16)
+    assert load(again, state).layout == "transformers-old"
+    assert all(torch.equal(t, again.state_dict()[n]) for n, t in ours.state_dict().items())
+
+
+def test_transformers_loads_the_old_names_that_we_write(tmp_path):
+    ours = swin_with()
+    config = _config(transformers.SwinConfig, 56, 7)
+    model = transformers.SwinForImageClassification(config)
+    model.save_pretrained(tmp_path)
+    (tmp_path / "model.safetensors").unlink()
+    torch.save(state_dict_for(ours, "transformers-old"), tmp_path / "pytorch_model.bin")
+    theirs = transformers.SwinForImageClassification.from_pretrained(tmp_path)
+    for name, tensor in state_dict_for(ours, "transformers").items():
+        assert torch.equal(theirs.state_dict()[name], tensor), name
+
+
+@pytest.mark.parametrize("make", [transformers_swin, transformers_swinv2])
+def test_simmim_is_transformers(make, cpu_kernels):
+    theirs, ours, size = made(make, 1)
+    kind = {
+        transformers_swin: transformers.SwinForMaskedImageModeling,
+        transformers_swinv2: transformers.Swinv2ForMaskedImageModeling,
+    }[make]
+    torch.manual_seed(1)
+    theirs = stirred(kind(theirs.model.config)).eval()
+    cls = type(ours)
+    changes = SMALL | {"num_classes": 0}
+    encoder = cls(img_size=size, window_size=WINDOW[cls], drop_path_rate=0.0, **changes)
+    ours = SimMIM(encoder, mask_patch_size=8).eval()
+    loaded = load(ours, theirs.state_dict())
+    assert loaded.missing == ()
+    image = torch.randn(2, 3, size, size)
+    mask = random_masks(2, (size // 8, size // 8))
+    patches = mask.repeat_interleave(2, 1).repeat_interleave(2, 2).flatten(1)
+    out = theirs(image, bool_masked_pos=patches)
+    torch.testing.assert_close(ours(image, mask), out.loss, rtol=1e-5, atol=0)  # it adds 1e-5
+    torch.testing.assert_close(ours.reconstruct(image, mask), out.reconstruction)
+    layout = "transformers" if make is transformers_swin else "transformers-old"
+    back = state_dict_for(ours, layout)
+    assert all(torch.equal(back[n], t) for n, t in theirs.state_dict().items())
+
+
+def test_a_pretrained_encoder_goes_into_a_classifier_and_a_backbone():
+    pretrained = SimMIM(swin_with(num_classes=0), mask_patch_size=8)
+    for state in (pretrained.state_dict(), state_dict_for(pretrained, "authors")):
+        classifier, backbone = swin_with(), swin_with(features_only=True)
+        loaded = load(classifier, state, head=False)
+        assert {"mask_token", "decoder.0.weight"} <= {
+            n.removeprefix("encoder.") for n in loaded.unexpected
+        }
+        load(backbone, state)
+        for name, tensor in pretrained.encoder.state_dict().items():
+            assert torch.equal(classifier.state_dict()[name], tensor)
+            if not name.startswith("norm."):
+                assert torch.equal(backbone.state_dict()[name], tensor)
+
+
+def test_a_backbone_of_transformers_is_ours():
+    config = _config(transformers.SwinConfig, 56, 7)
+    config.out_features = ["stage1", "stage2"]
+    theirs = stirred(transformers.SwinBackbone(config)).eval()
+    ours = swin_with(features_only=True).eval()
+    loaded = load(ours, theirs.state_dict())
+    assert loaded.missing == ()
+    image = torch.randn(1, 3, 112, 112)  # at 56 theirs shifts where one window covers the map
+    for found, expected in zip(ours(image), theirs(image).feature_maps):
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_a_bias_table_is_resized_to_the_models_window():
+    from swin_kernels.position_bias import resize_table
+
+    small, large = swin_with(7), SwinTransformer(img_size=96, window_size=12, **SMALL)
+    loaded = load(large, small.state_dict())
+    tables = [n for n in small.state_dict() if n.endswith("bias_table")]
+    assert sorted(loaded.resized) == sorted(tables)
+    for name in tables:
+        expected = resize_table(small.state_dict()[name], (7, 7), (12, 12))
+        assert torch.equal(large.state_dict()[name], expected)
+
+
+def test_a_position_embedding_is_resized_to_the_models_image():
+    small, large = VisionTransformer(img_size=32, **VIT), VisionTransformer(img_size=48, **VIT)
+    assert load(large, small.state_dict()).resized == ("pos_embed",)
+    theirs = timm.layers.resample_abs_pos_embed(small.pos_embed, (6, 6), num_prefix_tokens=1)
+    torch.testing.assert_close(large.pos_embed, theirs)
+
+
+def test_coordinates_of_another_pretraining_window_are_asked_for():
+    trained = SwinTransformerV2(img_size=64, window_size=8, **SMALL)
+    state = state_dict_for(trained, "authors")
+    with pytest.raises(ValueError, match="trained on windows of 8: give pretrained_window_sizes"):
+        load(SwinTransformerV2(img_size=128, window_size=16, **SMALL), state)
+    load(
+        SwinTransformerV2(img_size=128, window_size=16, pretrained_window_sizes=(8, 8), **SMALL),
+        state,
+    )
+
+
+@pytest.mark.parametrize(
+    ("change", "complaint"),
+    [
+        (lambda s: s.pop("norm.weight"), r"missing: norm\.weight"),
+        (lambda s: s.update(extra=torch.zeros(1)), "unexpected: extra"),
+        (
+            lambda s: s.update({"norm.weight": torch.zeros(3)}),
+            r"norm\.weight: expected \(32,\), got",
+        ),
+        (lambda s: s.pop("head.weight"), "missing: head.weight; head=False keeps"),
+        (lambda s: s.update({"head.weight": torch.zeros(5, 32)}), "head=False keeps"),
+        (lambda s: s.update(norm=3), "expected a state dict, names with tensors, got a int under"),
+        (lambda s: s.pop("patch_embed.proj.weight"), "expected a checkpoint of Swin"),
+        (
+            lambda s: s.update(
+                {"layers.0.blocks.0.attn.relative_position_bias_table": torch.zeros(170, 1)}
+            ),
+            "resize_table",
+        ),
+    ],
+)
+def test_what_does_not_fit_is_named_and_nothing_is_changed(change, complaint):
+    model = swin_with()
+    before = copy.deepcopy(model.state_dict())
+    state = {name: t + 1 for name, t in before.items()}
+    change(state)
+    with pytest.raises(ValueError, match=complaint):
+        load(model, state)
+    assert all(torch.equal(t, before[n]) for n, t in model.state_dict().items())
+
+
+def test_strict_off_takes_what_fits():
+    model = swin_with()
+    state = dict(model.state_dict(), extra=torch.zeros(1))
+    del state["norm.bias"]
+    loaded = load(model, state, strict=False)
+    assert (loaded.missing, loaded.unexpected) == (("norm.bias",), ("extra",))
+
+
+def test_files_are_read(tmp_path):
+    from safetensors.torch import save_file
+
+    model = swin_with()
+    torch.save({"model": model.state_dict(), "epoch": 3}, tmp_path / "authors.pth")
+    save_file(model.state_dict(), tmp_path / "plain.safetensors")
+    for name in ("authors.pth", "plain.safetensors"):
+        state = read(tmp_path / name)
+        assert all(torch.equal(t, state[n]) for n, t in model.state_dict().items())
+        load(swin_with(), str(tmp_path / name))
+    (tmp_path / "text.pth").write_text("no checkpoint")
+    torch.save([1, 2], tmp_path / "list.pth")
+    for name in ("text.pth", "list.pth"):
+        with pytest.raises(ValueError, match=f"{name}: expected a"):
+            read(tmp_path / name)
+
+
+@pytest.mark.parametrize(
+    ("model", "layout"),
+    [
+        (swin_with, "mmdet"),
+        (lambda: VisionTransformer(img_size=32, **VIT), "torchvision"),
+    ],
+)
+def test_names_that_there_are_not(model, layout):
+    with pytest.raises(ValueError, match="layout: "):
+        state_dict_for(model(), layout)
