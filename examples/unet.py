@@ -109,7 +109,7 @@ def draw(images: Tensor, classes: Tensor, found: Tensor, path: Path) -> None:
 
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description="A U-Net on a Swin learns to tell shapes apart.")
-    add_options(parser, steps=150, batch=16, lr=2e-3)
+    add_options(parser, steps=500, batch=16, lr=2e-3)
     parser.add_argument("--size", type=int, default=96, help="pixels on a side (96)")
     options = parser.parse_args(arguments)
     checked(parser, options)

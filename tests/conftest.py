@@ -19,6 +19,7 @@ from modes import (
     INTERPRETER,
     TOO_COSTLY,
     Mode,
+    left_to_fp32,
 )
 
 import swin_kernels
@@ -131,6 +132,8 @@ def _deselected(item, mode: Mode) -> str | None:
             return reason
     parameters = item.callspec.params.values() if hasattr(item, "callspec") else ()
     dtypes = [p.dtype if isinstance(p, Case) else p for p in parameters]
+    if left_to_fp32(mode, item.name, dtypes):
+        return "fp16 is tested in every other case"
     return next((why for dtype, why in mode.lacks.items() if dtype in dtypes), None)
 
 

@@ -8,6 +8,7 @@ the Triton kernels on CPU tensors, with `--emulate-cuda` the CUDA kernels on CPU
 
 from __future__ import annotations
 
+import zlib
 from dataclasses import dataclass
 
 import torch
@@ -25,7 +26,7 @@ class Mode:
     name: str
     backends: tuple[str, ...]
     lacks: dict[torch.dtype, str]  # dtypes that are deselected, and why
-    examples: int = 60  # of a property
+    examples: int = 40  # of a property
     marks: tuple[str, ...] = ()  # of the tests that some modes alone run, those that this one runs
 
     @property
@@ -48,7 +49,7 @@ INTERPRETER = Mode(
     4,
     ("interpreted", "rehearsed"),
 )
-EMULATOR = Mode("emulator", ("cuda",), {}, 25, ("rehearsed",))
+EMULATOR = Mode("emulator", ("cuda",), {}, 20, ("rehearsed",))
 CUDA = Mode("cuda", ("triton",), _NO_FP64, marks=("gpu",))
 CUDA_CPP = Mode("cuda", ("cuda",), {}, marks=("gpu",))
 
@@ -57,6 +58,14 @@ TOO_COSTLY = {
     "costly": ((INTERPRETER, EMULATOR), "takes minutes there; what it tests, other tests do too"),
     "tedious": ((INTERPRETER,), "takes a minute there; a case much like it is tested"),
 }
+
+
+def left_to_fp32(mode: Mode, name: str, dtypes: list[torch.dtype]) -> bool:
+    """Whether a test of fp16 is deselected: under the interpreter every other one is.
+
+    There fp16 takes the same path as fp32, with operands rounded; which tests, their names decide.
+    """
+    return mode is INTERPRETER and torch.float16 in dtypes and zlib.crc32(name.encode()) % 2 == 0
 
 
 def cut(case: Case) -> Case:
