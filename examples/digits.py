@@ -19,7 +19,17 @@ from torch import Tensor, nn
 
 from examples.data import augmented, digits
 from examples.gate import ChannelGate
-from examples.training import add_options, checked, device, processes, rank, say, train
+from examples.training import (
+    add_options,
+    checked,
+    device,
+    made,
+    processes,
+    rank,
+    say,
+    train,
+    world,
+)
 from swin_kernels.models import SwinConfig, SwinTransformer, load
 
 SIZE = 32  # pixels on a side, upscaled from 8
@@ -46,7 +56,7 @@ def make_model(options: argparse.Namespace) -> SwinTransformer:
     changes = {} if options.drop_path is None else {"drop_path_rate": options.drop_path}
     model = SwinTransformer(config(options.embed_dim), before_attention=gate, **changes)
     if options.init is not None:
-        loaded = load(model, options.init, head=False, strict=gate is None)
+        loaded = load(model, options.init, head=False)
         say(f"{options.init}: {len(loaded.missing)} tensors stay as they were")
     return model
 
@@ -75,11 +85,12 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--drop-path", type=float, help="stochastic depth (0.05)")
     options = parser.parse_args(arguments)
     checked(parser, options)
-    try:
-        model = make_model(options)
-    except (ValueError, OSError) as error:
-        parser.error(" ".join(str(error).split()))
+    if options.gate and world() > 1:
+        parser.error("--gate: its batch norm sees the part of one process: start one process")
     (images, labels), test = digits(SIZE, getattr(torch, options.dtype))
+    if options.batch > len(images):
+        parser.error(f"--batch: expected at most the {len(images)} images, got {options.batch}")
+    model = made(parser, make_model, options)
 
     def batch_at(step: int) -> tuple[Tensor, Tensor]:
         generator = torch.Generator().manual_seed(options.seed * options.steps + step)

@@ -2,8 +2,8 @@
 
     SwinTransformer(before_attention=ChannelGate)
 
-A module that `before_attention` makes of a block's channels gets the block's normalised map
-(B, height, width, channels) and returns what attention shall see.
+A module that `before_attention` makes of a block's channels gets the map that attention would get,
+(B, height, width, channels), normalised in Swin V1, and returns what attention shall see.
 """
 
 from __future__ import annotations

@@ -115,6 +115,8 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--size", type=int, default=128, help="pixels on a side (128)")
     options = parser.parse_args(arguments)
     checked(parser, options)
+    if options.size < 48:
+        parser.error(f"--size: expected at least 48, got {options.size}")
     if options.dtype != "float32":
         parser.error("--dtype: torchvision's detectors compute in float32")
     test = shapes(32, options.size, torch.Generator().manual_seed(10_000_000 + options.seed))

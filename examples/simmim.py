@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from examples.data import augmented, digits
 from examples.digits import SIZE, config
-from examples.training import add_options, checked, device, processes, rank, say, train
+from examples.training import add_options, checked, device, made, processes, rank, say, train
 from swin_kernels.models import SimMIM, SwinTransformer, random_masks
 
 MASK_PATCH = 8  # pixels on a side: 16 squares an image, of which 60 % are hidden
@@ -73,6 +73,9 @@ def main(arguments: list[str] | None = None) -> None:
     options = parser.parse_args(arguments)
     checked(parser, options)
     (images, _), (others, _) = digits(SIZE, getattr(torch, options.dtype))
+    if options.batch > len(images):
+        parser.error(f"--batch: expected at most the {len(images)} images, got {options.batch}")
+    model = made(parser, make_model, options)
     grid = (SIZE // MASK_PATCH, SIZE // MASK_PATCH)
 
     def batch_at(step: int) -> tuple[Tensor, Tensor]:
@@ -83,7 +86,6 @@ def main(arguments: list[str] | None = None) -> None:
 
     masks = random_masks(len(others), grid, generator=torch.Generator().manual_seed(1))
     with processes():
-        model = make_model(options)
         trained = train(model, loss_of, batch_at, options)
         error = hidden_error(trained, others, masks)
     say(f"mean error of hidden pixels of {len(others)} other digits: {error:.4f}")

@@ -16,7 +16,7 @@ import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -31,9 +31,10 @@ from torch.distributed.checkpoint.state_dict import (
 from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
+Model = TypeVar("Model")
 Batch = Sequence[Any]  # tensors and lists of one length, the batch
-# what a resumed run must have in common with the one that it goes on with
-SAME = ("steps", "batch", "lr", "weight_decay", "warmup", "seed", "dtype")
+# all other options a resumed run must have in common with the one that it goes on with
+MAY_CHANGE = ("out", "resume", "wrap", "save_every")
 NOT_DECAYED = ("relative_position_bias_table", "cpb_mlp", "logit_scale", "token", "pos_embed")
 WHOLE = StateDictOptions(full_state_dict=True, cpu_offload=True)
 
@@ -61,13 +62,30 @@ def add_options(parser: argparse.ArgumentParser, steps: int, batch: int, lr: flo
 
 def checked(parser: argparse.ArgumentParser, options: argparse.Namespace) -> None:
     """Ends the program where the loop's options do not fit each other."""
-    for name in ("steps", "batch", "save_every"):
-        if getattr(options, name) < 1:
-            parser.error(f"--{name.replace('_', '-')}: expected at least 1")
+    for least, names in ((1, ("steps", "batch", "save_every")), (0, ("warmup", "weight_decay"))):
+        for name in names:
+            if not getattr(options, name) >= least:
+                parser.error(f"{_option(name)}: expected at least {least}")
+    if not 0 < options.lr < math.inf:
+        parser.error(f"--lr: expected a number above 0, got {options.lr}")
     if options.batch % world() != 0:
         parser.error(f"--batch: expected a multiple of {world()} processes, got {options.batch}")
     if options.resume and not (options.out / "checkpoint.pt").is_file():
         parser.error(f"--resume: there is no checkpoint.pt in {options.out}")
+    if options.out.exists() and not options.out.is_dir():
+        parser.error(f"--out: expected a folder, got the file {options.out}")
+
+
+def made(parser: argparse.ArgumentParser, make: Callable[..., Model], *arguments: Any) -> Model:
+    """What `make` returns; ends the program with the reason where it cannot."""
+    try:
+        return make(*arguments)
+    except (ValueError, OSError) as error:
+        parser.error(" ".join(str(error).split()))
+
+
+def _option(name: str) -> str:
+    return f"--{name.replace('_', '-')}"
 
 
 def world() -> int:
@@ -154,12 +172,23 @@ def _save(path: Path, content: object) -> None:
         os.replace(unfinished, path)
 
 
+def _settings(options: argparse.Namespace) -> dict[str, str]:
+    """What decides the weights that a run ends with."""
+    chosen = {n: str(value) for n, value in vars(options).items() if n not in MAY_CHANGE}
+    return {"program": Path(sys.modules["__main__"].__file__ or "").stem} | chosen
+
+
 def _resumed(path: Path, model, optimizer, options: argparse.Namespace) -> list[float]:
     """The losses of the steps that are done."""
-    saved = torch.load(path, map_location="cpu", weights_only=True)
-    other = [n for n in SAME if saved["options"][n] != getattr(options, n)]
+    try:
+        saved = torch.load(path, map_location="cpu", weights_only=True)
+        before = dict(saved["settings"])
+    except Exception as error:  # of a damaged file: whatever its reader runs into
+        sys.exit(f"--resume: {path} is no checkpoint of these examples: {error}")
+    now = _settings(options)
+    other = [name for name in before.keys() | now.keys() if before.get(name) != now.get(name)]
     if other:
-        was = ", ".join(f"--{n.replace('_', '-')} {saved['options'][n]}" for n in other)
+        was = ", ".join(f"{_option(name)} {before.get(name)}" for name in sorted(other))
         sys.exit(f"--resume: the run in {path.parent} was started with {was}")
     set_state_dict(
         model,
@@ -186,6 +215,8 @@ def train(
     optimizer = _optimizer(model, options)
     path = options.out / "checkpoint.pt"
     losses = _resumed(path, model, optimizer, options) if options.resume else []
+    if rank() == 0 and not options.resume:
+        path.unlink(missing_ok=True)  # of another run
     columns = (
         TextColumn("{task.description}"),
         BarColumn(),
@@ -211,9 +242,8 @@ def train(
             bar.update(task, advance=1, loss=losses[-1])
             if (step + 1) % options.save_every == 0 and step + 1 < options.steps:
                 state = get_state_dict(model, optimizer, options=WHOLE)
-                same = {name: getattr(options, name) for name in SAME}
                 content = {"model": state[0], "optimizer": state[1]}
-                _save(path, content | {"losses": losses, "options": same})
+                _save(path, content | {"losses": losses, "settings": _settings(options)})
     _save(options.out / "model.pt", get_model_state_dict(model, options=WHOLE))
     if rank() == 0:
         _draw(losses, options.out)

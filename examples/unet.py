@@ -107,24 +107,33 @@ def draw(images: Tensor, classes: Tensor, found: Tensor, path: Path) -> None:
     figure.savefig(path)
 
 
+def make_model(options: argparse.Namespace) -> SwinUNet:
+    torch.manual_seed(options.seed)
+    backbone = SwinTransformer(
+        embed_dim=24,
+        depths=(2, 2, 2, 2),
+        num_heads=(1, 2, 4, 8),
+        img_size=options.size,
+        features_only=True,
+    )
+    return SwinUNet(backbone, CLASSES)
+
+
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description="A U-Net on a Swin learns to tell shapes apart.")
     add_options(parser, steps=500, batch=16, lr=2e-3)
     parser.add_argument("--size", type=int, default=96, help="pixels on a side (96)")
     options = parser.parse_args(arguments)
     checked(parser, options)
-    torch.manual_seed(options.seed)
-    backbone = SwinTransformer(
-        embed_dim=24, depths=(2, 2, 2, 2), num_heads=(1, 2, 4, 8), img_size=options.size,
-        features_only=True,
-    )  # fmt: skip
+    if options.size < 32:
+        parser.error(f"--size: expected at least 32, got {options.size}")
     test = pictures(48, options.size, seed=10_000_000 + options.seed)
 
     def batch_at(step: int) -> tuple[Tensor, Tensor]:
         return pictures(options.batch, options.size, options.seed * options.steps + step)
 
     with processes():
-        model: nn.Module = SwinUNet(backbone, CLASSES)
+        model: nn.Module = make_model(options)
         before = overlap(predicted(model.to(device()), test[0]), test[1])
         model = train(model, loss_of, batch_at, options)
         found = predicted(model, test[0])

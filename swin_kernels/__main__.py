@@ -70,9 +70,16 @@ def _bias_figure(options: argparse.Namespace):
     from swin_kernels.picture import bias_figure
 
     window = None if options.window is None else _two(options.window)
-    stage, block = options.block
+    stage, block = options.block or (0, 0)
     bias = learnt_bias(read(options.bias), stage, block, window)
     return bias_figure(bias, f"Stage {stage}, block {block} of {Path(options.bias).name}")
+
+
+def _without(options: argparse.Namespace, given: str, *names: str) -> None:
+    """ValueError if an option of these was given too, that would be ignored."""
+    for name in names:
+        if getattr(options, name) is not None:
+            raise ValueError(f"--{name.replace('_', '-')} has no meaning with {given}")
 
 
 def _two(values: list[int]) -> list[int]:
@@ -86,16 +93,19 @@ def _picture(options: argparse.Namespace) -> str:
     from swin_kernels.geometry import Grid
 
     if options.bias is not None:
+        _without(options, "--bias", "size", "shift", "mask_value", "only")
         figure = _bias_figure(options)
     else:
+        _without(options, "no --bias", "block")
         window = _two(options.window or [3])
-        grid = Grid.checked(options.size, window, _two(list(options.shift)))
+        grid = Grid.checked(options.size or (6, 6), window, _two(options.shift or [2]))
+        masks = [] if options.mask_value is None else [options.mask_value]
         if options.only == "regions":
             figure = picture.region_figure(grid)
         elif options.only == "masks":
-            figure = picture.mask_figure(grid, options.mask_value)
+            figure = picture.mask_figure(grid, *masks)
         else:
-            figure = picture.shift_figure(grid, options.mask_value)
+            figure = picture.shift_figure(grid, *masks)
     Path(options.out).parent.mkdir(parents=True, exist_ok=True)
     # matplotlib appends .png to a name without one, and the path returned would be wrong
     figure.savefig(options.out, format=Path(options.out).suffix[1:] or "png")
@@ -122,20 +132,16 @@ def _parser() -> argparse.ArgumentParser:
     picture = commands.add_parser(
         "picture", help="shift regions, window masks or a learnt bias as PNG or SVG"
     )
-    picture.add_argument(
-        "--size", type=int, nargs=2, default=(6, 6), help="tokens of the map (6 6)"
-    )
+    picture.add_argument("--size", type=int, nargs=2, help="tokens of the map (6 6)")
     picture.add_argument("--window", type=int, nargs="+", help="window (3)")
-    picture.add_argument("--shift", type=int, nargs="+", default=(2,), help="shift (2)")
-    picture.add_argument(
-        "--mask-value", type=_mask_value, default=-100.0, help="mask, a number or -inf (-100)"
-    )
+    picture.add_argument("--shift", type=int, nargs="+", help="shift (2)")
+    picture.add_argument("--mask-value", type=_mask_value, help="mask, a number or -inf (-100)")
     picture.add_argument("--only", choices=("regions", "masks"), help="one of the two")
     picture.add_argument(
         "--bias", metavar="CHECKPOINT", help="instead, the position bias of a block in this file"
     )
     picture.add_argument(
-        "--block", type=int, nargs=2, default=(0, 0), metavar=("STAGE", "BLOCK"), help="which (0 0)"
+        "--block", type=int, nargs=2, metavar=("STAGE", "BLOCK"), help="which (0 0)"
     )
     picture.add_argument(
         "--out",

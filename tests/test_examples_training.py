@@ -130,6 +130,12 @@ def test_examples_run_to_the_end(name, picture, arguments, tmp_path, cpu_kernels
         ("digits", ("--resume",), "--resume: there is no checkpoint.pt in"),
         ("digits", ("--init", "nowhere.pt"), "nowhere.pt"),
         ("simmim", ("--batch", 0), "--batch: expected at least 1"),
+        ("simmim", ("--batch", 2000), "--batch: expected at most the 1437 images"),
+        ("simmim", ("--embed-dim", 0), "embed_dim: expected a number of at least 1"),
+        ("digits", ("--drop-path", 1.5), "drop_path: expected a probability"),
+        ("digits", ("--lr", "nan"), "--lr: expected a number above 0"),
+        ("unet", ("--warmup", -5), "--warmup: expected at least 0"),
+        ("unet", ("--size", 8), "--size: expected at least 32"),
         ("mask_rcnn", ("--dtype", "float64"), "--dtype: torchvision's detectors"),
     ],
 )
@@ -141,9 +147,21 @@ def test_bad_input_is_one_line(name, arguments, message, tmp_path, capsys):
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_run_that_does_not_resume_forgets_the_one_before(alone, tmp_path, cpu_kernels):
+    (tmp_path / "checkpoint.pt").write_bytes((alone / "checkpoint.pt").read_bytes())
+    run_here("digits", "--steps", 2, "--batch", 4, "--embed-dim", 16, "--out", tmp_path)
+    assert not (tmp_path / "checkpoint.pt").exists()
+
+
+def test_what_is_no_checkpoint_is_one_line(tmp_path, cpu_kernels):
+    (tmp_path / "checkpoint.pt").write_text("none")
+    with pytest.raises(SystemExit, match="is no checkpoint of these examples"):
+        run_here("digits", "--steps", 2, "--out", tmp_path, "--resume")
+
+
 def test_a_run_is_not_resumed_as_another(alone, tmp_path):
     (tmp_path / "checkpoint.pt").write_bytes((alone / "checkpoint.pt").read_bytes())
-    run = started("--drop-path", 0, "--out", tmp_path, "--resume", "--lr", 0.5)
+    run = started("--drop-path", 0, "--out", tmp_path, "--resume", "--gate")
     text, _ = run.communicate(timeout=300)
     assert run.returncode == 1
-    assert "was started with --lr 0.004" in text
+    assert "was started with --gate False" in text

@@ -76,6 +76,11 @@ def test_an_image_that_squares_do_not_divide(cpu_kernels):
     assert torch.isfinite(model(image))
 
 
+def test_many_hidden_pixels_do_not_overflow_fp16(cpu_kernels):
+    image = 60 * torch.ones(8, 3, 64, 64, dtype=torch.float16)
+    assert torch.isfinite(make("v1").half()(image))
+
+
 def test_nothing_hidden_has_no_error(cpu_kernels):
     assert make("v1")(torch.randn(1, 3, 64, 64), torch.zeros(1, 4, 4, dtype=torch.bool)) == 0
 

@@ -13,7 +13,13 @@ import torch.nn.functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
 from examples.gate import ChannelGate
-from swin_kernels.models import SwinTransformer, SwinTransformerV2, swin, swin_v2
+from swin_kernels.models import (
+    SwinTransformer,
+    SwinTransformerV2,
+    SwinV2Config,
+    swin,
+    swin_v2,
+)
 
 SMALL = {"embed_dim": 16, "depths": (2, 2), "num_heads": (1, 2), "num_classes": 10}
 KINDS = {"v1": (SwinTransformer, 7), "v2": (SwinTransformerV2, 8)}
@@ -49,6 +55,10 @@ def outcome(model: torch.nn.Module, image: torch.Tensor) -> tuple[torch.Tensor, 
         (swin, "swin_base_patch4_window7_224", 87.77),
         (swin, "swin_large_patch4_window7_224", 196.53),
         (swin_v2, "swinv2_tiny_window8_256", 28.35),
+        (swin_v2, "swinv2_small_window8_256", 49.73),
+        (swin_v2, "swinv2_base_window12to16_192to256", 87.92),
+        (swin_v2, "swinv2_large_window12to24_192to384", 196.74),
+        (swin_v2, "swinv2_huge", 658),
         (swin_v2, "swinv2_giant", 3002),
     ],
 )
@@ -59,19 +69,28 @@ def test_parameters_are_as_many_as_published(make, name, millions):
 
 
 @pytest.mark.parametrize(
-    ("name", "size", "gmacs"),
+    ("make", "name", "size", "gmacs"),
     [
-        ("swin_tiny_patch4_window7_224", 224, 4.5),
-        ("swin_small_patch4_window7_224", 224, 8.7),
-        ("swin_base_patch4_window7_224", 224, 15.4),
-        ("swin_large_patch4_window7_224", 224, 34.5),
-        ("swin_base_patch4_window12_384", 384, 47.1),
+        (swin, "swin_tiny_patch4_window7_224", 224, 4.5),
+        (swin, "swin_small_patch4_window7_224", 224, 8.7),
+        (swin, "swin_base_patch4_window7_224", 224, 15.4),
+        (swin, "swin_large_patch4_window7_224", 224, 34.5),
+        (swin, "swin_base_patch4_window12_384", 384, 47.1),
+        (swin_v2, "swinv2_tiny_window8_256", 256, 5.9),
+        (swin_v2, "swinv2_small_window16_256", 256, 12.6),
+        (swin_v2, "swinv2_base_window16_256", 256, 21.8),
     ],
 )
-def test_multiplications_are_as_many_as_published(name, size, gmacs):
-    with torch.device("meta"), FlopCounterMode(display=False) as counter:
-        swin(name, attention="reference")(torch.empty(1, 3, size, size))
-    assert counter.get_total_flops() / 2e9 == pytest.approx(gmacs, rel=0.01)
+def test_multiplications_are_as_many_as_published(make, name, size, gmacs):
+    """Of an image: V2's bias network, which does not depend on it, is not counted."""
+    with torch.device("meta"):
+        model = make(name, attention="reference")
+        flops = []
+        for batch in (1, 2):
+            with FlopCounterMode(display=False) as counter:
+                model(torch.empty(batch, 3, size, size))
+            flops.append(counter.get_total_flops())
+    assert (flops[1] - flops[0]) / 2e9 == pytest.approx(gmacs, rel=0.01)
 
 
 def test_the_giant_takes_its_largest_images():
@@ -157,12 +176,45 @@ def test_a_module_of_the_users_stands_before_attention(kind, cpu_kernels):
         ({"attention": "reference", "backend": "cpu"}, "has no backend"),
         ({"depths": (2,)}, "depths and num_heads: expected one number a stage"),
         ({"num_heads": (5, 6, 12, 24)}, "num_heads: expected a divisor of the 96 channels"),
+        ({"depths": (2, 0, 6, 2)}, "depths and num_heads: expected at least 1"),
+        ({"num_classes": -1}, "num_classes: expected a number of at least 0, got -1"),
+        ({"window_size": (7, 7)}, "window_size: expected a number of at least 1"),
+        ({"pad_order": "roll"}, "pad_order: expected one of"),
+        ({"config": SwinV2Config()}, "config: expected a SwinConfig, got a SwinV2Config"),
         ({"drop_path_rate": 1.0}, "drop_path: expected a probability below 1"),
     ],
 )
 def test_sizes_that_do_not_fit_are_errors(options, complaint):
     with torch.device("meta"), pytest.raises(ValueError, match=complaint):
         SwinTransformer(**options)
+
+
+@pytest.mark.parametrize(
+    "options", [{"pretrained_window_sizes": (8,)}, {"pretrained_window_sizes": (8, 8, -1, 8)}]
+)
+def test_pretrained_windows_are_one_a_stage(options):
+    with pytest.raises(ValueError, match="pretrained_window_sizes: expected one for each of 4"):
+        SwinTransformerV2(**options)
+
+
+@pytest.mark.parametrize(
+    "image",
+    [torch.zeros(3, 8, 8), torch.zeros(1, 3, 0, 8), torch.zeros(1, 3, 8, 8, dtype=torch.uint8)],
+    ids=["3-d", "empty", "uint8"],
+)
+def test_an_image_that_is_none_is_an_error(image):
+    with pytest.raises(ValueError, match=r"image: expected \(B, 3, height, width\) of floating"):
+        small("v1")(image)
+
+
+def test_modules_of_the_users_keep_the_weights_they_came_with():
+    class Scale(torch.nn.Linear):
+        def __init__(self, channels: int) -> None:
+            super().__init__(channels, channels)
+            torch.nn.init.constant_(self.weight, 0.25)
+
+    model = small("v1", before_attention=Scale)
+    assert (model.layers[0].blocks[0].before_attention.weight == 0.25).all()
 
 
 def test_an_unknown_name_lists_the_known():

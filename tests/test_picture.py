@@ -11,6 +11,7 @@ import torch
 from swin_kernels.__main__ import main
 from swin_kernels.geometry import Grid
 from swin_kernels.models import SwinTransformer, SwinTransformerV2, state_dict_for
+from swin_kernels.models.biases import learnt_bias
 from swin_kernels.position_bias import bias_from_table, relative_position_index
 
 pytest.importorskip("matplotlib")
@@ -205,6 +206,17 @@ def test_picture_command_draws_the_bias_of_a_checkpoint(kind, tmp_path, monkeypa
     assert "block 1 of stage 7" in capsys.readouterr().err
 
 
+def test_a_table_of_no_square_window_asks_for_its_window(tmp_path):
+    name = "layers.0.blocks.0.attn.relative_position_bias_table"
+    state = {"patch_embed.proj.weight": torch.zeros(8, 3, 4, 4), name: torch.randn(7 * 13, 2)}
+    with pytest.raises(ValueError, match="table of 91 rows"):
+        learnt_bias(state, 0, 0)
+    with pytest.raises(ValueError, match="table of 91 rows"):
+        learnt_bias(state, 0, 0, (5, 5))
+    expected = bias_from_table(state[name], relative_position_index((4, 7)))
+    assert torch.equal(learnt_bias(state, 0, 0, (4, 7)), expected)
+
+
 @pytest.mark.parametrize("name", ["x", ".png", "x.PNG", "x.y.png"])
 def test_picture_command_writes_the_file_it_names(name, tmp_path, capsys):
     path = tmp_path / name
@@ -246,7 +258,7 @@ def test_picture_command_draws_any_number_and_minus_infinity(
     drawn = []
     shift_figure = picture.shift_figure
 
-    def seen(grid, mask_value):
+    def seen(grid, mask_value=None):
         drawn.append(mask_value)
         return shift_figure(grid, mask_value)
 
@@ -265,6 +277,9 @@ def test_picture_command_draws_any_number_and_minus_infinity(
         ("--size 6", "--size"),
         ("--only biases", "--only"),
         ("--bias nowhere.pt", "nowhere.pt"),
+        ("--bias nowhere.pt --size 8 8", "--size has no meaning with --bias"),
+        ("--bias nowhere.pt --mask-value 3", "--mask-value has no meaning with --bias"),
+        ("--block 0 1", "--block has no meaning with no --bias"),
         ("--mask-value nan", "--mask-value: expected a float32 number or -inf, got 'nan'"),
         ("--mask-value -nan", "--mask-value: expected a float32 number or -inf, got '-nan'"),
         ("--mask-value inf", "--mask-value: expected a float32 number or -inf, got 'inf'"),

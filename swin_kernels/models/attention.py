@@ -40,6 +40,7 @@ class _MapAttention(nn.Module):
         attn_drop: float,
         proj_drop: float,
         backend: str | None,
+        pad_order: str,
     ) -> None:
         super().__init__()
         if num_heads < 1 or dim % num_heads != 0:
@@ -52,6 +53,7 @@ class _MapAttention(nn.Module):
         self.proj = nn.Linear(dim, dim)
         self.proj_drop = nn.Dropout(proj_drop)
         self.backend = backend
+        self.pad_order = pad_order
 
     def _shift(self, x: Tensor) -> tuple[int, int]:
         """Nothing is shifted on an axis that one window covers."""
@@ -72,6 +74,7 @@ class _MapAttention(nn.Module):
             self.window_size,
             self._shift(x),
             dropout_p=self.attn_drop.p if self.attn_drop.training else 0.0,
+            pad_order=self.pad_order,
             backend=self.backend,
             **pads,
             **options,
@@ -97,8 +100,11 @@ class MapAttention(_MapAttention):
         attn_drop: float = 0.0,
         proj_drop: float = 0.0,
         backend: str | None = None,
+        pad_order: str = "pad-roll",
     ) -> None:
-        super().__init__(dim, window_size, shift_size, num_heads, attn_drop, proj_drop, backend)
+        super().__init__(
+            dim, window_size, shift_size, num_heads, attn_drop, proj_drop, backend, pad_order
+        )
         self.qkv = nn.Linear(dim, 3 * dim)
         self.relative_position_bias_table = nn.Parameter(
             torch.zeros(table_length(window_size), num_heads)
@@ -129,9 +135,12 @@ class MapAttentionV2(_MapAttention):
         attn_drop: float = 0.0,
         proj_drop: float = 0.0,
         backend: str | None = None,
+        pad_order: str = "pad-roll",
         pretrained_window_size: Sequence[int] = (0, 0),
     ) -> None:
-        super().__init__(dim, window_size, shift_size, num_heads, attn_drop, proj_drop, backend)
+        super().__init__(
+            dim, window_size, shift_size, num_heads, attn_drop, proj_drop, backend, pad_order
+        )
         self.qkv = nn.Linear(dim, 3 * dim, bias=False)
         self.q_bias = nn.Parameter(torch.zeros(dim))
         self.v_bias = nn.Parameter(torch.zeros(dim))
@@ -139,8 +148,12 @@ class MapAttentionV2(_MapAttention):
         self.cpb_mlp = nn.Sequential(
             nn.Linear(2, 512), nn.ReLU(), nn.Linear(512, num_heads, bias=False)
         )
-        coordinates = log_coordinates(window_size, pretrained_window_size)
-        self.register_buffer("relative_coords_table", coordinates.flatten(0, 1), persistent=False)
+        self.pretrained_window_size = tuple(pretrained_window_size)
+        self.register_buffer("relative_coords_table", self.coordinates(), persistent=False)
+
+    def coordinates(self) -> Tensor:
+        """(T, 2) fp32: what the bias network is asked, `relative_coords_table` as it is made."""
+        return log_coordinates(self.window_size, self.pretrained_window_size).flatten(0, 1)
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, height, width, dim) -> the same."""

@@ -11,7 +11,12 @@ from torch import Tensor
 
 from swin_kernels.models.names import found_layout, pieces
 from swin_kernels.modules import BIAS_LIMIT
-from swin_kernels.position_bias import bias_from_table, log_coordinates, relative_position_index
+from swin_kernels.position_bias import (
+    bias_from_table,
+    log_coordinates,
+    relative_position_index,
+    table_length,
+)
 
 
 def learnt_bias(
@@ -19,8 +24,8 @@ def learnt_bias(
 ) -> Tensor:
     """(H, N, N): what a block adds to its logits.
 
-    A table (V1) tells its window. V2's network is asked at the coordinates that the checkpoint
-    holds, or else, trained on that window, at those of `window`.
+    A table (V1) tells its window where that is square. V2's network is asked at the coordinates
+    that the checkpoint holds, or else, trained on that window, at those of `window`.
 
     ValueError: no such block, or a window that nothing tells.
     """
@@ -41,7 +46,7 @@ def learnt_bias(
             )
         coordinates = tensor("relative_coords_table")
         if coordinates is None:
-            if window is None or len(window) != 2:
+            if window is None or len(window) != 2 or min(window) < 1:
                 raise ValueError(
                     "the checkpoint does not tell the window of its bias: expected one of two "
                     f"axes, got {window}"
@@ -51,8 +56,13 @@ def learnt_bias(
         table = BIAS_LIMIT * torch.sigmoid(F.linear(F.relu(F.linear(grid, hidden, bias)), last))
         if coordinates.ndim > 2:
             window = [(size + 1) // 2 for size in coordinates.shape[-3:-1]]
-    else:
+    elif window is None:
         side = (math.isqrt(len(table)) + 1) // 2
         window = (side, side)
     assert window is not None
+    if table_length(window) != len(table):
+        raise ValueError(
+            f"the bias is a table of {len(table)} rows: expected a window of two axes that has as "
+            f"many relative positions, got {tuple(window)}"
+        )
     return bias_from_table(table, relative_position_index(window))

@@ -7,7 +7,6 @@ tensors lies in each of them; it is read in both directions, so what came in goe
 from __future__ import annotations
 
 import math
-import pickle
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -47,16 +46,19 @@ def read(path: str | Path) -> dict[str, Tensor]:
     ValueError for a file that holds no state dict.
     """
     path = Path(path)
-    if path.suffix == ".safetensors":
-        from safetensors.torch import load_file
-
-        return load_file(path)
     try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
-    except (RuntimeError, EOFError, pickle.UnpicklingError) as error:
+        if path.suffix == ".safetensors":
+            from safetensors.torch import load_file
+
+            content: object = load_file(path)
+        else:
+            content = torch.load(path, map_location="cpu", weights_only=True)
+    except (ImportError, FileNotFoundError, IsADirectoryError, PermissionError):
+        raise
+    except Exception as error:  # of a damaged file: whatever its reader runs into
         raise ValueError(
-            f"{path}: expected a file of torch.save's with tensors alone (what holds more, load "
-            f"yourself and pass its state dict): {error}"
+            f"{path}: expected a file of torch.save's or of safetensors with tensors alone (what "
+            f"holds more, load yourself and pass its state dict): {type(error).__name__}: {error}"
         ) from error
     for name in ("model", "state_dict"):
         if isinstance(content, Mapping) and isinstance(content.get(name), Mapping):
@@ -88,6 +90,10 @@ def _family(model: Model) -> str:
     return "swinv2" if isinstance(encoder, SwinTransformerV2) else "swin"
 
 
+def _shapes(tensors: list[Tensor]) -> str:
+    return ", ".join(str(tuple(t.shape)) for t in tensors)
+
+
 @dataclass
 class _Reading:
     """A checkpoint while it is taken apart for one model; the model changes only at the end."""
@@ -101,14 +107,20 @@ class _Reading:
 
     def tensor(self, name: str) -> Tensor | None:
         """Ours by this name, None where any part of it is missing."""
-        parts = []
-        for piece in pieces(name, self.layout):
-            if piece.name not in self.state:
-                return None
-            self.used.add(piece.name)
-            whole = self.state[piece.name]
-            parts.append(whole if piece.third is None else whole.chunk(3)[piece.third])
-        return torch.cat(parts) if len(parts) > 1 else parts[0]
+        places = pieces(name, self.layout)
+        if not all(piece.name in self.state for piece in places):
+            return None
+        self.used.update(piece.name for piece in places)
+        wholes = [self.state[piece.name] for piece in places]
+        thirds = [piece.third for piece in places]
+        if any(t is not None and (w.ndim != 1 or len(w) % 3) for w, t in zip(wholes, thirds)):
+            self.wrong.append(f"{name}: expected three parts of {_shapes(wholes)}")
+        elif len({w.shape[1:] if w.ndim else None for w in wholes}) > 1:
+            self.wrong.append(f"{name}: expected parts of one width, got {_shapes(wholes)}")
+        else:
+            parts = [w if t is None else w.chunk(3)[t] for w, t in zip(wholes, thirds)]
+            return torch.cat(parts) if len(parts) > 1 else parts[0]
+        return None
 
     def fitted(self, name: str, tensor: Tensor, own: Tensor) -> Tensor:
         """`tensor` in the shape of `own`: resized if it is a table of another window."""
@@ -131,6 +143,8 @@ class _Reading:
             side = (math.isqrt(tensor.shape[0]) + 1) // 2
             attention = self.model.get_submodule(name.rpartition(".")[0])
             assert isinstance(attention, MapAttention)
+            if (2 * side - 1) ** 2 != len(tensor) or len(set(attention.window_size)) > 1:
+                return None  # a window that is not square is not to be guessed
             return resize_table(tensor, (side, side), attention.window_size)
         if name.endswith("pos_embed") and isinstance(encoder, VisionTransformer):
             config = encoder.config
@@ -146,16 +160,18 @@ class _Reading:
             theirs = self.state.get(piece.name)
             if theirs is None:
                 continue
-            theirs = theirs.reshape(-1, theirs.shape[-1])
-            ours = module.relative_coords_table
-            # the smallest step from 0 tells the window that coordinates are divided by
-            steps = [t[t > 0].min() if (t > 0).any() else t.sum() for t in (theirs, ours)]
-            if not torch.isclose(steps[0].float(), steps[1].float().to(steps[0].device)):
-                window = round(8 / (8 ** float(steps[0]) - 1)) + 1
+            trained, asked = map(_window_of, (theirs, module.coordinates()))
+            if trained != asked:
                 self.wrong.append(
-                    f"{name}: its position bias was trained on windows of {window}: give "
+                    f"{name}: its position bias was trained on windows of {trained}: give "
                     "pretrained_window_sizes, one for each stage, to the model"
                 )
+
+
+def _window_of(coordinates: Tensor) -> int:
+    """The window that log-spaced coordinates were divided by: their smallest step tells."""
+    above = coordinates[coordinates > 0]
+    return round(8 / (8 ** float(above.min()) - 1)) + 1 if len(above) else 1
 
 
 def load(
@@ -180,6 +196,11 @@ def load(
             not fit. The model is unchanged then.
     """
     state = read(source) if isinstance(source, (str, Path)) else _checked(source, "source")
+    if any(p.is_meta for p in model.parameters()):
+        raise ValueError(
+            "model: expected parameters with memory, got some on the meta device: "
+            "model.to_empty(device=…) first"
+        )
     reading = _Reading(model, state, found_layout(state))
     taken: dict[str, Tensor] = {}
     missing = []
@@ -197,20 +218,26 @@ def load(
         [name for name in left if not name.startswith(allowed[1])] if strict else [],
     )
     model.load_state_dict(taken, strict=False)
+    for module in model.modules():  # to_empty leaves what is not in a state dict undefined
+        if isinstance(module, MapAttentionV2):
+            module.relative_coords_table.copy_(module.coordinates())
     return Loaded(reading.layout.name, tuple(reading.resized), tuple(missing), tuple(left))
 
 
 def _may_lack(model: Model, head: bool) -> tuple[str, ...]:
     """Beginnings of our names that need not be in a checkpoint."""
-    names = () if head else ("head",)
-    return (*names, "out_norms.") if getattr(model, "features_only", False) else names
+    names = [] if head else ["head"]
+    if getattr(model, "features_only", False):
+        names.append("out_norms.")
+    names += [n for n, _ in model.named_modules() if n.endswith(".before_attention")]
+    return tuple(names)
 
 
 def _may_hold(model: Model, layout: Layout, head: bool) -> tuple[str, ...]:
     """Their names for which a backbone, or an encoder, has no place."""
     layers = [] if isinstance(model, SimMIM) else ["decoder.0"]
     if not head or not hasattr(model, "head") or isinstance(model.head, nn.Identity):
-        layers.append("head")
+        layers += ["head", "head_dist"]
     if getattr(model, "features_only", False):
         layers.append("norm")
     names = [f"{layer}.{kind}" for layer in layers for kind in ("weight", "bias")] + ["mask_token"]
@@ -242,7 +269,8 @@ def state_dict_for(model: Model, layout: str) -> dict[str, Tensor]:
     state: dict[str, Tensor] = {}
     for name, tensor in model.state_dict().items():
         parts = pieces(name, target)
-        for piece, part in zip(parts, tensor.chunk(len(parts))):
+        cut = tensor.chunk(len(parts)) if len(parts) > 1 else (tensor,)
+        for piece, part in zip(parts, cut):
             if piece.third is None:
                 state[piece.name] = part.clone()
             else:  # keys of V2 have no bias; where there is room for one, it is 0
@@ -262,7 +290,7 @@ def _buffers(model: Model, layout: Layout) -> dict[str, Tensor]:
         found = {"attn.relative_position_index": relative_position_index(window)}
         if isinstance(module, MapAttentionV2):
             sides = [2 * w - 1 for w in window]
-            found["attn.relative_coords_table"] = module.relative_coords_table.view(1, *sides, 2)
+            found["attn.relative_coords_table"] = module.coordinates().view(1, *sides, 2)
         if any(module.shift_size):
             encoder = _encoder(model)
             assert isinstance(encoder, SwinTransformer)

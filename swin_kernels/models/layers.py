@@ -10,6 +10,14 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 
+def check_least(config: object, least: float, *names: str) -> None:
+    """ValueError unless each of these fields is a number of at least `least`."""
+    for name in names:
+        value = getattr(config, name)
+        if isinstance(value, bool) or not isinstance(value, (int, float)) or not value >= least:
+            raise ValueError(f"{name}: expected a number of at least {least}, got {value!r}")
+
+
 def initialise(module: nn.Module) -> None:
     """Linear layers as in both papers' code; for `Module.apply`."""
     if isinstance(module, nn.Linear):
@@ -88,10 +96,11 @@ class PatchEmbed(nn.Module):
 
     def forward(self, image: Tensor) -> Tensor:
         """(B, in_chans, height, width) -> (B, ⌈height/p⌉, ⌈width/p⌉, dim)."""
-        if image.ndim != 4 or image.shape[1] != self.proj.in_channels:
+        fits = image.ndim == 4 and image.shape[1] == self.proj.in_channels
+        if not fits or 0 in image.shape[2:] or not image.is_floating_point():
             raise ValueError(
-                f"image: expected (B, {self.proj.in_channels}, height, width), "
-                f"got {tuple(image.shape)}"
+                f"image: expected (B, {self.proj.in_channels}, height, width) of floating point, "
+                f"got {tuple(image.shape)} of {image.dtype}"
             )
         image = pad_to_multiple(image, (self.patch_size,) * 2, (2, 3))
         return self.norm(self.proj(image).permute(0, 2, 3, 1))

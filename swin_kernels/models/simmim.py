@@ -39,7 +39,8 @@ class SimMIM(nn.Module):
     their embeddings become `mask_token` before anything is added (section 3.1 to 3.4).
 
     Args:
-        encoder: a SwinTransformer (V1 or V2) or a VisionTransformer; its own head is not used.
+        encoder: a SwinTransformer (V1 or V2) or a VisionTransformer. A head would get no gradient:
+            make it with num_classes=0.
         mask_patch_size: pixels on a side of what is hidden at once, a multiple of the patch size.
         mask_ratio: how much of an image is hidden.
 
@@ -76,6 +77,8 @@ class SimMIM(nn.Module):
 
     def grid(self, image: Tensor) -> tuple[int, int]:
         """Squares that can be hidden, on either axis of images (B, C, height, width)."""
+        if image.ndim != 4:
+            raise ValueError(f"image: expected (B, C, height, width), got {tuple(image.shape)}")
         height, width = (-(-size // self.mask_patch_size) for size in image.shape[2:])
         return height, width
 
@@ -111,4 +114,5 @@ class SimMIM(nn.Module):
         hidden = _enlarged(mask, self.mask_patch_size, (image.shape[2], image.shape[3]))[:, None]
         error = (pixels - image).abs() * hidden
         # a batch of which nothing is hidden has no error
-        return error.sum() / (hidden.sum().clamp(min=1) * image.shape[1])
+        wide = torch.promote_types(error.dtype, torch.float32)  # fp16 would overflow
+        return error.sum(dtype=wide) / (hidden.sum().clamp(min=1) * image.shape[1])

@@ -11,12 +11,14 @@ from dataclasses import dataclass, replace
 
 from torch import Tensor, nn
 
+from swin_kernels.geometry import PAD_ORDERS
 from swin_kernels.models.attention import MapAttention, backend_of
 from swin_kernels.models.layers import (
     DropPath,
     Mlp,
     PatchEmbed,
     PatchMerging,
+    check_least,
     initialise,
     run_blocks,
 )
@@ -38,6 +40,7 @@ class SwinConfig:
     drop_rate: float = 0.0
     attn_drop_rate: float = 0.0
     drop_path_rate: float = 0.1
+    pad_order: str = "pad-roll"  # "roll-pad" where windows do not divide a map and timm did it
 
     def __post_init__(self) -> None:
         if len(self.depths) != len(self.num_heads) or not self.depths:
@@ -45,9 +48,15 @@ class SwinConfig:
                 f"depths and num_heads: expected one number a stage each, got {self.depths} and "
                 f"{self.num_heads}"
             )
-        for name in ("embed_dim", "window_size", "img_size", "patch_size", "in_chans"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name}: expected at least 1, got {getattr(self, name)}")
+        if min(self.depths) < 1 or min(self.num_heads) < 1:
+            raise ValueError(
+                f"depths and num_heads: expected at least 1 a stage, got {self.depths} and "
+                f"{self.num_heads}"
+            )
+        check_least(self, 1, "embed_dim", "window_size", "img_size", "patch_size", "in_chans")
+        check_least(self, 0, "num_classes", "mlp_ratio")
+        if self.pad_order not in PAD_ORDERS:
+            raise ValueError(f"pad_order: expected one of {PAD_ORDERS}, got {self.pad_order!r}")
 
     def map_size(self, stage: int) -> int:
         """Tokens on a side of the map of a stage, at `img_size`."""
@@ -82,8 +91,10 @@ Replace = Callable[[Tensor], Tensor]  # of embedded patches (B, height, width, C
 class SwinBlock(nn.Module):
     """x + W-MSA(LN(x)), then x + MLP(LN(x)); windows are shifted in every other block (eq. 3).
 
-    `before_attention` is a module of the user's on the normalised map, or None.
+    `before_attention` is a module of the user's on what attention gets, or None.
     """
+
+    before_attention: nn.Module | None
 
     def __init__(
         self,
@@ -92,11 +103,10 @@ class SwinBlock(nn.Module):
         mlp_ratio: float,
         drop: float,
         drop_path: float,
-        before_attention: nn.Module | None = None,
     ) -> None:
         super().__init__()
         self.norm1 = nn.LayerNorm(dim)
-        self.before_attention = before_attention
+        self.before_attention = None
         self.attn = attention
         self.drop_path = DropPath(drop_path)
         self.norm2 = nn.LayerNorm(dim)
@@ -136,8 +146,8 @@ class SwinTransformer(nn.Module):
         backend: of the fused operation; None takes the first that can.
         features_only: `forward` returns the stages' maps instead of logits, each through a
             LayerNorm of its own, and there is no head.
-        before_attention: makes, of a block's channels, a module that each block applies to its
-            normalised map before attention.
+        before_attention: makes, of a block's channels, a module that each block applies to what
+            its attention gets: the normalised map in V1, the map itself in V2.
 
     Raises:
         ValueError: sizes that do not fit each other, here or in forward.
@@ -155,6 +165,10 @@ class SwinTransformer(nn.Module):
     ) -> None:
         super().__init__()
         self.config = config = replace(config or self.default(), **changes)
+        if type(config) is not type(self.default()):
+            raise ValueError(
+                f"config: expected a {type(self.default()).__name__}, got a {type(config).__name__}"
+            )
         self.backend = backend_of(attention, backend)
         self.features_only = features_only
         self.patch_embed = PatchEmbed(config.patch_size, config.in_chans, config.embed_dim)
@@ -166,8 +180,7 @@ class SwinTransformer(nn.Module):
         for i, depth in enumerate(config.depths):
             blocks = []
             for j in range(depth):
-                inner = before_attention(config.embed_dim << i) if before_attention else None
-                blocks.append(self.make_block(i, j, rates[sum(config.depths[:i]) + j], inner))
+                blocks.append(self.make_block(i, j, rates[sum(config.depths[:i]) + j]))
             downsample = self.make_merging(config.embed_dim << i) if i < last else None
             stages.append(Stage(blocks, downsample))
         self.layers = nn.ModuleList(stages)
@@ -185,12 +198,16 @@ class SwinTransformer(nn.Module):
             )
         self.apply(initialise)
         self.initialise_norms()
+        if before_attention is not None:  # after that: they have weights of their own
+            for i, stage in enumerate(stages):
+                for block in stage.blocks:
+                    block.before_attention = before_attention(config.embed_dim << i)
 
     @staticmethod
     def default() -> SwinConfig:
         return SwinConfig()
 
-    def make_block(self, stage: int, index: int, drop_path: float, inner: nn.Module | None):
+    def make_block(self, stage: int, index: int, drop_path: float) -> nn.Module:
         """Block `index` of a stage."""
         c, dim = self.config, self.config.embed_dim << stage
         window = c.window(stage)
@@ -203,8 +220,9 @@ class SwinTransformer(nn.Module):
             c.attn_drop_rate,
             c.drop_rate,
             self.backend,
+            c.pad_order,
         )
-        return SwinBlock(attention, dim, c.mlp_ratio, c.drop_rate, drop_path, inner)
+        return SwinBlock(attention, dim, c.mlp_ratio, c.drop_rate, drop_path)
 
     def make_merging(self, dim: int) -> nn.Module:
         return PatchMerging(dim)

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from torch import Tensor, nn
 
 from swin_kernels.models.attention import MapAttentionV2
-from swin_kernels.models.layers import PatchMerging
+from swin_kernels.models.layers import PatchMerging, check_least
 from swin_kernels.models.swin import SwinBlock, SwinConfig, SwinTransformer
 
 
@@ -21,6 +21,16 @@ class SwinV2Config(SwinConfig):
     img_size: int = 256
     pretrained_window_sizes: tuple[int, ...] = (0, 0, 0, 0)  # of each stage; 0: its window
     extra_norm_every: int = 0  # blocks after which the main branch is normalised; 0: never
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_least(self, 0, "extra_norm_every")
+        sizes = self.pretrained_window_sizes
+        if len(sizes) < len(self.depths) or min(sizes) < 0:
+            raise ValueError(
+                f"pretrained_window_sizes: expected one for each of {len(self.depths)} stages, or "
+                f"0, got {sizes}"
+            )
 
 
 _SIZES = {
@@ -36,10 +46,12 @@ _HUGE = {
 CONFIGS = {
     **{f"swinv2_{n}_window8_256": SwinV2Config(*s) for n, s in _SIZES.items()},
     **{f"swinv2_{n}_window16_256": SwinV2Config(*s, window_size=16) for n, s in _SIZES.items()},
+    # pretrained at 192 with windows of 12
     **{
-        f"swinv2_{n}_window12to24_384": SwinV2Config(
-            *s, window_size=24, img_size=384, pretrained_window_sizes=(12, 12, 12, 6)
+        f"swinv2_{n}_window12to{window}_192to{size}": SwinV2Config(
+            *s, window_size=window, img_size=size, pretrained_window_sizes=(12, 12, 12, 6)
         )
+        for window, size in ((16, 256), (24, 384))
         for n, s in _SIZES.items()
     },
     **{f"swinv2_{n}": SwinV2Config(*s, extra_norm_every=6) for n, s in _HUGE.items()},
@@ -69,7 +81,7 @@ class SwinTransformerV2(SwinTransformer):
     def default() -> SwinV2Config:
         return SwinV2Config()
 
-    def make_block(self, stage: int, index: int, drop_path: float, inner: nn.Module | None):
+    def make_block(self, stage: int, index: int, drop_path: float) -> nn.Module:
         c, dim = self.config, self.config.embed_dim << stage
         window = c.window(stage)
         shift = window // 2 if index % 2 else 0
@@ -82,6 +94,7 @@ class SwinTransformerV2(SwinTransformer):
             c.attn_drop_rate,
             c.drop_rate,
             self.backend,
+            c.pad_order,
             (pretrained, pretrained),
         )
         every = c.extra_norm_every
@@ -91,7 +104,6 @@ class SwinTransformerV2(SwinTransformer):
             c.mlp_ratio,
             c.drop_rate,
             drop_path,
-            inner,
             extra_norm=every > 0 and (index + 1) % every == 0,
         )
 

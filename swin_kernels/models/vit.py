@@ -13,7 +13,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from swin_kernels.models.attention import backend_of
-from swin_kernels.models.layers import DropPath, Mlp, PatchEmbed, initialise, run_blocks
+from swin_kernels.models.layers import (
+    DropPath,
+    Mlp,
+    PatchEmbed,
+    check_least,
+    initialise,
+    run_blocks,
+)
 from swin_kernels.models.swin import Replace
 from swin_kernels.ops.window_attention import shifted_window_attention_qkvpacked
 
@@ -39,6 +46,8 @@ class ViTConfig:
     drop_path_rate: float = 0.0
 
     def __post_init__(self) -> None:
+        check_least(self, 1, "patch_size", "embed_dim", "depth", "img_size", "in_chans")
+        check_least(self, 0, "num_classes", "mlp_ratio", "representation_size")
         if self.img_size % self.patch_size != 0:
             raise ValueError(
                 f"img_size: expected a multiple of the patches of {self.patch_size}, "
