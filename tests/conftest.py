@@ -19,7 +19,7 @@ from modes import (
     INTERPRETER,
     TOO_COSTLY,
     Mode,
-    left_to_fp32,
+    in_one_dtype,
 )
 
 import swin_kernels
@@ -132,8 +132,6 @@ def _deselected(item, mode: Mode) -> str | None:
             return reason
     parameters = item.callspec.params.values() if hasattr(item, "callspec") else ()
     dtypes = [p.dtype if isinstance(p, Case) else p for p in parameters]
-    if left_to_fp32(mode, item.name, dtypes):
-        return "fp16 is tested in every other case"
     return next((why for dtype, why in mode.lacks.items() if dtype in dtypes), None)
 
 
@@ -149,7 +147,8 @@ def pytest_collection_modifyitems(config, items):
             if mark not in mode.marks and item.get_closest_marker(mark):
                 item.add_marker(pytest.mark.skip(reason=reason))
     kept = [item for item in items if mode is CPU or not _deselected(item, mode)]
-    kept = kept[config.stash[PART]]
+    left_out = in_one_dtype(mode, [item.nodeid for item in kept])
+    kept = [item for item in kept if item.nodeid not in left_out][config.stash[PART]]
     if len(kept) < len(items):
         chosen = set(kept)
         config.hook.pytest_deselected(items=[item for item in items if item not in chosen])
