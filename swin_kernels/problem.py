@@ -21,17 +21,17 @@ DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 class Operands(NamedTuple):
     """The tensors of a call, in the order of every op's schema; no key and value if packed."""
 
-    query: Tensor  # (B, *S, H, D), or qkv (B, *S, 3, H, D)
-    key: Tensor | None = None  # (B, *S, H, D)
-    value: Tensor | None = None  # (B, *S, H, Dv)
-    bias: Tensor | None = None  # (H, N, N)
-    bias_table: Tensor | None = None  # (T, H)
-    bias_index: Tensor | None = None  # (N, N) int
-    mask: Tensor | None = None  # (nW, N, N)
-    pad_key: Tensor | None = None  # (H, D)
-    pad_value: Tensor | None = None  # (H, Dv)
-    logit_scale: Tensor | None = None  # (H,)
-    dropout_seed: Tensor | None = None  # (1,) int64
+    query: Tensor  #: (B, *S, H, D), or qkv (B, *S, 3, H, D)
+    key: Tensor | None = None  #: (B, *S, H, D)
+    value: Tensor | None = None  #: (B, *S, H, Dv)
+    bias: Tensor | None = None  #: (H, N, N)
+    bias_table: Tensor | None = None  #: (T, H)
+    bias_index: Tensor | None = None  #: (N, N) int
+    mask: Tensor | None = None  #: (nW, N, N)
+    pad_key: Tensor | None = None  #: (H, D)
+    pad_value: Tensor | None = None  #: (H, Dv)
+    logit_scale: Tensor | None = None  #: (H,)
+    dropout_seed: Tensor | None = None  #: (1,) int64
 
     def unpacked(self) -> tuple[Tensor, Tensor, Tensor]:
         """query, key and value as views, packed or not."""
@@ -44,13 +44,13 @@ class Operands(NamedTuple):
 class Options(NamedTuple):
     """The numbers of a call, which follow its operands in every op's schema."""
 
-    window_size: tuple[int, ...]
-    shift_size: tuple[int, ...]
-    periodic: tuple[bool, ...]
-    roll_then_pad: bool
-    mask_value: float
-    scale: float
-    dropout_p: float
+    window_size: tuple[int, ...]  #: tokens on each axis
+    shift_size: tuple[int, ...]  #: tokens on each axis, below the window
+    periodic: tuple[bool, ...]  #: on each axis, whether the map wraps round
+    roll_then_pad: bool  #: pad_order="roll-pad"
+    mask_value: float  #: added between tokens of different regions
+    scale: float  #: factor of q·k; without effect under cosine attention
+    dropout_p: float  #: probability of dropping
 
     def grid(self, size: Sequence[int]) -> Grid:
         order = "roll-pad" if self.roll_then_pad else "pad-roll"

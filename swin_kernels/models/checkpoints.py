@@ -33,17 +33,22 @@ _SHOWN = 6  # keys of a kind in a message
 class Loaded:
     """What `load` did."""
 
-    layout: str  # the library whose names the checkpoint has
-    resized: tuple[str, ...]  # our tensors that were interpolated to another window or image
-    missing: tuple[str, ...]  # ours that were not taken: they stay as they were
-    unexpected: tuple[str, ...]  # keys of the checkpoint that this model has no place for
+    layout: str  #: the library whose names the checkpoint has
+    resized: tuple[str, ...]  #: our tensors that were interpolated to another window or image
+    missing: tuple[str, ...]  #: ours that were not taken and stay as they were
+    unexpected: tuple[str, ...]  #: keys of the checkpoint that this model has no place for
 
 
 def read(path: str | Path) -> dict[str, Tensor]:
     """The state dict in a file of torch.save's or of safetensors; nothing in it is executed.
 
     Of the authors' files, what is under "model"; of others also "state_dict".
-    ValueError for a file that holds no state dict.
+
+    Args:
+        path: a file; the suffix .safetensors selects that format, which needs the package.
+
+    Raises:
+        ValueError: a file that holds no state dict, or is damaged.
     """
     path = Path(path)
     try:
@@ -181,15 +186,21 @@ def load(
     head: bool = True,
     strict: bool = True,
 ) -> Loaded:
-    """Weights into `model`, from a file or a state dict of any library named above.
+    """Weights into `model`, from a file or a state dict of the authors, timm, torchvision or
+    transformers.
 
     A position bias table of another window, and ViT's position embedding of another image, are
     resized by bicubic interpolation. Into an encoder, that of a SimMIM checkpoint is taken; into a
     model with `features_only`, the norm and the head of a classifier are left out.
 
     Args:
+        model: a SwinTransformer (V1 or V2), a VisionTransformer or a SimMIM; changed in place.
+        source: a file that `read` takes, or a state dict.
         head: False leaves the model's own head as it is (another number of classes).
         strict: False takes what fits by name, and tells the rest in what it returns.
+
+    Returns:
+        The layout found, and the tensors that were resized, missing or unexpected.
 
     Raises:
         ValueError: keys of no library that is known; keys missing or unexpected; shapes that do
@@ -261,6 +272,13 @@ def _raise_for(reading: _Reading, missing: list[str], unexpected: list[str]) -> 
 
 def state_dict_for(model: Model, layout: str) -> dict[str, Tensor]:
     """The weights of `model` under the names of `layout`, with the buffers that it saves.
+
+    Args:
+        model: a SwinTransformer (V1 or V2), a VisionTransformer or a SimMIM.
+        layout: "authors", "timm", "torchvision", "transformers" or "transformers-old".
+
+    Returns:
+        A new state dict; the tensors are copies.
 
     Raises:
         ValueError: a layout that is not known, or not for models of this kind.

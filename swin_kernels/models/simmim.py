@@ -18,7 +18,18 @@ def random_masks(
     generator: torch.Generator | None = None,
     device: torch.device | str | None = None,
 ) -> Tensor:
-    """(batch, *grid) bool: ⌈ratio·n⌉ of the n patches of each image, True where hidden (3.2)."""
+    """(batch, *grid) bool: ⌈ratio·n⌉ of the n patches of each image, True where hidden (3.2).
+
+    Args:
+        batch: images.
+        grid: patches on either axis, (height, width).
+        ratio: how much of an image is hidden, 0 to 1.
+        generator: None takes torch's default generator of `device`.
+        device: of the result; None is torch's default device.
+
+    Raises:
+        ValueError: a ratio below 0 or above 1.
+    """
     if not 0 <= ratio <= 1:
         raise ValueError(f"ratio: expected between 0 and 1, got {ratio}")
     patches = math.prod(grid)

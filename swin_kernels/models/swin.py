@@ -28,19 +28,19 @@ from swin_kernels.models.layers import (
 class SwinConfig:
     """What a Swin is made of; `window_size` and `img_size` are those of its weights."""
 
-    embed_dim: int = 96
-    depths: tuple[int, ...] = (2, 2, 6, 2)
-    num_heads: tuple[int, ...] = (3, 6, 12, 24)
-    window_size: int = 7
-    img_size: int = 224  # where a stage's map is smaller than the window, the window is that map
-    patch_size: int = 4
-    in_chans: int = 3
-    num_classes: int = 1000
-    mlp_ratio: float = 4.0
-    drop_rate: float = 0.0
-    attn_drop_rate: float = 0.0
-    drop_path_rate: float = 0.1
-    pad_order: str = "pad-roll"  # "roll-pad" where windows do not divide a map and timm did it
+    embed_dim: int = 96  #: channels of the first stage; each later stage has twice as many
+    depths: tuple[int, ...] = (2, 2, 6, 2)  #: blocks of each stage
+    num_heads: tuple[int, ...] = (3, 6, 12, 24)  #: heads of each stage
+    window_size: int = 7  #: tokens on a side of a window
+    img_size: int = 224  #: pixels on a side; a stage's map at this size bounds its window
+    patch_size: int = 4  #: pixels on a side of a patch
+    in_chans: int = 3  #: channels of the image
+    num_classes: int = 1000  #: outputs of the head, 0 for no head
+    mlp_ratio: float = 4.0  #: hidden channels of an MLP per channel of the map
+    drop_rate: float = 0.0  #: dropout of patch embeddings, projections and MLPs
+    attn_drop_rate: float = 0.0  #: dropout of attention probabilities
+    drop_path_rate: float = 0.1  #: stochastic depth of the last block, linear from 0 in the first
+    pad_order: str = "pad-roll"  #: "roll-pad" where windows do not divide a map and timm did it
 
     def __post_init__(self) -> None:
         if len(self.depths) != len(self.num_heads) or not self.depths:
@@ -148,6 +148,7 @@ class SwinTransformer(nn.Module):
             LayerNorm of its own, and there is no head.
         before_attention: makes, of a block's channels, a module that each block applies to what
             its attention gets: the normalised map in V1, the map itself in V2.
+        **changes: fields of the configuration to replace, such as num_classes=10.
 
     Raises:
         ValueError: sizes that do not fit each other, here or in forward.
@@ -275,7 +276,15 @@ class SwinTransformer(nn.Module):
 
 
 def swin(name: str, **options) -> SwinTransformer:
-    """The Swin V1 of this name in CONFIGS, with random weights; `options` as of its class."""
+    """The published Swin V1 of this name, with random weights.
+
+    Args:
+        name: such as "swin_tiny_patch4_window7_224"; all names are in docs/models.md.
+        **options: those of `SwinTransformer`, and fields of `SwinConfig` to replace.
+
+    Raises:
+        ValueError: an unknown name, with the known ones, or sizes that do not fit each other.
+    """
     if name not in CONFIGS:
         raise ValueError(f"expected one of {', '.join(CONFIGS)}, got {name!r}")
     return SwinTransformer(CONFIGS[name], **options)

@@ -15,12 +15,12 @@ from swin_kernels.models.swin import SwinBlock, SwinConfig, SwinTransformer
 
 @dataclass(frozen=True)
 class SwinV2Config(SwinConfig):
-    """As SwinConfig."""
+    """`SwinConfig`, and what Swin V2 has besides."""
 
-    window_size: int = 8
-    img_size: int = 256
-    pretrained_window_sizes: tuple[int, ...] = (0, 0, 0, 0)  # of each stage; 0: its window
-    extra_norm_every: int = 0  # blocks after which the main branch is normalised; 0: never
+    window_size: int = 8  #: tokens on a side of a window
+    img_size: int = 256  #: pixels on a side; a stage's map at this size bounds its window
+    pretrained_window_sizes: tuple[int, ...] = (0, 0, 0, 0)  #: of each stage, 0 for its window
+    extra_norm_every: int = 0  #: blocks after which the main branch is normalised, 0 for never
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -73,7 +73,10 @@ class SwinV2Block(SwinBlock):
 
 
 class SwinTransformerV2(SwinTransformer):
-    """Swin V2; arguments as of `SwinTransformer`."""
+    """Swin V2: logits of an image, or the maps of its stages.
+
+    Arguments and methods are those of `SwinTransformer`, with a `SwinV2Config`.
+    """
 
     config: SwinV2Config
 
@@ -118,7 +121,15 @@ class SwinTransformerV2(SwinTransformer):
 
 
 def swin_v2(name: str, **options) -> SwinTransformerV2:
-    """The Swin V2 of this name in CONFIGS, with random weights; `options` as of its class."""
+    """The published Swin V2 of this name, with random weights.
+
+    Args:
+        name: such as "swinv2_base_window16_256"; all names are in docs/models.md.
+        **options: those of `SwinTransformerV2`, and fields of `SwinV2Config` to replace.
+
+    Raises:
+        ValueError: an unknown name, with the known ones, or sizes that do not fit each other.
+    """
     if name not in CONFIGS:
         raise ValueError(f"expected one of {', '.join(CONFIGS)}, got {name!r}")
     return SwinTransformerV2(CONFIGS[name], **options)

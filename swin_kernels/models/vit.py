@@ -31,19 +31,19 @@ NORM_EPS = 1e-6  # the authors'; Swin's is torch's own 1e-5
 class ViTConfig:
     """What a ViT is made of; `img_size` is that of its weights' position embedding."""
 
-    patch_size: int = 16
-    embed_dim: int = 768
-    depth: int = 12
-    num_heads: int = 12
-    img_size: int = 224
-    in_chans: int = 3
-    num_classes: int = 1000
-    mlp_ratio: float = 4.0
-    representation_size: int = 0  # of the linear layer and tanh before the head; 0: none
-    distilled: bool = False  # a second token and head (Touvron et al., ICML 2021)
-    drop_rate: float = 0.0
-    attn_drop_rate: float = 0.0
-    drop_path_rate: float = 0.0
+    patch_size: int = 16  #: pixels on a side of a patch
+    embed_dim: int = 768  #: channels of a token
+    depth: int = 12  #: blocks
+    num_heads: int = 12  #: heads of each block; a divisor of embed_dim
+    img_size: int = 224  #: pixels on a side; a multiple of patch_size
+    in_chans: int = 3  #: channels of the image
+    num_classes: int = 1000  #: outputs of the head, 0 for no head
+    mlp_ratio: float = 4.0  #: hidden channels of an MLP per channel of a token
+    representation_size: int = 0  #: of the linear layer and tanh before the head, 0 for none
+    distilled: bool = False  #: a second token and head (Touvron et al., ICML 2021)
+    drop_rate: float = 0.0  #: dropout of position embeddings, projections and MLPs
+    attn_drop_rate: float = 0.0  #: dropout of attention probabilities
+    drop_path_rate: float = 0.0  #: stochastic depth of the last block, linear from 0 in the first
 
     def __post_init__(self) -> None:
         check_least(self, 1, "patch_size", "embed_dim", "depth", "img_size", "in_chans")
@@ -160,6 +160,7 @@ class VisionTransformer(nn.Module):
         config: sizes; CONFIGS holds the published ones by name.
         attention: "fused", or "reference" for the unfused path in plain PyTorch.
         backend: of the fused operation; None takes the first that can.
+        **changes: fields of the configuration to replace, such as num_classes=10.
 
     Raises:
         ValueError: sizes that do not fit each other, here or in forward.
@@ -242,7 +243,15 @@ class VisionTransformer(nn.Module):
 
 
 def vit(name: str, **options) -> VisionTransformer:
-    """The ViT of this name in CONFIGS, with random weights; `options` as of its class."""
+    """The published ViT of this name, with random weights.
+
+    Args:
+        name: such as "vit_base_patch16_224"; all names are in docs/models.md.
+        **options: those of `VisionTransformer`, and fields of `ViTConfig` to replace.
+
+    Raises:
+        ValueError: an unknown name, with the known ones, or sizes that do not fit each other.
+    """
     if name not in CONFIGS:
         raise ValueError(f"expected one of {', '.join(CONFIGS)}, got {name!r}")
     return VisionTransformer(CONFIGS[name], **options)

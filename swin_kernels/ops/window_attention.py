@@ -46,9 +46,10 @@ class _BackwardOnce(torch.autograd.Function):
 class ShiftedWindowAttentionFunction(torch.autograd.Function):
     """`apply(*Operands, *Options, backend)`: the fused forward and backward, without the checks.
 
-    The arguments are the fields of `swin_kernels.problem.Operands` and `.Options` in order, then
-    the name of a backend. Saved are the operands, and what little the backend adds (Triton's
-    kernels for large windows: the output and two numbers per row): no probabilities, no windows.
+    The arguments are the fields of `swin_kernels.problem.Operands` and
+    `swin_kernels.problem.Options` in order, then the name of a backend. Saved are the operands, and
+    what little the backend adds (Triton's kernels for large windows: the output and two numbers per
+    row): no probabilities, no windows.
     """
 
     @staticmethod
@@ -242,8 +243,20 @@ def shifted_window_attention_qkvpacked(
 ) -> Tensor:
     """`shifted_window_attention` of qkv (B, *S, 3, H, D), as one linear layer writes it.
 
-    Returns (B, *S, H, D). The gradient of qkv is written packed. All else is as in
-    `shifted_window_attention`.
+    The gradient of qkv is written packed.
+
+    Args:
+        qkv: (B, *S, 3, H, D), query, key and value in this order; any strides; S has 1, 2 or 3
+            axes. fp16, bf16, fp32 or fp64.
+
+    All other arguments are those of `shifted_window_attention`, with Dv = D.
+
+    Returns:
+        (B, *S, H, D), contiguous, in the dtype of qkv (under autocast, autocast's).
+
+    Raises:
+        ValueError: as in `shifted_window_attention`.
+        NotImplementedError: as in `shifted_window_attention`.
     """
     return _attend(
         Operands(

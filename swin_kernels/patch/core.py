@@ -92,10 +92,10 @@ def _to_stock(block: Any) -> None:
 class PatchReport:
     """What `patch` did, by names as in `model.named_modules()`: '' is the model itself."""
 
-    replaced: tuple[str, ...] = ()
-    already_patched: tuple[str, ...] = ()
-    left: dict[str, str] = field(default_factory=dict)  # name -> why it keeps the stock path
-    notes: dict[str, str] = field(default_factory=dict)
+    replaced: tuple[str, ...] = ()  #: blocks that now run fused
+    already_patched: tuple[str, ...] = ()  #: blocks that ran fused before
+    left: dict[str, str] = field(default_factory=dict)  #: name -> why it keeps the stock path
+    notes: dict[str, str] = field(default_factory=dict)  #: name -> what may surprise a user
 
     def __str__(self) -> str:
         total = len(self.replaced) + len(self.already_patched) + len(self.left)
@@ -201,6 +201,9 @@ def patch(model: nn.Module, *, backend: str | None = None) -> PatchReport:
             a name never falls back. On a block already patched it replaces the backend asked for
             before.
 
+    Returns:
+        What became of each block; its `str` is for a person.
+
     Raises:
         ValueError: not a module, an unknown backend, or nothing to replace in it; the model is then
             unchanged.
@@ -239,8 +242,10 @@ def _restore(blocks: Mapping[str, Any]) -> None:
 
 
 def unpatch(model: nn.Module) -> tuple[str, ...]:
-    """Give every patched block of `model` its stock class back; returns their names, () where none
-    was patched.
+    """Give every patched block of `model` its stock class back.
+
+    Returns:
+        The names of these blocks, () where none was patched.
 
     Raises:
         ValueError: not a module, or the class of a block was changed again after `patch` (as FSDP2
@@ -253,7 +258,16 @@ def unpatch(model: nn.Module) -> tuple[str, ...]:
 
 @contextlib.contextmanager
 def patched(model: nn.Module, *, backend: str | None = None) -> Iterator[PatchReport]:
-    """`with patched(model):` is `patch` on entry, and on exit the undoing of what it changed."""
+    """`with patched(model):` is `patch` on entry, and on exit the undoing of what it changed.
+
+    Arguments are those of `patch`.
+
+    Yields:
+        The report of `patch`.
+
+    Raises:
+        ValueError: as `patch` on entry and `unpatch` on exit.
+    """
     before = {block: block._swin_kernels.backend for block in _fused_blocks(model).values()}
     report = patch(model, backend=backend)
     try:

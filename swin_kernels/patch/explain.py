@@ -29,8 +29,8 @@ def explain(*args: Any, **options: Any) -> str:
     - `explain(model)`: what `patch(model)` would do with each block; for blocks already patched,
       what they do now.
     - `explain(query, key, value, window_size, …)` and `explain(qkv, window_size, …)`, the arguments
-      of the public
-      functions: which backend would run the call and the reason of each one that cannot.
+      of the public functions: which backend would run the call and the reason of each one that
+      cannot.
     - `explain(problem)`: the same for a `swin_kernels.problem.Problem`.
 
     Raises:

@@ -33,26 +33,26 @@ def _times(values: Sequence[int]) -> str:
 class Case:
     """One configuration of the operation; its `str` is a readable test id."""
 
-    batch: int = 2
-    size: tuple[int, ...] = (14, 14)
-    window: tuple[int, ...] = (7, 7)
-    shift: tuple[int, ...] = ()  # empty: no shift on any axis
-    heads: int = 2
-    head_dim: int = 16
-    value_dim: int | None = None  # None: head_dim
-    dtype: torch.dtype = torch.float32
-    packed: bool = False
-    bias: str = "none"  # one of BIASES
-    cosine: bool = False
-    mask: str = "none"  # one of MASKS; "dead" has one row whose keys are all at −inf
-    mask_value: float = -100.0
-    pads: bool = False  # pad_key and pad_value given
-    pad_order: str = "pad-roll"
-    periodic: tuple[bool, ...] | None = None
-    scale: float | None = None
-    dropout_p: float = 0.0
-    layout: str = "strided"  # one of LAYOUTS
-    extras_dtype: torch.dtype | None = None  # of biases, mask, pads and logit_scale; None: dtype
+    batch: int = 2  #: images
+    size: tuple[int, ...] = (14, 14)  #: tokens of the map on each axis
+    window: tuple[int, ...] = (7, 7)  #: tokens of a window on each axis
+    shift: tuple[int, ...] = ()  #: tokens on each axis, empty for no shift
+    heads: int = 2  #: heads
+    head_dim: int = 16  #: channels a head of queries and keys
+    value_dim: int | None = None  #: channels a head of values, None for head_dim
+    dtype: torch.dtype = torch.float32  #: of query, key and value
+    packed: bool = False  #: one tensor qkv instead of three
+    bias: str = "none"  #: one of BIASES
+    cosine: bool = False  #: cosine attention, with logit_scale
+    mask: str = "none"  #: one of MASKS; "dead" has one row whose keys are all at −inf
+    mask_value: float = -100.0  #: added between tokens of different regions
+    pads: bool = False  #: pad_key and pad_value given
+    pad_order: str = "pad-roll"  #: or "roll-pad"
+    periodic: tuple[bool, ...] | None = None  #: on each axis, None for none
+    scale: float | None = None  #: factor of q·k, None for head_dim**-0.5
+    dropout_p: float = 0.0  #: dropout on the probabilities
+    layout: str = "strided"  #: one of LAYOUTS
+    extras_dtype: torch.dtype | None = None  #: of the other tensors, None for dtype
 
     def __post_init__(self) -> None:
         if not self.shift:
@@ -98,10 +98,12 @@ class Case:
 
     @property
     def dv(self) -> int:
+        """Channels a head of values."""
         return self.head_dim if self.value_dim is None else self.value_dim
 
     @property
     def grid(self) -> Grid:
+        """How the map is padded, shifted and split into windows."""
         periodic = self.periodic if self.periodic is not None else False
         return Grid.checked(self.size, self.window, self.shift, periodic, self.pad_order)
 

@@ -31,8 +31,8 @@ DIFFERENTIABLE = (
 class Result(NamedTuple):
     """An output and the gradient of every differentiable operand that is present."""
 
-    out: Tensor
-    grads: dict[str, Tensor]
+    out: Tensor  #: (B, *S, H, Dv)
+    grads: dict[str, Tensor]  #: by the name of the operand
 
 
 def call(case: Case, operands: Operands, backend: str | None = None) -> Tensor:
