@@ -19,6 +19,7 @@ from benchmarks import models
 from benchmarks.device import Device, Yardsticks
 from benchmarks.providers import Provider
 from benchmarks.rows import Book, Row, facts_of, file_name, print_table, quantiles, table_of
+from benchmarks.runtimes import RUNTIMES
 from benchmarks.timing import (
     DIRECTIONS,
     Gate,
@@ -140,6 +141,7 @@ class Suite(NamedTuple):
     others: dict[str, Case]  # measured if time is left
     models: dict[str, models.Made]
     providers: Sequence[Provider]
+    forms: Sequence[str] = models.FORMS  # of a whole model
 
 
 class Run:
@@ -186,9 +188,11 @@ class Run:
     def model(self, name: str, share: float) -> None:
         torch._dynamo.reset()
         forms: dict[str, str | None] = {}
-        for form in models.FORMS:
-            if not any(r.provider == form and r.case.startswith(name) for r in self.book.rows):
-                forms[form] = self.budget.refuses(None, share)
+        for form in self.suite.forms:
+            if not self.book.has(name, form):
+                runtime = RUNTIMES.get(form)
+                reason = runtime.why_not(self.device.dtype) if runtime else None
+                forms[form] = reason or self.budget.refuses(None, share)
         if not forms:
             return
         if all(forms.values()):
@@ -241,9 +245,10 @@ class Run:
         print("medians in µs a call; in brackets the floor as a share of them\n")
         core = [r for r in rows if r.direction in DIRECTIONS]
         whole = [r for r in rows if r.direction not in DIRECTIONS]
-        print_table(*table_of(core, [p.name for p in self.suite.providers]))
+        if core:
+            print_table(*table_of(core, [p.name for p in self.suite.providers]))
         if whole:
-            print_table(*table_of(whole, models.FORMS))
+            print_table(*table_of(whole, self.suite.forms))
         untimed = [r for r in rows if r.median_us is None]
         for row in dict.fromkeys((r.case, r.provider, r.note) for r in untimed):
             print("no time for " + ": ".join(row))

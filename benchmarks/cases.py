@@ -69,11 +69,11 @@ def other_cpu_cases() -> dict[str, Case]:
 
 
 def toy_cases() -> dict[str, Case]:
-    """One for each way through the program and its kernels."""
+    """One for each way through the program and its kernels; with images for each draw of a gate."""
     cases = {
-        "toy": _case(2, 6, 3, 1, 1, 16),
-        "toy unshifted, d30": _case(1, 4, 4, 0, 1, 30),
-        "toy tiles": _case(1, 9, 9, 0, 1, 16, cosine=True),
-        "toy 3-D": _case(1, (2, 2, 4), (2, 2, 2), (0, 0, 1), 1, 16),
+        "toy": _case(3, 6, 3, 1, 1, 16),
+        "toy unshifted, d30": _case(3, 4, 4, 0, 1, 30),
+        "toy tiles": _case(3, 9, 9, 0, 1, 16, cosine=True),
+        "toy 3-D": _case(3, (2, 2, 4), (2, 2, 2), (0, 0, 1), 1, 16),
     }
     return {name: case.but(dtype=Rehearsal.dtype) for name, case in cases.items()}

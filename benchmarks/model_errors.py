@@ -2,7 +2,7 @@
 
     python -m benchmarks.model_errors [--images 6] [--models NAME …]
 
-Behind a whole model the error of a gradient of three numbers is a throw of dice. So this prints,
+Behind a whole model the error of a gradient of three numbers is sampling noise. So this prints,
 for each kind of parameter, the geometric mean over blocks and images of the ratio of root mean
 square errors, patched ÷ stock, and how often one gradient breaks the error rule by itself.
 """

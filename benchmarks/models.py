@@ -1,15 +1,20 @@
-"""Whole models of timm, stock against patched, eager and compiled."""
+"""Whole models of timm: stock against patched, eager and compiled, and stock in other runtimes."""
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator
-from functools import partial
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Mapping
+from functools import cached_property, partial
+from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 import swin_kernels
+from benchmarks import runtimes
 from benchmarks.device import Device
 from benchmarks.rows import Row, quantiles
 from benchmarks.timing import reason_of
@@ -19,6 +24,7 @@ GATE_IMAGES = 8
 COMPILED_FACTOR = 10  # of the error rule: a compiler rounds every layer its own way
 JUDGED = {"inference": "logits", "training step": "gradients"}
 FORMS = ("stock", "patched", "stock, compiled", "patched, compiled")
+PAUSE = 0.02  # seconds before a sample: the threads of another runtime spin for milliseconds
 
 
 def timm_model(name: str) -> nn.Module:
@@ -36,16 +42,26 @@ def toy_model() -> nn.Module:
     )
 
 
-# how to make a model, images a batch, height and width
-Made = tuple[Callable[[], nn.Module], int, int]
-MODELS: dict[str, Made] = {
-    "swin_tiny": (partial(timm_model, "swin_tiny_patch4_window7_224"), 128, 224),
-    "swin_base": (partial(timm_model, "swin_base_patch4_window7_224"), 64, 224),
+class Made(NamedTuple):
+    """A model, and the images that it is timed on."""
+
+    make: Callable[[], nn.Module]
+    batch: int
+    size: int  # height and width
+    steps: tuple[str, ...] = tuple(STEPS)
+
+
+SWIN_TINY = partial(timm_model, "swin_tiny_patch4_window7_224")
+SWIN_BASE = partial(timm_model, "swin_base_patch4_window7_224")
+MODELS = {
+    "swin_tiny, batch 128": Made(SWIN_TINY, 128, 224),
+    "swin_base, batch 64": Made(SWIN_BASE, 64, 224),
 }
-CPU_MODELS: dict[str, Made] = {
-    "swin_tiny": (partial(timm_model, "swin_tiny_patch4_window7_224"), 8, 224)
+CPU_MODELS = {
+    "swin_tiny, batch 8": Made(SWIN_TINY, 8, 224),
+    "swin_tiny, batch 1": Made(SWIN_TINY, 1, 224, ("inference",)),
 }
-TOYS: dict[str, Made] = {"toy model": (toy_model, 2, 24)}
+TOYS = {"toy model, batch 2": Made(toy_model, 2, 24)}
 
 
 def _rms(x: Tensor) -> float:
@@ -62,8 +78,8 @@ def check_errors(
 ) -> dict[str, float]:
     """The error rule for root mean squares: of the logits, and of all gradients, each to its size.
 
-    Behind a whole model the largest error is a throw of dice. Returns patched's errors as multiples
-    of stock's.
+    The largest error of a whole model is dominated by sampling noise. Returns patched's errors as
+    multiples of stock's.
     """
     eps = torch.finfo(patched.logits.dtype).eps
     sizes = {n: _rms(g) for n, g in exact.grads.items()}
@@ -81,32 +97,57 @@ def check_errors(
 
 
 class Models:
-    """The four forms of one model, each with why it may not be timed."""
+    """The forms of one model, each made when it is first asked for."""
 
-    def __init__(self, name: str, device: Device, models: dict = MODELS) -> None:
-        make, batch, size = models[name]
+    def __init__(self, name: str, device: Device, models: Mapping[str, Made] = MODELS) -> None:
+        made = models[name]
         torch.manual_seed(0)
-        self.device = device
-        stock = make().to(device.device, device.dtype).eval()
-        self.exact = copy.deepcopy(stock).double()
-        patched = copy.deepcopy(stock)
-        swin_kernels.patch(patched, backend=device.backend)
-        compiled = (device.compiled(module, fullgraph=False) for module in (stock, patched))
-        self.forms = dict(zip(FORMS, (stock, patched, *compiled)))
+        self.device, self.steps = device, made.steps
+        stock = made.make().to(device.device, device.dtype).eval()
+        self.forms = {"stock": stock}
         generator = torch.Generator(device.device).manual_seed(1)
-        shape = (batch, 3, size, size)
+        shape = (made.batch, 3, made.size, made.size)
         images = torch.randn(shape, device=device.device, generator=generator)
         self.images = images.to(device.dtype)
 
+    def form(self, name: str) -> nn.Module:
+        if name not in self.forms:
+            self.forms[name] = self._make(name)
+        return self.forms[name]
+
+    def _make(self, name: str) -> nn.Module:
+        if name in runtimes.RUNTIMES:
+            return runtimes.RUNTIMES[name].make(self._onnx_file, self.device.dtype)
+        if name.endswith(", compiled"):
+            return self.device.compiled(self.form(name.partition(",")[0]), fullgraph=False)
+        assert name == "patched", name
+        patched = copy.deepcopy(self.forms["stock"])
+        swin_kernels.patch(patched, backend=self.device.backend)
+        return patched
+
+    @cached_property
+    def _onnx_file(self) -> Path:
+        self._folder = tempfile.TemporaryDirectory(prefix="swin_kernels-")  # while self is there
+        stock = copy.deepcopy(self.forms["stock"])
+        return runtimes.export(stock, self.images, Path(self._folder.name))
+
+    @cached_property
+    def _references(self) -> tuple[Outcome, Outcome]:
+        """Of stock and of stock in float64, for a few images."""
+        stock, few = self.forms["stock"], self.images[:GATE_IMAGES]
+        return run_once(stock, few), run_once(copy.deepcopy(stock).double(), few)
+
+    def steps_of(self, form: str) -> tuple[str, ...]:
+        return tuple(s for s in self.steps if s == "inference" or form not in runtimes.RUNTIMES)
+
     def check(self, form: str) -> dict[str, float]:
         """Errors as multiples of stock's; AssertionError where outputs or gradients are wrong."""
+        module = self.form(form)
         for each in self.forms.values():
             each.eval()  # a timed training step leaves stochastic depth on
-        module, few = self.forms[form], self.images[:GATE_IMAGES]
-        exact = run_once(self.exact, few)
-        stock = run_once(self.forms["stock"], few)
-        if not form.endswith("compiled"):
-            return check_errors(run_once(module, few), stock, exact)
+        stock, exact = self._references
+        if form in ("stock", "patched"):
+            return check_errors(run_once(module, self.images[:GATE_IMAGES]), stock, exact)
         # another batch would be compiled again: the logits of the whole one
         with torch.inference_mode():
             logits = module(self.images)[:GATE_IMAGES]
@@ -114,12 +155,20 @@ class Models:
         return check_errors(*outcomes, COMPILED_FACTOR)
 
     def warm(self, form: str) -> None:
-        for step, function in STEPS.items():
-            self.forms[form].train(step == "training step")
-            function(self.forms[form], self.images)
+        for step in self.steps_of(form):
+            self.form(form).train(step == "training step")
+            STEPS[step](self.form(form), self.images)
+
+    def peak_mb(self, form: str, step: str) -> float | None:
+        """None of a runtime, whose memory torch's allocator does not see."""
+        if form in runtimes.RUNTIMES:
+            return None
+        call = partial(STEPS[step], self.form(form), self.images)
+        return self.device.peak_bytes(call) / 1e6
 
     def sample(self, form: str, step: str) -> float:
-        module, device = self.forms[form], self.device
+        module, device = self.form(form), self.device
+        time.sleep(PAUSE)
         first = device.mark()
         STEPS[step](module, self.images)
         last = device.mark()
@@ -130,40 +179,39 @@ class Models:
 def rows_of(
     name: str,
     device: Device,
-    forms: dict[str, str | None],
+    forms: Mapping[str, str | None],
     rounds: int,
-    models: dict = MODELS,
+    models: Mapping[str, Made] = MODELS,
 ) -> Iterator[Row]:
     """Rows of the model; `forms` has a reason for each that is to be left out."""
     made = Models(name, device, models)
-    label = f"{name}, batch {made.images.shape[0]}"
     wrong, errors = dict(forms), {}
     for form, reason in wrong.items():
         if reason is None:
-            print(f"{label}: {form}", flush=True)
+            print(f"{name}: {form}", flush=True)
             try:
                 errors[form] = made.check(form)
                 made.warm(form)
             except Exception as error:  # one form's end is not that of the others
                 wrong[form] = reason_of(error)
-    running = [form for form, reason in wrong.items() if reason is None]
-    for step in STEPS:
+    for step in made.steps:
+        timed = [form for form in forms if step in made.steps_of(form)]
+        running = [form for form in timed if wrong[form] is None]
         samples: dict[str, list[float]] = {form: [] for form in running}
-        peaks: dict[str, float] = {}
+        peaks: dict[str, float | None] = {}
         for form in running:
-            made.forms[form].train(step == "training step")
-            peaks[form] = (
-                device.peak_bytes(partial(STEPS[step], made.forms[form], made.images)) / 1e6
-            )
-        for _ in range(rounds):
-            for form in running:
+            made.form(form).train(step == "training step")
+            peaks[form] = made.peak_mb(form, step)
+        for turn in range(rounds):
+            for place in range(len(running)):
+                form = running[(turn + place) % len(running)]  # none always follows the same other
                 samples[form].append(made.sample(form, step))
         # ours first, as the others' rows have their ratio to it
-        for form, reason in sorted(wrong.items(), key=lambda item: item[0] != "patched"):
-            if reason is not None:
-                yield Row(label, form, step, note=reason)
+        for form in sorted(timed, key=lambda form: form != "patched"):
+            if (reason := wrong[form]) is not None:
+                yield Row(name, form, step, note=reason)
                 continue
             median, low, high = quantiles(samples[form])
             times = (median, low, high, rounds)
             error = errors[form].get(JUDGED[step])
-            yield Row(label, form, step, *times, peak_mb=peaks[form], error=error)
+            yield Row(name, form, step, *times, peak_mb=peaks[form], error=error)

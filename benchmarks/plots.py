@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import hashlib
+import re
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -46,6 +47,8 @@ STYLES = {
     "patched, compiled": ("#CC79A7", "P"),
     "stock": ("#0072B2", "X"),
     "stock, compiled": ("#56B4E9", "d"),
+    "ONNX Runtime": ("#009E73", "^"),
+    "OpenVINO": ("#332288", "p"),
 }
 # a whole model's steps are beside the directions of attention that they run
 PANELS = {
@@ -60,6 +63,12 @@ class Measured(NamedTuple):
     path: Path
     rows: list[Row]
     facts: dict[str, str]
+
+    @property
+    def dtype(self) -> str | None:
+        """The dtype that the command named; None where it is that of the suite."""
+        found = re.search(r"--dtype (\w+)", self.facts.get("command", ""))
+        return None if found is None or found[1] == "fp32" else found[1]
 
     @property
     def cases(self) -> list[Row]:

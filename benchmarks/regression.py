@@ -176,7 +176,7 @@ def check(case: Case, sides: Sequence[Side], folder: Path) -> int:
             "options": case.options | {"backend": device.backend},
             "sets": [s.plain for s in sets],
             "grads_out": [s.grad_out for s in sets],
-            "gate": gate.grad_out,
+            "gates": [draw.grad_out for draw in gate.draws],
         },
         path,
     )
@@ -184,7 +184,7 @@ def check(case: Case, sides: Sequence[Side], folder: Path) -> int:
         result = folder / f"{side.name}.pt"
         side.ask("load", path=str(path), result=str(result))
         try:
-            gate.judge(*torch.load(result), factor=2.0)
+            gate.judge(torch.load(result), factor=2.0)
         except AssertionError as error:
             raise AssertionError(f"{side.name}: {error}") from error
     return len(sets)

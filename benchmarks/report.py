@@ -1,22 +1,22 @@
-"""Writes docs/performance.md and its figures from the rows in benchmarks/results.
+"""Writes docs/performance.md, the README's figures and all images from benchmarks/results.
 
     python -m benchmarks.report
 
 What no row says is in performance.md.in; what the suites name and no row has is listed as not
-measured. A test holds the page to what this writes.
+measured. In README.md the parts between markers are written (`benchmarks.readme`). Tests hold both
+to what this writes.
 """
 
 from __future__ import annotations
 
 import argparse
-import re
 import string
 import textwrap
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from benchmarks import counters, models
+from benchmarks import counters, headline, models, readme
 from benchmarks.cases import cpu_cases, other_cases, other_cpu_cases, swin_cases
 from benchmarks.plots import (
     IMAGES,
@@ -31,14 +31,17 @@ from benchmarks.plots import (
 )
 from benchmarks.providers import DIRECTIONS
 from benchmarks.rows import Row, base_of
+from benchmarks.runtimes import RUNTIMES
 from benchmarks.sweeps import GPU_IMAGES, UNITS, sweeps
 from swin_kernels.demo.command import three_digits
 
 PAGE = Path(__file__).resolve().parent.parent / "docs" / "performance.md"
 TEMPLATE = Path(__file__).with_name("performance.md.in")
+FIGURES = "[cg]pu-*.png"  # those of one file of rows
 NO_GPU = """\
-**Nothing on a GPU is measured yet.** The kernels are tested for their results under Triton's
-interpreter; no layout in `tuned.json` was timed, and no speed is claimed. """
+**Nothing on a GPU is measured yet.** The kernels' results are tested in Triton's interpreter and in
+an emulator; no layout was timed, `tuned.json` is empty, and no speed is claimed. """
+HEADLINE = "Speed of whole models and of attention beside peers, stock = 1"
 WIDE = 0.4  # of a median, between the 20th and the 80th percentile
 CAPTIONS = {
     "speed": "Times beside ours",
@@ -73,12 +76,6 @@ def suites() -> list[Suite]:
     ]
 
 
-def _dtype(source: Measured) -> str | None:
-    """The dtype that the command named; None where it is that of the suite."""
-    found = re.search(r"--dtype (\w+)", source.facts.get("command", ""))
-    return found and found[1]
-
-
 def _filled(text: str, indent: str = "") -> str:
     return textwrap.fill(
         text, 108, subsequent_indent=indent, break_long_words=False, break_on_hyphens=False
@@ -89,16 +86,16 @@ def unmeasured(sources: Sequence[Measured]) -> Iterator[str]:
     """A line a suite: what of it no row has a time of ours for."""
     for suite in suites():
         timed = {
-            r.case.partition(", batch ")[0]
+            r.case
             for source in sources
-            if source.path.name.startswith(suite.kind) and _dtype(source) is None
+            if source.path.name.startswith(suite.kind) and source.dtype is None
             for r in source.rows
             if base_of(r, [r]) is not None
         }
         missing = [name for name in suite.names if name not in timed]
         if missing:
             which = "all of it" if len(missing) == len(suite.names) else "what is left"
-            line = f"- {suite.title} (`{suite.command}`), {which}: {', '.join(missing)}."
+            line = f"- {suite.title} (`{suite.command}`), {which}: {'; '.join(missing)}."
             yield _filled(line, "  ")
 
 
@@ -165,8 +162,14 @@ def _range(values: Sequence[float], digits: Callable[[float], str] = three_digit
 
 def _rates(rows: Sequence[Row]) -> Iterator[str]:
     """Samples of a time, and what the machine reached beside them, in words."""
-    if counts := [r.samples for r in rows if r.direction in DIRECTIONS and r.samples]:
-        yield f"medians of {_range(counts, str)} samples"
+    core, whole = (
+        [r.samples for r in rows if (r.direction in DIRECTIONS) == is_core and r.samples]
+        for is_core in (True, False)
+    )
+    counts = [f"{_range(core, str)} samples"] if core else []
+    counts += [f"{_range(whole, str)} of a whole model"] if whole else []
+    if counts:
+        yield f"medians of {', '.join(counts)}"
     for values, text in (
         ([r.copy_gb_s for r in rows], "a copy moved {} GB/s"),
         ([r.matrix_tflop_s for r in rows], "a matrix product {} TFLOP/s"),
@@ -180,18 +183,24 @@ def section(source: Measured) -> str:
     facts = source.facts
     kinds = list(source.sweeps)
     whole = any(r.direction not in DIRECTIONS for r in source.rows)
+    stages = any(r.direction in DIRECTIONS for r in source.rows)
     title = "Stages and whole models" if whole else "Stages and other windows"
+    title = title if stages else "Whole models"
     title = f"Cost against {' and '.join(kinds)}" if kinds else title
-    if dtype := _dtype(source):
+    if dtype := source.dtype:
         title = f"{title}, {dtype}"
     told = list(_rates(source.rows))
+    packages = ("torch", "triton", "timm") if whole else ("torch", "triton")
+    versions = [f"{name} {facts.get(name, 'unknown')}" for name in packages]
+    if any(r.provider in RUNTIMES for r in source.rows) and facts.get("peers"):
+        versions.append(facts["peers"])
     name = source.path.name
     lines = [
         f"## {title}: {facts['machine']}, {facts['date']}",
         "",
         _filled(
-            f"`{facts.get('command', 'unknown')}`, commit {facts['commit']}, torch "
-            f"{facts['torch']}, triton {facts['triton']}; {'; '.join(told)}. Rows: "
+            f"`{facts.get('command', 'unknown')}`, commit {facts['commit']}, "
+            f"{', '.join(versions)}; {'; '.join(told)}. Rows: "
             f"[{name}](../benchmarks/results/{name})."
         ),
         "",
@@ -246,7 +255,9 @@ def page(sources: Sequence[Measured], counted: Iterable[str] = ()) -> str:
     on_gpu = any(source.path.name.startswith("gpu") for source in sources)
     sections = [section(source) for source in sources] or ["No rows are kept yet.\n"]
     sections += counted
+    drawn = headline.headline(sources) is not None
     return string.Template(TEMPLATE.read_text()).substitute(
+        headline=f"![{HEADLINE}](images/{headline.IMAGE})\n\n" if drawn else "",
         measured="\n".join(sections).rstrip("\n"),
         no_gpu="" if on_gpu else NO_GPU,
         unmeasured="\n".join(unmeasured(sources)) or "- Nothing that the suites name.",
@@ -258,9 +269,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.parse_args(arguments)
     sources = sources_in(RESULTS)
     PAGE.write_text(page(sources, counted_in(counters.COUNTED)))
+    readme.README.write_text(readme.filled(readme.README.read_text(), sources))
     drawn = draw([source.path for source in sources], IMAGES)
-    for path in set(IMAGES.glob("*.png")) - set(drawn):
+    for path in set(IMAGES.glob(FIGURES)) - set(drawn):
         path.unlink()
+    top = headline.draw([source.path for source in sources], IMAGES / headline.IMAGE)
+    drawn += [] if top is None else [top]
     print(f"wrote {PAGE.relative_to(PAGE.parent.parent)} and {len(drawn)} figures")
 
 

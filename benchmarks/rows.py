@@ -18,6 +18,7 @@ from typing import NamedTuple
 
 import torch
 
+from benchmarks import runtimes
 from benchmarks.device import Device
 
 
@@ -48,7 +49,8 @@ TIMED = (
     "benchmarks/*.py",
 )  # what can change a time
 RATIO = "ratio_to_ours"  # median ÷ that of our row, in the file alone: it follows from the rows
-WHERE = ("machine", "torch", "triton", "timm", "python", "commit")  # what one file's rows share
+# what one file's rows share
+WHERE = ("machine", "torch", "triton", "timm", "peers", "python", "commit")
 
 
 def base_of(row: Row, rows: Iterable[Row]) -> Row | None:
@@ -109,6 +111,7 @@ def facts_of(device: Device) -> dict[str, str]:
         "machine": device.machine(),
         "torch": torch.__version__,
         **versions,
+        "peers": runtimes.versions(),
         "python": platform.python_version(),
         "commit": commit(),
         "date": datetime.date.today().isoformat(),

@@ -24,17 +24,19 @@ class Side:
     """Answers questions about the case that was loaded last."""
 
     def load(self, path: str, result: str) -> dict:
-        """Reads a case, and writes output and gradients of its first inputs to `result`."""
+        """Reads a case; writes outputs and gradients of its first inputs, for each gradient of the
+        output that is to be checked, to `result`."""
         case = torch.load(path)
         self.options = case["options"]
         self.sets = [
             [None if x is None else x.requires_grad_() for x in leaves] for leaves in case["sets"]
         ]
         self.grads_out = case["grads_out"]
-        out = self._attend(self.sets[0])
-        leaves = [x for x in self.sets[0] if x is not None]
-        grads = torch.autograd.grad(out, leaves, case["gate"])
-        torch.save((out.detach(), grads), result)
+        leaves, found = [x for x in self.sets[0] if x is not None], []
+        for grad_out in case["gates"]:
+            out = self._attend(self.sets[0])
+            found.append((out.detach(), torch.autograd.grad(out, leaves, grad_out)))
+        torch.save(found, result)
         return {}
 
     def _attend(self, leaves: list) -> torch.Tensor:

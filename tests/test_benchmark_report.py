@@ -9,7 +9,7 @@ import pytest
 pytest.importorskip("matplotlib")
 image_files = pytest.importorskip("PIL.Image", reason="matplotlib brings it")
 
-from benchmarks import counters, plots, report
+from benchmarks import counters, headline, plots, report
 from benchmarks.rows import Book, Row
 from benchmarks.sweeps import sweeps
 
@@ -97,7 +97,7 @@ def test_page_is_what_the_generator_writes():
 
 def test_figures_of_the_page_are_drawn_from_the_rows_that_are_kept():
     linked = set(re.findall(r"\(images/(.*?)\)", report.PAGE.read_text()))
-    assert {path.name for path in report.IMAGES.glob("*.png")} == linked
+    assert {p.name for p in report.IMAGES.glob(report.FIGURES)} == linked - {headline.IMAGE}
     for source in report.sources_in(report.RESULTS):
         for kind in plots.figures_of(source):
             with image_files.open(report.IMAGES / plots.image_of(source.path, kind)) as image:
@@ -107,6 +107,7 @@ def test_figures_of_the_page_are_drawn_from_the_rows_that_are_kept():
 def test_section_has_facts_tables_and_figures(stages):
     text = report.section(stages)
     assert text.startswith("## Stages and whole models: A CPU, 2 threads, avx2, 2000-01-01\n")
+    assert "medians of 1 to 7 samples, 7 of a whole model; a copy" in " ".join(text.split())
     words = " ".join(text.split())
     for fact in ("`python -m benchmarks.cpu --threads 2`", "commit c0ffee", "torch 2.11"):
         assert fact in words
@@ -121,6 +122,21 @@ def test_section_has_facts_tables_and_figures(stages):
     assert "(images/cpu-a-speed.png)" in text
 
 
+def test_whole_models_alone_have_a_section_with_the_versions_of_their_peers(tmp_path):
+    rows = [
+        timed("swin_tiny, batch 1", form, "inference", median)
+        for form, median in (("patched", 200e3), ("stock", 300e3), ("OpenVINO", 150e3))
+    ]
+    rows.append(Row("swin_tiny, batch 1", "ONNX Runtime", "inference", note="not installed: pip"))
+    facts = FACTS | {"timm": "1.0", "peers": "openvino 2026.4"}
+    text = report.section(written(tmp_path, "cpu-models-a.csv", rows, facts))
+    assert text.startswith("## Whole models: A CPU, 2 threads, avx2, 2000-01-01\n")
+    words = " ".join(text.split())
+    assert "timm 1.0, openvino 2026.4; medians of 7 of a whole model. Rows" in words
+    assert "| 200 ms | 300 ms, **1.50×** | – | 150 ms, **0.75×** |" in text
+    assert "- No time of ONNX Runtime for swin_tiny, batch 1: not installed: pip" in text
+
+
 def test_backward_alone_is_left_to_the_rows(stages):
     assert "| backward |" not in report.section(stages)
 
@@ -130,9 +146,10 @@ def test_what_the_suites_name_and_no_row_has_is_not_measured(stages, resolution,
     assert nothing.count("all of it") == 8
     some = " ".join("\n".join(report.unmeasured([stages, resolution])).split())
     assert "Swin-T's stages, other windows and whole models" in some
-    assert "what is left: T1 shift 0, T2 shift 3" in some
+    assert "what is left: T1 shift 0; T2 shift 3" in some
     on_cpu, _, on_gpu = some.partition("A GPU")
-    assert "swin_tiny," not in on_cpu  # measured as a batch of it
+    assert "swin_tiny, batch 8" not in on_cpu
+    assert "swin_tiny, batch 1" in on_cpu
     assert "resolution 28" not in on_cpu
     assert "--sweep resolution`), all of it: resolution 28" in on_gpu
     assert "A GPU (`make gpu`), all of it: T1 shift 3" in some  # which a CPU has rows of
@@ -166,12 +183,15 @@ def test_report_writes_page_and_figures_and_removes_those_of_rows_that_went(
     images = tmp_path / "docs" / "images"
     images.mkdir(parents=True)
     (images / "cpu-old-speed.png").write_bytes(b"")
+    (images / "shift.png").write_bytes(b"")  # of the README
     monkeypatch.setattr(report, "RESULTS", tmp_path)
     monkeypatch.setattr(report, "IMAGES", images)
     monkeypatch.setattr(report, "PAGE", tmp_path / "docs" / "performance.md")
+    monkeypatch.setattr(report.readme, "README", tmp_path / "README.md")
+    (tmp_path / "README.md").write_text("# A package\n")
     report.main([])
     linked = set(re.findall(r"\(images/(.*?)\)", report.PAGE.read_text()))
-    assert {path.name for path in images.iterdir()} == linked
+    assert {path.name for path in images.iterdir()} == linked | {"shift.png"}
     assert linked == {"cpu-a-speed.png", "cpu-a-memory.png", "cpu-a-error.png"}
 
 
@@ -219,13 +239,13 @@ def test_rows_without_times_make_no_figure(tmp_path):
 
 
 def test_every_provider_and_form_has_a_style_of_its_own_on_a_figure():
-    from benchmarks.models import FORMS
+    from benchmarks.cpu import CPU_FORMS
     from benchmarks.providers import PROVIDERS
     from benchmarks.sweeps import ALTERNATIVES
 
     core = [p.name for p in PROVIDERS]
     windows = [n for n in core if n != "ours, graph"]  # on a CPU
-    for names in (core, [*windows, *(p.name for p in ALTERNATIVES)], FORMS):
+    for names in (core, [*windows, *(p.name for p in ALTERNATIVES)], CPU_FORMS):
         assert len({plots.STYLES[name] for name in names}) == len(names)
 
 

@@ -29,7 +29,7 @@ def toys(monkeypatch):
     monkeypatch.setattr(cpu, "cpu_cases", lambda: {"toy": small["toy"]})
     monkeypatch.setattr(cpu, "other_cpu_cases", lambda: {"toy tiles": small["toy tiles"]})
     monkeypatch.setattr(cpu.models, "CPU_MODELS", TOYS)
-    monkeypatch.setattr(cpu.models, "FORMS", ("stock", "patched"))
+    monkeypatch.setattr(cpu, "CPU_FORMS", ("stock", "patched"))
     monkeypatch.setattr(Cpu, "copied_bytes", 2**16)
     monkeypatch.setattr(Cpu, "matrix_size", 64)
     monkeypatch.setattr(Cpu, "cache_bytes", 1e3)
@@ -74,23 +74,40 @@ def test_flex_attention_compiles_for_a_cpu_and_agrees(name):
     assert gate.check(providers.flex(case, device), 10, backward=False).keys() == {"forward"}
 
 
-def test_another_dtype_is_that_of_every_case_and_leaves_models_out(
-    cpu_kernels, toys, tmp_path, monkeypatch
-):
+@pytest.fixture
+def suites(monkeypatch):
+    """What would have been measured."""
     made = []
     monkeypatch.setattr(cpu.Run, "measure", lambda run: made.append(run.suite) or 0)
+    return made
+
+
+def test_another_dtype_is_that_of_every_case_and_model(cpu_kernels, toys, tmp_path, suites):
     path = tmp_path / "rows.csv"
     assert cpu.main(["--dtype", "bf16", "--threads", "1", "--csv", str(path)]) == 0
-    (suite,) = made
+    (suite,) = suites
     dtypes = {case.dtype for case in (suite.cases | suite.others).values()}
     assert dtypes == {torch.bfloat16} == {suite.device.dtype}
-    assert not suite.models
+    assert suite.models == TOYS
+
+
+def test_models_alone_are_measured_without_cases_in_a_file_of_their_own(
+    cpu_kernels, toys, tmp_path, suites, monkeypatch
+):
+    monkeypatch.setattr(cpu, "RESULTS", tmp_path)
+    name = next(iter(TOYS))
+    for chosen in ([], [name]):
+        assert cpu.main(["--threads", "1", "--models", *chosen]) == 0
+    assert all(not s.cases and not s.others and s.models == TOYS for s in suites)
+    (path,) = tmp_path.iterdir()
+    assert path.name.startswith("cpu-models-")
 
 
 @pytest.mark.parametrize(
     ("arguments", "complaint"),
     [
         (["--cases", "T9"], "expected of ['T1 shift 3'"),
+        (["--models", "swin_huge"], "expected of ['swin_tiny, batch 8', 'swin_tiny, batch 1']"),
         (["--threads", "0"], "at least 1, got '0'"),
         (["--rounds", "0"], "at least 1, got '0'"),
         (["--budget", "-1"], "expected seconds, 0 or more, got '-1'"),

@@ -7,6 +7,7 @@ all of them.
 
 from swin_kernels.testing.cases import (
     BIASES,
+    DTYPE_NAMES,
     LAYOUTS,
     MASKS,
     Case,
@@ -15,6 +16,8 @@ from swin_kernels.testing.cases import (
 )
 from swin_kernels.testing.rule import (
     FEW,
+    LEAST_INPUTS,
+    Several,
     assert_no_worse_than_eager,
     assert_within_error_rule,
     check,
@@ -36,11 +39,14 @@ from swin_kernels.testing.unfused import unfused
 __all__ = [
     "BIASES",
     "DIFFERENTIABLE",
+    "DTYPE_NAMES",
     "FEW",
     "LAYOUTS",
+    "LEAST_INPUTS",
     "MASKS",
     "Case",
     "Result",
+    "Several",
     "assert_no_worse_than_eager",
     "assert_within_error_rule",
     "call",

@@ -12,12 +12,33 @@ from swin_kernels.problem import Operands
 from swin_kernels.testing.cases import DTYPE_NAMES, Case, make_grad_out, make_operands
 from swin_kernels.testing.runs import Result, run, run_exact, run_unfused
 
-# numbers in a gradient and in an output below which one draw of rounding errors says little
-FEW, SMALL, MOST_RUNS = 48, 16384, 24
+# the largest of fewer errors is dominated by sampling noise: they are judged over several inputs
+FEW, LEAST_INPUTS = 1000, 3
+# numbers of a gradient and of an output that `check` judges together, by as many inputs as it takes
+ENOUGH, SMALL, MOST_RUNS = 48, 16384, 24
+
+Several = Tensor | Sequence[Tensor]  # of one input, or of each of several
+
+
+def _of_all_inputs(name: str, *given: Several) -> list[Tensor]:
+    """Each of `given` as one tensor; ValueError where few numbers are of few inputs."""
+    lists = [[x] if isinstance(x, Tensor) else list(x) for x in given]
+    inputs, numbers = len(lists[0]), sum(x.numel() for x in lists[0])
+    if 0 < numbers < FEW and inputs < LEAST_INPUTS:
+        raise ValueError(
+            f"{name}: expected at least {FEW} numbers or {LEAST_INPUTS} inputs, got {numbers} "
+            f"numbers of {inputs} input{'s' * (inputs > 1)}, whose largest error is dominated by "
+            "sampling noise: pass lists, a result for each input"
+        )
+    if inputs == 1:
+        return [x[0] for x in lists]
+    shapes = [[tuple(x.shape) for x in several] for several in lists]
+    assert shapes[0] == shapes[1] == shapes[2], f"{name}: shapes {shapes}"
+    return [torch.cat([x.flatten() for x in several]) for several in lists]
 
 
 def assert_no_worse_than_eager(
-    actual: Tensor, eager: Tensor, exact: Tensor, factor: float = 2.0, name: str = "result"
+    actual: Several, eager: Several, exact: Several, factor: float = 2.0, name: str = "result"
 ) -> None:
     """Error against float64 within `factor` of the unfused path's own, plus one ulp.
 
@@ -25,7 +46,19 @@ def assert_no_worse_than_eager(
     magnitude; sums of probabilities that were flushed, being below the smallest normal number, are
     free. Where `exact` is not finite, `actual` must hold the same; what is not finite in `eager`
     allows nothing.
+
+    Args:
+        actual, eager: the result to check and that of the unfused path, of one shape and dtype; or
+            lists of them, one for each input.
+        exact: the same in float64.
+        factor: how many times the error of `eager` is allowed.
+        name: what the message calls the result.
+
+    Raises:
+        AssertionError: the rule is broken, with both errors; or shapes and dtypes differ.
+        ValueError: fewer than `FEW` numbers of fewer than `LEAST_INPUTS` inputs.
     """
+    actual, eager, exact = _of_all_inputs(name, actual, eager, exact)
     assert actual.shape == exact.shape == eager.shape, (
         f"{name}: shape {tuple(actual.shape)}, eager {tuple(eager.shape)}, "
         f"exact {tuple(exact.shape)}"
@@ -73,18 +106,22 @@ def error_ratio(actual: Tensor, eager: Tensor, exact: Tensor) -> float:
 
 
 def assert_within_error_rule(
-    actual: Result, eager: Result, exact: Result, factor: float = 2.0
+    actual: Result | Sequence[Result],
+    eager: Result | Sequence[Result],
+    exact: Result | Sequence[Result],
+    factor: float = 2.0,
 ) -> None:
-    """The error rule for the output and every gradient."""
-    assert actual.grads.keys() == exact.grads.keys() == eager.grads.keys(), (
-        f"gradients {sorted(actual.grads)}, eager {sorted(eager.grads)}, "
-        f"exact {sorted(exact.grads)}"
-    )
-    assert_no_worse_than_eager(actual.out, eager.out, exact.out, factor, "output")
-    for name in exact.grads:
-        assert_no_worse_than_eager(
-            actual.grads[name], eager.grads[name], exact.grads[name], factor, f"gradient of {name}"
+    """The error rule for the output and every gradient: of one input, or of a list of inputs."""
+    ours, theirs, best = ([x] if isinstance(x, Result) else list(x) for x in (actual, eager, exact))
+    for a, b, c in zip(ours, theirs, best, strict=True):
+        assert a.grads.keys() == c.grads.keys() == b.grads.keys(), (
+            f"gradients {sorted(a.grads)}, eager {sorted(b.grads)}, exact {sorted(c.grads)}"
         )
+    outputs = ([r.out for r in results] for results in (ours, theirs, best))
+    assert_no_worse_than_eager(*outputs, factor, "output")
+    for name in best[0].grads:
+        grads = ([r.grads[name] for r in results] for results in (ours, theirs, best))
+        assert_no_worse_than_eager(*grads, factor, f"gradient of {name}")
 
 
 Change = Callable[[Operands], Operands]
@@ -107,19 +144,10 @@ def _measure(
     )
 
 
-def _joined(results: Sequence[Result]) -> Result:
-    """Several results as one, each tensor flattened."""
-    if len(results) == 1:
-        return results[0]
-    return Result(
-        torch.cat([r.out.flatten() for r in results]),
-        {name: torch.cat([r.grads[name].flatten() for r in results]) for name in results[0].grads},
-    )
-
-
 def repetitions(numbers: int, fewest: int) -> int:
     """How many inputs `check` judges together, by the numbers of an output and of any gradient."""
-    return max(-(-FEW // fewest), min(-(-SMALL // numbers), MOST_RUNS))
+    least = LEAST_INPUTS if min(numbers, fewest) < FEW else 1
+    return max(least, -(-ENOUGH // fewest), min(-(-SMALL // numbers), MOST_RUNS))
 
 
 def check(
@@ -129,15 +157,27 @@ def check(
     seed: int = 0,
     change: Change | None = None,
 ) -> Result:
-    """Run `case` on `backend` and hold it to the error rule; returns what the backend computed.
+    """Run `case` on `backend` and hold it to the error rule.
 
-    `change` makes other operands of the random ones.
+    The largest error among a few numbers is dominated by sampling noise: small cases are judged
+    over several inputs together.
 
-    The largest error among a few numbers is a throw of dice: small cases are judged over several
-    inputs together.
+    Args:
+        case: the configuration; its operands are random.
+        backend: None takes the first that can run the case.
+        device: None is torch's default device.
+        seed: of the operands and of the dropout.
+        change: makes other operands of the random ones.
+
+    Returns:
+        What the backend computed for the first input.
+
+    Raises:
+        AssertionError: the error rule is broken.
+        NotImplementedError: the backend cannot run the case, with the reason.
     """
     measured = [_measure(case, backend, device, seed, change)]
-    actual, eager, exact = measured[0]
+    actual, _, exact = measured[0]
     assert actual.out.shape == exact.out.shape, f"output of {case}: shape {tuple(actual.out.shape)}"
     for name, grad in actual.grads.items():
         assert grad.shape == exact.grads[name].shape, f"gradient of {name}: {tuple(grad.shape)}"
@@ -145,6 +185,5 @@ def check(
         fewest = min(grad.numel() for grad in actual.grads.values())
         runs = repetitions(actual.out.numel(), fewest)
         measured += [_measure(case, backend, device, seed + 2 * i, change) for i in range(1, runs)]
-    ours, eager, exact = (_joined(results) for results in zip(*measured))
-    assert_within_error_rule(ours, eager, exact)
+    assert_within_error_rule(*zip(*measured))
     return actual
