@@ -13,17 +13,31 @@ FORMATTED := $(shell find csrc tests examples -name '*.h' -o -name '*.cpp' -o -n
 # ninja, ruff and clang-format may be installed beside its torch
 export PATH := $(abspath $(VENV)/bin):$(PATH):$(dir $(shell command -v $(PYTHON)))
 
-BUILD_IN_PLACE = $(RUN) setup.py build_ext --inplace > build/log 2>&1 \
-	|| { cat build/log; exit 1; }; \
-	grep -A 4 '^$(CURDIR)/csrc.*warning:' build/log || true  # torch's own headers warn too
+BUILD_IN_PLACE = $(RUN) .ci/progress.py build/log $@ $(RUN) setup.py build_ext --inplace && \
+	{ grep -A 4 '^$(CURDIR)/csrc.*warning:' build/log || true; }  # torch's own headers warn too
 
-.PHONY: demo test gpu aot-report check build cuda environment clean FORCE
+.PHONY: help demo test test-fast test-rest test-all test-torch gpu aot-report check build cuda environment clean docs FORCE
+
+help:  ## these lines
+	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / { printf "make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 demo: build  ## a timm Swin on a photograph, patched against stock; ARGS="--help" lists options
 	@$(RUN) -m swin_kernels demo $(ARGS)
 
-test: build cuda  ## the tests, also of the GPU kernels on this CPU; ARGS="-k name" picks some
-	@.ci/tests $(RUN) $(ARGS)
+test: build build/cuda-sm_90  ## the tests, of the GPU kernels too, in 15 minutes; ARGS="-k name" picks
+	@.ci/tests $(RUN) standard $(ARGS)
+
+test-fast: build  ## after an edit: the CPU backends, patches and models, in 2 minutes
+	@.ci/tests $(RUN) fast $(ARGS)
+
+test-rest: build cuda  ## what `make test` leaves out
+	@.ci/tests $(RUN) rest $(ARGS)
+
+test-all: test test-rest  ## both
+
+test-torch:  ## `make test` with another torch: TORCH=2.11, in an environment of its own
+	@test -n "$(TORCH)" || { echo "test-torch: expected TORCH=VERSION, as TORCH=2.11"; exit 2; }
+	@$(MAKE) --no-print-directory test VENV=$(VENV)-torch-$(TORCH)
 
 gpu:  ## on a machine with a GPU: tests, benchmark, counters; under 10 minutes
 	$(GPU_PYTHON) .ci/gpu.py $(ARGS)
@@ -38,19 +52,22 @@ check: environment  ## linters, types, formatting
 	$(RUN) -m mypy
 	clang-format --dry-run -Werror $(FORMATTED)
 
+docs: environment  ## the documentation, in build/docs; warnings are errors
+	$(RUN) -m sphinx -q -W --keep-going -d build/doctrees docs build/docs $(ARGS)
+
 build: $(OBJECT)  ## the CPU extension, in place
 
 cuda: build/cuda  ## the CUDA extension, in place, where there is a toolkit; SWIN_KERNELS_CUDA=0 not
 
-environment: build/environment
+environment: build/environment  ## the virtual environment, in VENV
 
 # rewritten only when torch's version changed, so its time is that of the last change
 build/environment: FORCE
-	@$(PYTHON) .ci/environment.py $(VENV) $@
+	@$(PYTHON) .ci/environment.py $(VENV) $@ $(if $(TORCH),--torch $(TORCH))
 
 $(OBJECT): build/environment setup.py $(shell find csrc)
-	@command -v $${CXX:-c++} > /dev/null || { echo "a C++20 compiler is needed (CXX=…)"; exit 1; }
-	@echo "building $@"
+	@command -v $${CXX:-c++} > /dev/null || \
+		{ echo "no $${CXX:-c++} found: install a C++20 compiler, or name one with CXX=…"; exit 1; }
 	@rm -f swin_kernels/_C_cuda*.so  # of other sources
 	@SWIN_KERNELS_CUDA=0 $(BUILD_IN_PLACE)
 	@touch $@
@@ -58,6 +75,11 @@ $(OBJECT): build/environment setup.py $(shell find csrc)
 # takes minutes: for two architectures, unless TORCH_CUDA_ARCH_LIST names others
 build/cuda: $(OBJECT)
 	@TORCH_CUDA_ARCH_LIST="$${TORCH_CUDA_ARCH_LIST:-8.0;9.0+PTX}" $(BUILD_IN_PLACE)
+	@grep '^swin_kernels:' build/log
+	@touch $@ $@-sm_90
+
+build/cuda-sm_90: $(OBJECT)  # half of it
+	@TORCH_CUDA_ARCH_LIST="$${TORCH_CUDA_ARCH_LIST:-9.0}" $(BUILD_IN_PLACE)
 	@grep '^swin_kernels:' build/log
 	@touch $@
 

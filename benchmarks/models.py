@@ -19,6 +19,7 @@ from benchmarks.device import Device
 from benchmarks.rows import Row, quantiles
 from benchmarks.timing import reason_of
 from swin_kernels.demo.measure import STEPS, Outcome, run_once
+from swin_kernels.testing import FEW, LEAST_INPUTS
 
 GATE_IMAGES = 8
 COMPILED_FACTOR = 10  # of the error rule: a compiler rounds every layer its own way
@@ -61,7 +62,7 @@ CPU_MODELS = {
     "swin_tiny, batch 8": Made(SWIN_TINY, 8, 224),
     "swin_tiny, batch 1": Made(SWIN_TINY, 1, 224, ("inference",)),
 }
-TOYS = {"toy model, batch 2": Made(toy_model, 2, 24)}
+TOYS = {"toy model, batch 3": Made(toy_model, 3, 24)}
 
 
 def _rms(x: Tensor) -> float:
@@ -79,8 +80,13 @@ def check_errors(
     """The error rule for root mean squares: of the logits, and of all gradients, each to its size.
 
     The largest error of a whole model is dominated by sampling noise. Returns patched's errors as
-    multiples of stock's.
+    multiples of stock's. Raises ValueError for few logits of few images, as the error rule does.
     """
+    images, numbers = len(exact.logits), exact.logits.numel()
+    if numbers < FEW and images < LEAST_INPUTS:
+        raise ValueError(
+            f"expected {FEW} logits or {LEAST_INPUTS} images, got {numbers} logits of {images}"
+        )
     eps = torch.finfo(patched.logits.dtype).eps
     sizes = {n: _rms(g) for n, g in exact.grads.items()}
     least = 1e-9 * max(sizes.values(), default=0.0)  # others are exactly zero

@@ -10,7 +10,8 @@ import sys
 from pathlib import Path
 from typing import NoReturn
 
-BAD_INPUT = 2
+BAD_INPUT, INTERRUPTED = 2, 130
+_NO_MEMORY = "out of memory|allocate memory|size calculation overflowed"
 _FLOAT32_MAX = (2 - 2**-23) * 2.0**127  # a mask is float32
 
 
@@ -18,7 +19,10 @@ class _Parser(argparse.ArgumentParser):
     """Errors in one line, without the usage."""
 
     def error(self, message: str) -> NoReturn:
-        self.exit(BAD_INPUT, f"{self.prog}: {message}\n")
+        self.stop(f"{message}; `{self.prog} --help` lists the options")
+
+    def stop(self, message: str, code: int = BAD_INPUT) -> NoReturn:
+        self.exit(code, f"{self.prog}: {' '.join(message.split())}\n")
 
 
 def _print(text: str) -> int:
@@ -30,6 +34,13 @@ def _explanation(options: argparse.Namespace) -> str:
     import swin_kernels
 
     return swin_kernels.explain()
+
+
+def _whole(text: str) -> int:
+    try:
+        return int(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"expected a whole number, got {text!r}") from None
 
 
 def _mask_value(text: str) -> float:
@@ -106,62 +117,91 @@ def _picture(options: argparse.Namespace) -> str:
             figure = picture.mask_figure(grid, *masks)
         else:
             figure = picture.shift_figure(grid, *masks)
-    Path(options.out).parent.mkdir(parents=True, exist_ok=True)
-    # matplotlib appends .png to a name without one, and the path returned would be wrong
-    figure.savefig(options.out, format=Path(options.out).suffix[1:] or "png")
+    try:
+        Path(options.out).parent.mkdir(parents=True, exist_ok=True)
+        # matplotlib appends .png to a name without one, and the path returned would be wrong
+        figure.savefig(options.out, format=Path(options.out).suffix[1:] or "png")
+    except OSError as error:
+        raise ValueError(
+            f"--out: cannot write {options.out!r}: {error.strerror}; name another file"
+        ) from error
     return options.out
 
 
-def _parser() -> argparse.ArgumentParser:
+def _parser() -> _Parser:
     from swin_kernels.demo import bench, run
 
     parser = _Parser(prog="python -m swin_kernels", description="Fused shifted-window attention.")
-    commands = parser.add_subparsers(required=True, metavar="command")
+    commands = parser.add_subparsers(title="commands", metavar="command")
 
-    demo = commands.add_parser("demo", help="a timm Swin on a photograph, patched against stock")
+    demo = commands.add_parser("demo", help="a timm Swin on a photo, stock against patched")
     run.add_options(demo)
-    demo.set_defaults(prepare=run.prepare, run=run.run)
+    demo.set_defaults(parser=demo, prepare=run.prepare, run=run.run)
 
-    times = commands.add_parser("bench", help="a timm Swin at a size of your own, timed")
+    times = commands.add_parser("bench", help="a model and size of your own, stock against patched")
     bench.add_options(times)
-    times.set_defaults(prepare=bench.prepare, run=bench.run)
+    times.set_defaults(parser=times, prepare=bench.prepare, run=bench.run)
 
     explain = commands.add_parser("explain", help="backends, and why one cannot run")
-    explain.set_defaults(prepare=_explanation, run=_print)
+    explain.set_defaults(parser=explain, prepare=_explanation, run=_print)
 
     picture = commands.add_parser(
         "picture", help="shift regions, window masks or a learnt bias as PNG or SVG"
     )
-    picture.add_argument("--size", type=int, nargs=2, help="tokens of the map (6 6)")
-    picture.add_argument("--window", type=int, nargs="+", help="window (3)")
-    picture.add_argument("--shift", type=int, nargs="+", help="shift (2)")
-    picture.add_argument("--mask-value", type=_mask_value, help="mask, a number or -inf (-100)")
+    picture.add_argument(
+        "--size", type=_whole, nargs=2, metavar="N", help="tokens of the map (default: 6 6)"
+    )
+    picture.add_argument(
+        "--window", type=_whole, nargs="+", metavar="N", help="window size (default: 3)"
+    )
+    picture.add_argument("--shift", type=_whole, nargs="+", metavar="N", help="(default: 2)")
+    picture.add_argument(
+        "--mask-value", type=_mask_value, metavar="X", help="number or -inf (default: -100)"
+    )
     picture.add_argument("--only", choices=("regions", "masks"), help="one of the two")
     picture.add_argument(
         "--bias", metavar="CHECKPOINT", help="instead, the position bias of a block in this file"
     )
     picture.add_argument(
-        "--block", type=int, nargs=2, metavar=("STAGE", "BLOCK"), help="which (0 0)"
+        "--block", type=_whole, nargs=2, metavar=("STAGE", "BLOCK"), help="which (default: 0 0)"
     )
     picture.add_argument(
         "--out",
         metavar="FILE",
         type=_file,
         default="out/shift.png",
-        help="PNG, or by its suffix SVG or PDF (out/shift.png)",
+        help="PNG, or by its suffix SVG or PDF (default: out/shift.png)",
     )
-    picture.set_defaults(prepare=_picture, run=_print)
+    picture.set_defaults(parser=picture, prepare=_picture, run=_print)
     return parser
 
 
 def main(arguments: list[str] | None = None) -> int:
-    parser = _parser()
-    options = parser.parse_args(_joined(sys.argv[1:] if arguments is None else arguments))
+    arguments = _joined(sys.argv[1:] if arguments is None else arguments)
+    if sys.stderr.isatty() and arguments[:1] in (["demo"], ["bench"]):
+        # torch and timm take seconds; the next line, whatever it is, is longer and takes its place
+        print("loading …", end="\r", file=sys.stderr, flush=True)
+    commands = _parser()
+    options, unknown = commands.parse_known_args(arguments)
+    parser: _Parser = getattr(options, "parser", commands)
+    if unknown:
+        parser.error(f"unrecognized arguments: {' '.join(unknown)}")
+    if "prepare" not in options:
+        parser.error("expected a command: demo, bench, explain or picture")
     try:
-        prepared = options.prepare(options)
-    except (ValueError, OSError, ImportError, NotImplementedError) as error:
-        parser.error(" ".join(str(error).split()))
-    return options.run(prepared)
+        try:
+            prepared = options.prepare(options)
+        except (ValueError, OSError, ImportError, NotImplementedError) as error:
+            parser.stop(str(error))
+        return options.run(prepared)
+    except KeyboardInterrupt:
+        parser.stop("interrupted", INTERRUPTED)
+    except OSError as error:
+        parser.stop(str(error), 1)
+    except (MemoryError, RuntimeError) as error:
+        if isinstance(error, RuntimeError) and not re.search(_NO_MEMORY, str(error)):
+            raise
+        parser.stop(f"not enough memory: expected a smaller --batch or --size ({error})")
 
 
 if __name__ == "__main__":

@@ -17,10 +17,11 @@ from modes import (
     CUDA_CPP,
     EMULATOR,
     INTERPRETER,
+    MODE,
     TOO_COSTLY,
     Mode,
-    in_one_dtype,
 )
+from tiers import TIERS, all_but_one_dtype, left_out
 
 import swin_kernels
 from swin_kernels.demo.command import inductor_cache
@@ -29,8 +30,6 @@ from swin_kernels.ops.dispatch import BACKENDS
 from swin_kernels.problem import Operands, Problem
 from swin_kernels.testing import Case
 
-MODE = pytest.StashKey[Mode]()
-PART = pytest.StashKey[slice]()
 _PLANS = Path(swin_kernels.__file__).parent / "kernels" / "triton"
 
 # the shapes that an op's fake gives are no part of inductor's key either
@@ -55,27 +54,10 @@ def pytest_addoption(parser):
         action="store_true",
         help="the CUDA kernels on the host (tests/cuda/emulator.h), as under the interpreter",
     )
-    parser.addoption(
-        "--part",
-        metavar="I/N",
-        help="every N-th of the tests, from the I-th, counted from 0: N processes share them",
-    )
-
-
-def _part(text: str | None) -> slice:
-    if text is None:
-        return slice(None)
-    try:
-        first, step = map(int, text.split("/"))
-        if not 0 <= first < step:
-            raise ValueError
-    except ValueError:
-        raise pytest.UsageError(f"--part {text}: expected I/N with 0 <= I < N, as 0/4") from None
-    return slice(first, None, step)
+    parser.addoption("--tier", choices=TIERS, default="all", help="how much: tests/tiers.py")
 
 
 def pytest_configure(config):
-    config.stash[PART] = _part(config.getoption("--part"))
     mode = INTERPRETER if INTERPRETED else CPU
     on_gpu = config.getoption("--device") == "cuda"
     if config.getoption("--backend") and not on_gpu:
@@ -147,8 +129,11 @@ def pytest_collection_modifyitems(config, items):
             if mark not in mode.marks and item.get_closest_marker(mark):
                 item.add_marker(pytest.mark.skip(reason=reason))
     kept = [item for item in items if mode is CPU or not _deselected(item, mode)]
-    left_out = in_one_dtype(mode, [item.nodeid for item in kept])
-    kept = [item for item in kept if item.nodeid not in left_out][config.stash[PART]]
+    of_a_backend = [x.nodeid for x in kept if BACKEND_FIXTURES & set(x.fixturenames)]
+    beyond = left_out(config.getoption("--tier"), kept, all_but_one_dtype(of_a_backend))
+    if mode is INTERPRETER:  # fp16 takes the path of fp32 there, with operands rounded
+        beyond |= all_but_one_dtype(of_a_backend)
+    kept = [item for item in kept if item.nodeid not in beyond]
     if len(kept) < len(items):
         chosen = set(kept)
         config.hook.pytest_deselected(items=[item for item in items if item not in chosen])

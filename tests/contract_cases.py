@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 import pytest
-import torch
 from modes import sized
 
-from swin_kernels.testing import Case
+from swin_kernels.testing import DTYPE_NAMES, Case
 
-DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
-DTYPE_IDS = ("fp32", "fp64", "fp16", "bf16")
-over_dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=DTYPE_IDS)
+over_dtypes = pytest.mark.parametrize("dtype", DTYPE_NAMES, ids=DTYPE_NAMES.values())
 
 
 def over(*cases: Case):

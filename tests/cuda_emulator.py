@@ -6,6 +6,7 @@ emulated. It is built once for each state of the sources.
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import os
 import shlex
@@ -58,7 +59,14 @@ def _built(name: str, patterns: tuple[str, ...], link: list[str]) -> Path:
     if built.exists():
         return built
     built.parent.mkdir(exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=built.parent) as folder, ThreadPoolExecutor(2) as pool:
+    with (
+        open(built.with_suffix(".lock"), "w") as lock,
+        tempfile.TemporaryDirectory(dir=built.parent) as folder,
+        ThreadPoolExecutor(2) as pool,
+    ):
+        fcntl.flock(lock, fcntl.LOCK_EX)  # another process may be building it
+        if built.exists():
+            return built
 
         def compiled(source: Path) -> str:
             made = f"{folder}/{source.name}.o"
@@ -68,7 +76,7 @@ def _built(name: str, patterns: tuple[str, ...], link: list[str]) -> Path:
         objects = list(pool.map(compiled, sources))
         made = Path(folder) / name
         _run([*compiler, *objects, *link, "-o", str(made)])
-        made.replace(built)  # several processes may build
+        made.replace(built)
     return built
 
 

@@ -8,13 +8,13 @@ the Triton kernels on CPU tensors, with `--emulate-cuda` the CUDA kernels on CPU
 
 from __future__ import annotations
 
-import zlib
 from dataclasses import dataclass
 
+import pytest
 import torch
 
 from swin_kernels.kernels.triton.backend import INTERPRETED
-from swin_kernels.testing import Case
+from swin_kernels.testing import DTYPE_NAMES, Case
 
 BACKEND_FIXTURES = {"backend", "backend_name", "fused", "through"}
 
@@ -36,8 +36,7 @@ class Mode:
 
     @property
     def dtypes(self) -> tuple[torch.dtype, ...]:
-        every = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
-        return tuple(dtype for dtype in every if dtype not in self.lacks)
+        return tuple(dtype for dtype in DTYPE_NAMES if dtype not in self.lacks)
 
 
 _NO_FP64 = {torch.float64: "Triton's kernels have no fp64"}
@@ -53,28 +52,13 @@ EMULATOR = Mode("emulator", ("cuda",), {}, 20, ("rehearsed",))
 CUDA = Mode("cuda", ("triton",), _NO_FP64, marks=("gpu",))
 CUDA_CPP = Mode("cuda", ("cuda",), {}, marks=("gpu",))
 
+MODE = pytest.StashKey[Mode]()  # of the session
+
 # where tests marked with these are deselected, and why
 TOO_COSTLY = {
     "costly": ((INTERPRETER, EMULATOR), "takes minutes there; what it tests, other tests do too"),
     "tedious": ((INTERPRETER,), "takes a minute there; a case much like it is tested"),
 }
-
-
-def in_one_dtype(mode: Mode, names: list[str]) -> set[str]:
-    """Those of `names`, of tests, that are left out as they run in another dtype.
-
-    Under the interpreter, where fp16 takes the same path as fp32 with operands rounded, what runs
-    in both runs in one of them; its name decides in which.
-    """
-    if mode is not INTERPRETER:
-        return set()
-    known, out = set(names), set()
-    for name in names:
-        before, found, after = name.rpartition("fp16")
-        other = f"{before}fp32{after}"
-        if found and other in known:
-            out.add(name if zlib.crc32(name.encode()) % 2 else other)
-    return out
 
 
 def cut(case: Case) -> Case:

@@ -14,6 +14,7 @@ from swin_kernels.ops.dispatch import BACKENDS
 from swin_kernels.problem import Operands, Problem
 from swin_kernels.testing import (
     DIFFERENTIABLE,
+    LEAST_INPUTS,
     Case,
     assert_within_error_rule,
     call,
@@ -274,15 +275,20 @@ def test_two_backwards_through_one_graph_agree(backend):
 
 
 def test_function_can_be_applied_directly(backend):
-    operands, grad_out = make_operands(PLANE), make_grad_out(PLANE)
-    options = Problem.checked(operands, **PLANE.options).options
-    actual = differentiate(
-        lambda leaves: ShiftedWindowAttentionFunction.apply(*leaves, *options, backend),
-        operands,
-        grad_out,
-    )
-    eager, exact = (f(PLANE, operands, grad_out) for f in (run_unfused, run_exact))
-    assert_within_error_rule(actual, eager, exact)
+    results = []
+    for seed in range(LEAST_INPUTS):
+        operands, grad_out = make_operands(PLANE, seed=seed), make_grad_out(PLANE)
+        options = Problem.checked(operands, **PLANE.options).options
+        actual = differentiate(
+            lambda leaves, options=options: ShiftedWindowAttentionFunction.apply(
+                *leaves, *options, backend
+            ),
+            operands,
+            grad_out,
+        )
+        others = (f(PLANE, operands, grad_out) for f in (run_unfused, run_exact))
+        results.append((actual, *others))
+    assert_within_error_rule(*zip(*results))
 
 
 def _saved_by_a_call(case, backend):

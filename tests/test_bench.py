@@ -6,6 +6,7 @@ import os
 
 import pytest
 import torch
+from tiers import thorough
 from torch import nn
 
 pytest.importorskip("rich")
@@ -81,7 +82,10 @@ def test_dtype_is_that_of_what_is_checked_and_timed(cpu_kernels, small, monkeypa
     assert f"batch of 6, 24×24, {dtype}" in capsys.readouterr().out
 
 
-@pytest.mark.slow
+@thorough(
+    "test_bench.py::test_model_at_a_size_is_checked_and_timed",
+    "test_patch_timm_running.py::test_compile_with_inductor_trains_as_eager",
+)
 def test_compiled_models_are_judged_by_their_logits_and_timed(cpu_kernels, small, capsys):
     arguments = ["bench", "--compile", "--batch", "2", "--rounds", "1"]
     assert main(arguments) == 0
@@ -136,8 +140,11 @@ def test_calls_alternate_and_few_images_are_checked(cpu_kernels, small, monkeypa
         ("--model swin_tinyy", "nearest are swin_tiny_patch4_window7_224"),
         ("--model resnet18", "no window attention found"),
         ("--model resnet18 --size 64", "--size: resnet18 cannot be made for 64×64"),
-        ("--size 0", "argument --size: expected a whole number of at least 1, got '0'"),
-        ("--size 32xwide", "argument --size: expected a whole number of at least 1, got 'wide'"),
+        ("--size 0", "argument --size: expected N or HxW, whole numbers of at least 1, got '0'"),
+        (
+            "--size 32xwide",
+            "argument --size: expected N or HxW, whole numbers of at least 1, got '32xwide'",
+        ),
         ("--size 1", "cannot run on 4×3×1×1 float32"),
         ("--model swinv2_tiny_window8_256 --size 1", "cannot be made for 1×1"),
         (

@@ -6,6 +6,7 @@ import pytest
 import torch
 import torch.autograd.forward_ad as forward_ad
 from modes import cut
+from tiers import thorough
 from torch._dynamo.testing import CompileCounter, CompileCounterWithBackend
 
 from swin_kernels import shifted_window_attention, shifted_window_attention_qkvpacked
@@ -228,8 +229,8 @@ def test_exported_inference_equals_eager(fused):
             assert torch.equal(program.module()(x), layer(x))
 
 
-@pytest.mark.slow
 @pytest.mark.costly
+@thorough("test_examples_cpp.py::test_a_patched_swin_runs_from_cpp_without_python")
 def test_ahead_of_time_compiled_package_equals_eager(tmp_path, fused):
     layer, x = _Layer(fused).eval(), torch.randn(2, 11, 9, 32)
     path = torch._inductor.aoti_compile_and_package(

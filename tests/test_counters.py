@@ -11,6 +11,8 @@ import pytest
 
 pytest.importorskip("triton", reason="what is profiled are Triton's kernels")
 
+from tiers import thorough
+
 from benchmarks import counters
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -95,6 +97,10 @@ def rehearsed(ncu: Path, *arguments: str) -> subprocess.CompletedProcess:
     )
 
 
+@thorough(
+    "test_counters.py::test_counters_are_read_with_their_units",
+    "test_counters.py::test_a_profiler_that_gives_nothing_is_quoted",
+)
 def test_rehearsal_counts_every_launch_of_a_training_step(tmp_path):
     body = STAND_IN.format(tests=str(ROOT / "tests"), root=str(ROOT), python=sys.executable)
     path = tmp_path / "rows.csv"
@@ -110,6 +116,7 @@ def test_rehearsal_counts_every_launch_of_a_training_step(tmp_path):
     assert "long scoreboard" in done.stdout
 
 
+@pytest.mark.slow
 def test_a_profiler_that_gives_nothing_is_quoted(tmp_path):
     done = rehearsed(profiler(tmp_path, "print('==ERROR== LibraryNotLoaded')\nraise SystemExit(9)"))
     assert done.returncode == 1

@@ -16,14 +16,11 @@ from swin_kernels.kernels import native
 from swin_kernels.problem import Operands, Problem
 from swin_kernels.testing import (
     Case,
-    assert_within_error_rule,
     call,
     check,
     make_grad_out,
     make_operands,
     run,
-    run_exact,
-    run_unfused,
     with_grad,
 )
 
@@ -309,16 +306,14 @@ def test_nothing_is_written_outside_the_operands():
 
 def test_operands_may_overlap_and_be_offset():
     case = Case(1, (9,), (4,), (1,), heads=2, head_dim=8)
-    store = torch.randn(1, 11, 2, 8)
-    operands = Operands(store[:, :9], store[:, 1:10], store[:, 2:11])
-    grad_out = make_grad_out(case)
-    results = [f(case, operands, grad_out) for f in (run_unfused, run_exact)]
-    assert_within_error_rule(run(case, operands, grad_out, "cpu"), *results)
+
+    def overlapping(operands):
+        store = torch.cat([operands.query, operands.key[:, :2]], dim=1)
+        return Operands(store[:, :9], store[:, 1:10], store[:, 2:11])
+
+    check(case, "cpu", change=overlapping)
 
 
 def test_more_threads_than_windows_is_no_error(threads):
     threads(8)
-    case = Case(1, (4, 4), (4, 4), heads=1)
-    operands, grad_out = make_operands(case), make_grad_out(case)
-    results = [f(case, operands, grad_out) for f in (run_unfused, run_exact)]
-    assert_within_error_rule(run(case, operands, grad_out, "cpu"), *results)
+    check(Case(1, (4, 4), (4, 4), heads=1), "cpu")

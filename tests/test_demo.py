@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import os
 import subprocess
@@ -84,6 +85,7 @@ def test_whole_demo_prints_its_tables_and_writes_the_picture(tmp_path):
         "gradients",
         "each gradient",
         "inference",
+        "attention alone",
         "training step",
         "peak memory, inference",
         "peak memory, training step",
@@ -95,6 +97,7 @@ def test_whole_demo_prints_its_tables_and_writes_the_picture(tmp_path):
     assert "replaced in 12 of 12 blocks" in done.stdout
     assert "173 parameters" in done.stdout
     assert "Within the error rule" in done.stdout
+    assert done.stdout.count("\n") <= 33  # with what `make` prints before it at most 40
     assert "Traceback" not in done.stderr
     (picture,) = tmp_path.iterdir()
     assert picture.name == "swin_tiny_patch4_window7_224.png"
@@ -142,7 +145,7 @@ def test_nan_is_beyond_the_error_rule(prepared):
 
 def _run_with(monkeypatch, prepared, complaint: str | None) -> int:
     differences = [measure.Difference("logits", 1e-7, 1e-7, 1e-7, 2.0, complaint)]
-    results = run.Results(differences, {"inference": {"stock": 0.2, "patched": 0.1}}, "a remark")
+    results = run.Results(differences, {"inference": {"stock": 0.2, "patched": 0.1}}, ["a remark"])
     monkeypatch.setattr(run, "_measure", lambda p, console: results)
     return run.run(prepared)
 
@@ -220,25 +223,148 @@ def test_without_a_package_the_error_says_what_to_install():
         ("--model swin_tiny_patch4_window7_224.bogus", "expected one of ms_in1k, ms_in22k"),
         ("--model swin_base_patch4_window7_224_in22k.bogus", "no pretrained tag 'bogus'"),
         ("--model resnet18", "no window attention found"),
-        ("--image no/such.jpg", "no file no/such.jpg"),
-        (f"--image {__file__}", "is not an image"),
+        ("--image no/such.jpg", "--image: expected a photo, but there is no file 'no/such.jpg'"),
+        ("--image tests", "--image: expected a photo, but there is no file 'tests'"),
+        (f"--image {__file__}", "is not an image; expected a PNG or JPEG"),
         ("--batch 0", "whole number of at least 1, got '0'"),
+        ("--batch 2.5", "whole number of at least 1, got '2.5'"),
+        ("--batch", "expected one argument"),
+        ("--batch 99999999999999999999", "of memory; expected at most"),
         ("--rounds many", "whole number of at least 1, got 'many'"),
-        ("--threads -1", "--threads"),
+        ("--threads -1", "whole number of at least 1, got '-1'"),
         ("--threads 100000", f"expected at most {os.cpu_count()}, the CPUs of this machine"),
-        ("--device foo", "--device: cannot use 'foo'"),
-        ("--out setup.py/x", "setup.py"),
-        ("--no-such-option", "--no-such-option"),
+        ("--device foo", "--device: cannot use 'foo': expected cpu, cuda or cuda:N"),
+        ("--device mps", "--device: cannot use 'mps': expected cpu, cuda or cuda:N"),
+        ("--device cuda:99", "--device: cannot use 'cuda:99': "),
+        ("--out setup.py/x", "--out: cannot write into 'setup.py/x': Not a directory"),
+        ("--out setup.py", "--out: cannot write into 'setup.py': File exists"),
+        (
+            "--no-such-option",
+            "--no-such-option; `python -m swin_kernels demo --help` lists the options",
+        ),
+        ("photo.jpg", "unrecognized arguments: photo.jpg"),
     ],
 )
 def test_bad_input_gets_one_line_and_exit_code_2(arguments, message, monkeypatch, capsys):
     monkeypatch.chdir(ROOT)
+    _refused(["demo", *arguments.split()], message, capsys)
+
+
+def _refused(arguments: list[str], message: str, capsys) -> None:
     with pytest.raises(SystemExit) as stop:
-        main(["demo", *arguments.split()])
+        main(arguments)
     assert stop.value.code == 2
     error = capsys.readouterr().err
     assert message in error
     assert error.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ("", "expected a command: demo, bench, explain or picture"),
+        ("paint", "invalid choice: 'paint'"),
+        ("--wat", "unrecognized arguments: --wat"),
+        ("explain demo", "unrecognized arguments: demo"),
+        ("explain --device cpu", "unrecognized arguments: --device cpu"),
+        ("bench --batch 99999999999999", "--batch: 99999999999999 images of 224×224 do not fit"),
+        ("bench --size 224x", "--size: expected N or HxW, whole numbers of at least 1, got '224x'"),
+        ("bench --size 1x2x3", "whole numbers of at least 1, got '1x2x3'"),
+        ("bench --size 100000 --batch 1", "--batch: 1 images of 100000×100000 do not fit"),
+        ("picture --size six 6", "argument --size: expected a whole number, got 'six'"),
+        ("picture --size 6", "argument --size: expected 2 arguments"),
+        ("picture --out setup.py/x.png", "--out: cannot write 'setup.py/x.png': "),
+    ],
+)
+def test_bad_command_lines_get_one_line_and_exit_code_2(arguments, message, monkeypatch, capsys):
+    monkeypatch.chdir(ROOT)
+    _refused(arguments.split(), message, capsys)
+
+
+def test_cut_photo_is_named(tmp_path, capsys):
+    (tmp_path / "cut.png").write_bytes(inputs.find_photo().read_bytes()[:2000])
+    _refused(["demo", "--image", str(tmp_path / "cut.png")], "that cannot be read", capsys)
+
+
+def test_picture_is_not_written_into_an_unnamed_folder(capsys):
+    _refused(["demo", "--out", ""], "--out: expected a folder, got an empty name", capsys)
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "message"),
+    [
+        (KeyboardInterrupt(), 130, "interrupted"),
+        (OSError(28, "No space left on device", "x.png"), 1, "No space left on device: 'x.png'"),
+        (
+            RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: 99 bytes"),
+            2,
+            "not enough memory: expected a smaller --batch or --size",
+        ),
+    ],
+    ids=["interrupt", "disk", "memory"],
+)
+def test_what_stops_a_run_gets_one_line(monkeypatch, capsys, error, code, message):
+    def stopped(prepared):
+        raise error
+
+    monkeypatch.setattr(run, "prepare", lambda options: None)
+    monkeypatch.setattr(run, "run", stopped)
+    with pytest.raises(SystemExit) as stop:
+        main(["demo"])
+    assert stop.value.code == code
+    said = capsys.readouterr().err
+    assert message in said
+    assert said.count("\n") == 1
+
+
+def test_errors_of_ours_keep_their_traceback(monkeypatch):
+    def broken(prepared):
+        raise RuntimeError("an index is out of range")
+
+    monkeypatch.setattr(run, "prepare", lambda options: None)
+    monkeypatch.setattr(run, "run", broken)
+    with pytest.raises(RuntimeError, match="out of range"):
+        main(["demo"])
+
+
+def test_attention_clock_sees_part_of_every_pass_and_leaves_no_trace(prepared):
+    modules = [prepared.model.module, prepared.patched]
+    with contextlib.ExitStack() as stack:
+        clocks = [stack.enter_context(measure.attention_clock(module)) for module in modules]
+        with measure.counted_backends() as calls:
+            times = measure.time_in_turn(
+                "inference", dict(zip("ab", modules)), prepared.images, 2, lambda: None
+            )
+    assert sum(calls.values()) == 4 * 3  # the patched model stays on its kernels
+    for seconds, attention in zip(times.values(), clocks):
+        assert len(attention) == 3
+        assert all(0 < part < whole for part, whole in zip(attention[1:], seconds))
+    for module in modules:
+        assert not any(m._forward_hooks or m._forward_pre_hooks for m in module.modules())
+
+
+@pytest.mark.parametrize(("slowest", "unreliable"), [(1.2, False), (1.5, True)])
+def test_times_that_vary_are_said_to_be_unreliable(monkeypatch, prepared, slowest, unreliable):
+    samples = {name: [1.0, 1.0, 1.0, slowest, slowest] for name in ("stock", "patched")}
+    monkeypatch.setattr(measure, "time_in_turn", lambda *_: samples)
+    monkeypatch.setattr(measure, "attention_clock", lambda _: contextlib.nullcontext([9.0, 0.5]))
+    monkeypatch.setattr(
+        measure, "peak_memory", lambda *_: {x: dict.fromkeys(measure.STEPS, 1) for x in samples}
+    )
+    results = run._measure(prepared, command.make_console())
+    assert results.costs["inference"] == {"stock": 1.0, "patched": 1.0}
+    assert results.costs["attention alone"] == {"stock": 0.5, "patched": 0.5}
+    assert any("Unreliable times" in remark for remark in results.remarks) is unreliable
+
+
+def test_progress_without_a_terminal_is_a_line_now_and_then(monkeypatch, capsys):
+    monkeypatch.setattr(command, "_FIRST_LINE", -1.0)
+    console = command.make_console()
+    with command.progress(console, 4) as bar:
+        bar.say("time, inference")
+        monkeypatch.setattr(bar, "due", 1e9)
+        bar.tick()
+    assert capsys.readouterr().out == "time, inference, step 0 of 4, 0 s\n"
 
 
 @pytest.mark.parametrize("tag", ["", ".ms_in22k"])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from contract_cases import over_dtypes
 from modes import cut, sized
 
 from swin_kernels import shifted_window_attention
@@ -11,14 +12,9 @@ from swin_kernels.reference.dropout import dropout_factor
 from swin_kernels.testing import Case, call, check, make_grad_out, make_operands, run
 
 PLANE = cut(Case(2, (11, 9), (4, 4), (2, 2), bias="table", pads=True, dropout_p=0.3))
-DTYPES = pytest.mark.parametrize(
-    "dtype",
-    [torch.float32, torch.float64, torch.float16, torch.bfloat16],
-    ids=["fp32", "fp64", "fp16", "bf16"],
-)
 
 
-@DTYPES
+@over_dtypes
 @pytest.mark.parametrize(
     "case",
     [
@@ -87,7 +83,7 @@ def test_without_dropout_the_generator_is_left_alone(backend):
     assert all(map(torch.equal, _generator_states(), before))
 
 
-@DTYPES
+@over_dtypes
 def test_everything_dropped_gives_zeros_and_zero_gradients(dtype, backend):
     case = PLANE.but(dropout_p=1.0, dtype=dtype, cosine=True)
     actual = run(case, make_operands(case), make_grad_out(case), backend)

@@ -59,13 +59,13 @@ def test_a_patched_swin_runs_from_cpp_without_python(program, tmp_path, device):
         img_size=72, embed_dim=32, depths=(2,), num_heads=(2,), num_classes=10, window_size=7
     )
     with torch.device("cpu"):
-        image = torch.randn(2, 3, 72, 72)
         package = runpy.run_path(str(EXAMPLE / "export.py"))["package"]
-        package(model.eval().cpu(), image, device, tmp_path)
+        package(model.eval().cpu(), (2, 3, 72, 72), device, tmp_path)
     library = (tmp_path / "library").read_text().strip()
     assert Path(library) == built.path
     done = run(program, tmp_path / "model.pt2", tmp_path / "tensors.pt", library, "3")
     assert done.returncode == 0, done.stdout + done.stderr
+    assert "1000 logits of 50 inputs" in done.stdout
     assert "the error rule holds" in done.stdout
     assert "ms a call" in done.stdout
     assert "Python in this process: no" in done.stdout

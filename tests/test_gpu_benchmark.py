@@ -18,6 +18,8 @@ import torch
 pytest.importorskip("triton", reason="what is rehearsed are Triton's kernels")
 pytest.importorskip("timm", reason="whole models are timm's")
 
+from tiers import thorough
+
 from benchmarks import attention, gpu, models, providers
 from benchmarks.cases import other_cases, swin_cases, toy_cases
 from benchmarks.device import Cuda, Rehearsal
@@ -57,7 +59,7 @@ def test_rehearsal_times_every_case_from_end_to_end(tmp_path):
     expected = {
         *((case, p.name, d) for case in toy_cases() for p in gpu.GPU_PROVIDERS for d in DIRECTIONS),
         *(
-            ("toy model, batch 2", form, step)
+            ("toy model, batch 3", form, step)
             for form in models.FORMS
             for step in ("inference", "training step")
         ),
@@ -91,24 +93,27 @@ def rehearsed(*command: str, **variables: str) -> str:
     return done.stdout
 
 
-@pytest.mark.slow
+@thorough(
+    "test_option_pairs.py::test_every_pair_of_options_matches_float64",
+    "test_gpu_benchmark.py::test_rehearsal_times_every_case_from_end_to_end",
+)
 def test_tests_of_a_gpu_pass_rehearsed():
     """Each of their lines."""
     rehearsed("-m", "pytest", "-q", "tests/test_gpu.py", TRITON_INTERPRET="1")
 
 
-@pytest.mark.slow
+@thorough("test_option_pairs.py::test_every_pair_of_options_matches_float64")
 def test_tests_of_a_gpu_pass_rehearsed_with_the_cuda_kernels():
     rehearsed("-m", "pytest", "-q", "--emulate-cuda", "tests/test_gpu.py")
 
 
-@pytest.mark.slow
+@thorough("test_option_pairs.py::test_every_pair_of_options_matches_float64")
 def test_what_the_sanitizer_watches_runs():
     told = rehearsed("tests/cuda_sanitized.py", "--emulate")
     assert told == "25 cases ran, forward and backward\n"
 
 
-@pytest.mark.slow
+@thorough("test_gpu_benchmark.py::test_tuner_writes_what_was_found_beside_what_was_known")
 def test_tuner_rehearsal_writes_a_table(tmp_path):
     path = tmp_path / "tuned.json"
     cases = ("--cases", "toy tiles", "toy 3-D")
@@ -336,11 +341,14 @@ def test_replay_that_differs_is_refused():
 
 
 def test_model_that_breaks_the_rule_is_refused():
-    exact = models.Outcome(torch.ones(2, 3, dtype=torch.float64), {})
-    stock = models.Outcome(torch.ones(2, 3), {})
+    exact = models.Outcome(torch.ones(3, 3, dtype=torch.float64), {})
+    stock = models.Outcome(torch.ones(3, 3), {})
     models.check_errors(stock, stock, exact)
     with pytest.raises(AssertionError, match="logits"):
-        models.check_errors(models.Outcome(torch.ones(2, 3) * 1.01, {}), stock, exact)
+        models.check_errors(models.Outcome(torch.ones(3, 3) * 1.01, {}), stock, exact)
+    few = (models.Outcome(x.logits[:2], {}) for x in (stock, stock, exact))
+    with pytest.raises(ValueError, match="3 images, got 6 logits of 2"):
+        models.check_errors(*few)
 
 
 def test_table_without_rich(capsys):

@@ -193,7 +193,7 @@ def test_logits_and_gradients_are_theirs(make, of, cpu_kernels):
     theirs, ours, size = made(make, of)
     loaded = load(ours, theirs.state_dict())
     assert (loaded.layout, loaded.resized, loaded.missing) == (MODELS[make][1], (), ())
-    images = [torch.randn(2, 3, *size) for _ in range(2)]
+    images = [torch.randn(2, 3, *size) for _ in range(3)]
     found = [train_step(ours, x) for x in images]
     eager = [renamed(ours, train_step(theirs, x)) for x in images]
     theirs.double()

@@ -64,7 +64,7 @@ def test_examples_of_the_readme_run(capsys, tmp_path, monkeypatch):
 
 @pytest.mark.slow
 def test_wheel_holds_the_compiled_object_and_imports_from_an_empty_folder(tmp_path):
-    pytest.importorskip("setuptools", minversion="70.1")  # has bdist_wheel
+    pytest.importorskip("setuptools", minversion="77.0.3")  # knows SPDX
     source, unpacked, empty = (tmp_path / name for name in ("source", "unpacked", "empty"))
     source.mkdir()
     empty.mkdir()
@@ -94,7 +94,7 @@ def test_wheel_holds_the_compiled_object_and_imports_from_an_empty_folder(tmp_pa
     with zipfile.ZipFile(wheel) as archive:
         names = archive.namelist()
         archive.extractall(unpacked)
-    assert "swin_kernels/_C_cpu.abi3.so" in names
+    assert {"swin_kernels/_C_cpu.abi3.so", "swin_kernels/py.typed"} <= set(names)
     assert [name for name in names if name.endswith("/LICENSE")]
     modules = {p.relative_to(ROOT).as_posix() for p in (ROOT / "swin_kernels").rglob("*.py")}
     assert modules <= set(names)

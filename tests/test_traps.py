@@ -7,6 +7,7 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
+from contract_cases import over_dtypes
 from modes import cut, sized
 
 from swin_kernels import shifted_window_attention, shifted_window_attention_qkvpacked
@@ -20,12 +21,6 @@ from swin_kernels.testing import (
     run,
     run_exact,
     run_unfused,
-)
-
-DTYPES = pytest.mark.parametrize(
-    "dtype",
-    [torch.float32, torch.float64, torch.float16, torch.bfloat16],
-    ids=["fp32", "fp64", "fp16", "bf16"],
 )
 
 
@@ -115,7 +110,7 @@ def _against_the_mask(dtype):
     return query, key, value
 
 
-@DTYPES
+@over_dtypes
 def test_trap_3_minus_100_is_finite_under_a_large_logit_scale(dtype, backend):
     query, key, value = _against_the_mask(dtype)
     scale = torch.full((1,), 80.0, dtype=dtype)
@@ -139,7 +134,7 @@ def test_trap_3_probabilities_below_the_smallest_normal_number_are_flushed(cpu_k
 
 
 @pytest.mark.parametrize("mask_value", [-100.0, -200.0, -math.inf])
-@DTYPES
+@over_dtypes
 def test_trap_3_each_mask_value_of_the_libraries_matches(mask_value, dtype, backend):
     case = Case(2, (8, 8), (4, 4), (2, 2), dtype=dtype, mask_value=mask_value, cosine=True)
     check(sized(case), backend)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import copy
+import re
 from typing import TYPE_CHECKING, NamedTuple, cast
 
 import torch
@@ -11,6 +12,7 @@ from torch import Tensor, nn
 
 from swin_kernels.demo import command, inputs, measure
 from swin_kernels.patch import PatchReport
+from swin_kernels.testing import LEAST_INPUTS
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -21,7 +23,7 @@ CHECKED = 4  # images at most: the exact result is in float64
 
 
 class Prepared(NamedTuple):
-    """Everything that a user can get wrong, got right."""
+    """The options, checked, and what they stand for."""
 
     spec: measure.Spec
     images: Tensor  # (B, 3, height, width)
@@ -35,14 +37,22 @@ class Prepared(NamedTuple):
 
 def _size(text: str) -> tuple[int, int]:
     """`224` or `256x192`, height first."""
-    height, cross, width = text.partition("x")
-    return command.positive(height), command.positive(width if cross else height)
+    sides = [int(side) for side in text.split("x")] if re.fullmatch(r"\d+(x\d+)?", text) else [0]
+    if min(sides) < 1:
+        raise argparse.ArgumentTypeError(
+            f"expected N or HxW, whole numbers of at least 1, got {text!r}"
+        )
+    return sides[0], sides[-1]
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
-    command.add_options(parser, "; or module:function, that makes one of your own")
-    parser.add_argument("--size", type=_size, metavar="N|HxW", help="of an image (the model's own)")
-    parser.add_argument("--dtype", choices=DTYPES, default=DTYPES[0], help=f"({DTYPES[0]})")
+    command.add_options(parser, ", or module:function that returns one of your own")
+    parser.add_argument(
+        "--size", type=_size, metavar="N|HxW", help="of the images (default: the model's)"
+    )
+    parser.add_argument(
+        "--dtype", choices=DTYPES, default=DTYPES[0], help=f"(default: {DTYPES[0]})"
+    )
     parser.add_argument("--compile", action="store_true", help="time both under torch.compile")
 
 
@@ -59,12 +69,15 @@ def prepare(options: argparse.Namespace) -> Prepared:
     elif options.size is None:
         raise ValueError("--size: expected one, N or HxW, with a model of your own")
     device = command.usable_device(options.device)
+    if options.size is not None:
+        command.check_batch(options.batch, options.size[0], options.size[1], device)
     if options.threads:
         torch.set_num_threads(options.threads)
     stock = inputs.fresh_model(options.model, options.size)
     size = options.size or timm.data.resolve_data_config(model=stock)["input_size"][1:]
     stock = stock.to(device, getattr(torch, options.dtype)).eval()
     generator = torch.Generator().manual_seed(1)
+    command.check_batch(options.batch, size[0], size[1], device)
     images = torch.randn(options.batch, 3, *size, generator=generator)
     images = images.to(device, getattr(torch, options.dtype))
     try:
@@ -94,6 +107,8 @@ def prepare(options: argparse.Namespace) -> Prepared:
 def _check(p: Prepared, bar: command.Bar) -> list[measure.Difference]:
     """Logits and gradients of a few images; of compiled models the logits as well."""
     few = p.images[:CHECKED]
+    if len(few) < LEAST_INPUTS:  # whose logits may be too few to be judged
+        few = torch.cat([few, *(torch.randn_like(few) for _ in range(LEAST_INPUTS - 1))])
     outcomes = {}
     for name, module in (("patched", p.patched), ("stock", p.stock)):
         bar.say(f"gradients, {name}")
@@ -104,9 +119,13 @@ def _check(p: Prepared, bar: command.Bar) -> list[measure.Difference]:
     bar.tick()
     differences = measure.compare(outcomes["patched"], outcomes["stock"], exact)
     if p.spec.compiled:
-        # another batch would be compiled again
+        # a batch of another size would be compiled again
+        batches = few.split(len(p.images)) if len(p.images) < len(few) else [p.images]
         with torch.inference_mode():
-            logits = {name: module(p.images)[:CHECKED] for name, module in p.timed.items()}
+            logits = {
+                name: torch.cat([module(x) for x in batches])[: len(few)]
+                for name, module in p.timed.items()
+            }
         pair = logits["patched"], logits["stock"]
         differences.append(measure.compare_logits("logits, compiled", *pair, exact.logits))
     return differences
@@ -169,17 +188,18 @@ def run(p: Prepared) -> int:
     for complaint in complaints:
         console.print(f"beyond the error rule: {complaint}", style="bold red", soft_wrap=True)
     if complaints:
-        console.print("No times are told of results that break it.")
+        console.print("Timings omitted: the results break the error rule.")
         return 1
     console.print(
-        "Within the error rule: off float64 by at most twice what stock is, plus one ulp.\n",
+        "Within the error rule: the error against float64 is at most twice stock's, plus one ulp."
+        "\n",
         style="green",
     )
     console.print(_cost_table(times, None if isinstance(peaks, str) else peaks))
     console.print(
-        f"Medians of {p.rounds} calls (20th to 80th percentile), stock and patched in turn. A "
-        "training step is forward,\nloss and backward. Megabytes are what a step adds at its "
-        "peak."
+        f"Times are medians of {p.rounds} calls (20th to 80th percentile), stock and patched "
+        "alternating. A training step is forward, loss and backward. MB: what a step adds to "
+        "weights and input at its peak."
     )
     if isinstance(peaks, str):
         console.print(f"Peak memory could not be measured: {peaks}", style="yellow", soft_wrap=True)

@@ -7,8 +7,10 @@ import contextlib
 import importlib.util
 import os
 import platform
+import re
 import sys
 import tempfile
+import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -23,6 +25,10 @@ from swin_kernels.kernels import native
 if TYPE_CHECKING:
     from rich.console import Console
     from rich.table import Table
+
+
+_ACTIVATIONS = 10  # times the images, at the least: the first MLP of a Swin-T alone makes it 8
+_FIRST_LINE = 30.0  # s; the next comes after three times as long
 
 
 def positive(text: str) -> int:
@@ -45,12 +51,20 @@ def add_options(parser: argparse.ArgumentParser, more_models: str = "") -> None:
     """Those that the commands have in common."""
     model = "swin_tiny_patch4_window7_224"
     parser.add_argument(
-        "--model", default=model, help=f"a Swin of timm by name ({model}){more_models}"
+        "--model", default=model, help=f"name of a Swin in timm{more_models} (default: {model})"
     )
-    parser.add_argument("--batch", type=positive, default=4, help="images at once (4)")
-    parser.add_argument("--rounds", type=positive, default=7, help="timed calls of each (7)")
-    parser.add_argument("--threads", type=threads, help="CPU threads (torch's choice)")
-    parser.add_argument("--device", default="cpu", help="cpu or cuda (cpu)")
+    parser.add_argument(
+        "--batch", type=positive, metavar="B", default=4, help="images in a batch (default: 4)"
+    )
+    parser.add_argument(
+        "--rounds", type=positive, metavar="N", default=7, help="timed calls of each (default: 7)"
+    )
+    parser.add_argument(
+        "--threads", type=threads, metavar="N", help="CPU threads (default: torch's)"
+    )
+    parser.add_argument(
+        "--device", metavar="NAME", default="cpu", help="cpu, cuda or cuda:N (default: cpu)"
+    )
 
 
 def check_packages(needs: Mapping[str, str], command: str) -> None:
@@ -76,15 +90,32 @@ def keep_compiled_apart() -> None:
 
 
 def usable_device(name: str) -> torch.device:
+    if not re.fullmatch(r"cpu|cuda(:\d+)?", name):
+        raise ValueError(f"--device: cannot use {name!r}: expected cpu, cuda or cuda:N")
     try:
-        device = torch.device(name)
-        torch.zeros(1, device=device)
+        torch.zeros(1, device=name)
     except (RuntimeError, AssertionError) as error:
-        cause = str(error).partition("\n")[0]
-        raise ValueError(f"--device: cannot use {name!r}: {cause}") from error
-    if device.type not in ("cpu", "cuda"):
-        raise ValueError(f"--device: expected cpu or cuda, got {name!r}")
-    return device
+        cause = re.split(r"\. |\n", str(error))[0]
+        raise ValueError(f"--device: cannot use {name!r}: {cause}; --device cpu can run") from error
+    return torch.device(name)
+
+
+def check_batch(batch: int, height: int, width: int, device: torch.device) -> None:
+    """ValueError for a batch that is sure not to fit: the activations are larger than the images.
+
+    What passes may still be too large for a model.
+    """
+    image = 3 * height * width * 4
+    if device.type == "cuda":
+        memory = torch.cuda.get_device_properties(device).total_memory
+    else:
+        memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    most = memory // (_ACTIVATIONS * image)
+    if batch > most:
+        raise ValueError(
+            f"--batch: {batch} images of {height}×{width} do not fit into {memory / 1e9:.0f} GB of "
+            f"memory; expected at most {most}"
+        )
 
 
 def processor() -> str:
@@ -128,22 +159,41 @@ def make_console() -> Console:
 
 
 class Bar:
-    """A progress bar drawn when told to: a thread would take time from what is measured."""
+    """A progress bar drawn when told to: a thread would take time from what is measured.
+
+    Without a terminal it is a line after 30 s, 90 s, 270 s, ….
+    """
 
     def __init__(self, console: Console, steps: int) -> None:
         from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
         columns = (TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn())
-        self.progress = Progress(*columns, console=console, transient=True, auto_refresh=False)
+        self.progress = Progress(
+            *columns,
+            console=console,
+            transient=True,
+            auto_refresh=False,
+            disable=not console.is_terminal,
+        )
         self.task = self.progress.add_task("", total=steps)
+        self.start, self.due = time.monotonic(), _FIRST_LINE
 
     def say(self, what: str) -> None:
         self.progress.update(self.task, description=f"{what:<26}")
-        self.progress.refresh()
+        self._show()
 
     def tick(self) -> None:
         self.progress.advance(self.task)
+        self._show()
+
+    def _show(self) -> None:
         self.progress.refresh()
+        seconds = time.monotonic() - self.start
+        if self.progress.disable and seconds > self.due:
+            task = self.progress.tasks[0]
+            what = f"{task.description.strip()}, step {task.completed:.0f} of {task.total:.0f}"
+            self.progress.console.print(f"{what}, {seconds:.0f} s")
+            self.due *= 3
 
 
 @contextlib.contextmanager
@@ -158,7 +208,7 @@ def numbers_table(differences: list[measure.Difference]) -> Table:
     from rich.table import Table
 
     table = Table(box=box.MARKDOWN)
-    table.add_column("difference")
+    table.add_column("max. difference")
     for title in ("patched − stock", "stock − float64", "patched − float64"):
         table.add_column(title, justify="right")
     for d in differences:

@@ -47,7 +47,7 @@ def find_photo(path: str | None = None) -> Path:
     """
     if path is not None:
         if not Path(path).is_file():
-            raise FileNotFoundError(f"--image: no file {path}")
+            raise FileNotFoundError(f"--image: expected a photo, but there is no file {path!r}")
         return Path(path)
     for package, names in SHIPPED.items():
         spec = importlib.util.find_spec(package)
@@ -68,8 +68,10 @@ def read_photo(path: Path) -> Tensor:
     try:
         with Image.open(path) as image:
             pixels = numpy.array(ImageOps.exif_transpose(image).convert("RGB"))
-    except (UnidentifiedImageError, OSError, Image.DecompressionBombError) as error:
-        raise ValueError(f"{path} is not an image that can be read: {error}") from error
+    except UnidentifiedImageError as error:
+        raise ValueError(f"--image: {path} is not an image; expected a PNG or JPEG") from error
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+        raise ValueError(f"--image: {path} is an image that cannot be read: {error}") from error
     return torch.from_numpy(pixels).permute(2, 0, 1).float() / 255
 
 
@@ -160,7 +162,7 @@ def _with_pretrained_weights(name: str) -> nn.Module:
         return timm.create_model(name, pretrained=True)
     except OSError as error:
         if offline:
-            raise OSError("no connection to the hub, and not in its cache") from error
+            raise OSError("hub not reachable, not in its cache") from error
         raise
     finally:
         hub.HF_HUB_OFFLINE = before
@@ -245,7 +247,7 @@ def load_model(name: str) -> Model:
     except Exception as error:  # of whatever kind: the demo runs without them
         module = fresh_model(name)
         cause = str(error).strip().partition("\n")[0].partition(". ")[0]
-        pretrained, weights = False, f"random weights; no pretrained ones: {cause}"
+        pretrained, weights = False, f"random weights (pretrained ones: {cause})"
     facts: dict[str, Any] = timm.data.resolve_data_config(model=module)
     _, height, width = facts["input_size"]
     return Model(

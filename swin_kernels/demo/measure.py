@@ -13,7 +13,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from swin_kernels.ops.dispatch import BACKENDS
 from swin_kernels.patch import PatchReport, patch
-from swin_kernels.testing import assert_no_worse_than_eager
+from swin_kernels.testing import Several, assert_no_worse_than_eager
 
 
 class Outcome(NamedTuple):
@@ -83,7 +83,7 @@ def _largest(x: Tensor) -> float:
     return float(x.abs().max())
 
 
-def _complaint(name: str, patched: Tensor, stock: Tensor, exact: Tensor) -> str | None:
+def _complaint(name: str, patched: Several, stock: Several, exact: Several) -> str | None:
     try:
         assert_no_worse_than_eager(patched, stock, exact, name=name)
     except AssertionError as error:
@@ -91,14 +91,16 @@ def _complaint(name: str, patched: Tensor, stock: Tensor, exact: Tensor) -> str 
     return None
 
 
-def _difference(name: str, patched: Tensor, stock: Tensor, exact: Tensor) -> Difference:
+def _difference(
+    name: str, patched: Tensor, stock: Tensor, exact: Tensor, *, by_image: bool = False
+) -> Difference:
     return Difference(
         name,
         _largest(patched.double() - stock.double()),
         _largest(stock.double() - exact),
         _largest(patched.double() - exact),
         _largest(exact),
-        _complaint(name, patched, stock, exact),
+        _complaint(name, *(list(x) if by_image else x for x in (patched, stock, exact))),
     )
 
 
@@ -139,7 +141,7 @@ def compare(patched: Outcome, stock: Outcome, exact: Outcome) -> list[Difference
     """
     grads = (_flat(x.grads, dict.fromkeys(exact.grads, 1.0)) for x in (patched, stock, exact))
     return [
-        _difference("logits", patched.logits, stock.logits, exact.logits),
+        compare_logits("logits", patched.logits, stock.logits, exact.logits),
         _difference("gradients", *grads),
         _relative(patched, stock, exact),
     ]
@@ -147,7 +149,7 @@ def compare(patched: Outcome, stock: Outcome, exact: Outcome) -> list[Difference
 
 def compare_logits(name: str, patched: Tensor, stock: Tensor, exact: Tensor) -> Difference:
     """Differences of logits alone."""
-    return _difference(name, patched, stock, exact)
+    return _difference(name, patched, stock, exact, by_image=True)
 
 
 def patched_copy(module: nn.Module, images: Tensor) -> tuple[nn.Module, PatchReport, str]:
@@ -206,6 +208,37 @@ def time_in_turn(
     for module in modules.values():
         module.eval()
     return times
+
+
+@contextlib.contextmanager
+def attention_clock(module: nn.Module) -> Iterator[list[float]]:
+    """Seconds that each forward pass on a CPU spends in window attention, while it is open.
+
+    That is what the blocks do before their first residual addition, without norm, qkv and proj:
+    shift, padding, partition, attention, and what undoes them.
+    """
+    seconds: list[float] = []
+
+    def clock(sign: int) -> Callable[..., None]:
+        def add(*_: object) -> None:
+            seconds[-1] += sign * time.perf_counter()
+
+        return add
+
+    hooks = [module.register_forward_pre_hook(lambda *_: seconds.append(0.0))]
+    block: Any
+    for block in module.modules():
+        if hasattr(block, "attn") and hasattr(block, "drop_path1"):
+            hooks.append(block.register_forward_pre_hook(clock(-1)))
+            hooks.append(block.drop_path1.register_forward_pre_hook(clock(+1)))
+            for part in (block.norm1, block.attn.qkv, block.attn.proj):
+                hooks.append(part.register_forward_pre_hook(clock(+1)))
+                hooks.append(part.register_forward_hook(clock(-1)))
+    try:
+        yield seconds
+    finally:
+        for hook in hooks:
+            hook.remove()
 
 
 class Spec(NamedTuple):

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import copy
 import statistics
+import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -18,11 +20,12 @@ if TYPE_CHECKING:
     from rich.console import Console
     from rich.table import Table
 
+_UNSTEADY = 1.25  # differences of the size that the demo shows drown in more
 NEEDS = {"timm": "timm", "rich": "rich", "matplotlib": "matplotlib", "PIL": "pillow"}
 
 
 class Prepared(NamedTuple):
-    """Everything that a user can get wrong, got right."""
+    """The options, checked, and what they stand for."""
 
     name: str
     photo: Path
@@ -38,8 +41,24 @@ class Prepared(NamedTuple):
 
 def add_options(parser: argparse.ArgumentParser) -> None:
     command.add_options(parser)
-    parser.add_argument("--image", metavar="PATH", help="a photo of your own")
-    parser.add_argument("--out", metavar="DIR", default="out", help="where the PNG goes (out)")
+    parser.add_argument("--image", metavar="FILE", help="photo (default: one of scikit-image's)")
+    parser.add_argument(
+        "--out", metavar="DIR", default="out", help="folder for the picture (default: out)"
+    )
+
+
+def _writable(name: str) -> Path:
+    """The folder of that name, made if need be; ValueError where no file can be written in it."""
+    if not name:
+        raise ValueError("--out: expected a folder, got an empty name")
+    try:
+        Path(name).mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=name).close()
+    except OSError as error:
+        raise ValueError(
+            f"--out: cannot write into {name!r}: {error.strerror}; expected a folder"
+        ) from error
+    return Path(name)
 
 
 def prepare(options: argparse.Namespace) -> Prepared:
@@ -54,13 +73,12 @@ def prepare(options: argparse.Namespace) -> Prepared:
         torch.set_num_threads(options.threads)
     photo = inputs.find_photo(options.image)
     pixels = inputs.read_photo(photo)
-    folder = Path(options.out)
-    folder.mkdir(parents=True, exist_ok=True)
     model = inputs.load_model(options.model)
     model = model._replace(module=model.module.to(device))
+    command.check_batch(options.batch, model.height, model.width, device)
     images = inputs.make_batch(pixels, model, options.batch).to(device)
     patched, report, backend = measure.patched_copy(model.module, images[:1])
-    picture = folder / f"{options.model}.png"
+    picture = _writable(options.out) / f"{options.model}.png"
     return Prepared(
         options.model,
         photo,
@@ -75,12 +93,12 @@ def prepare(options: argparse.Namespace) -> Prepared:
     )
 
 
-def _cost_table(costs: dict[str, dict[str, float]]) -> Table:
+def _cost_table(title: str, costs: dict[str, dict[str, float]]) -> Table:
     from rich import box
     from rich.table import Table
 
     table = Table(box=box.MARKDOWN)
-    table.add_column("cost")
+    table.add_column(title)
     for title in ("stock", "patched", "stock ÷ patched"):
         table.add_column(title, justify="right")
     for name, values in costs.items():
@@ -89,6 +107,17 @@ def _cost_table(costs: dict[str, dict[str, float]]) -> Table:
         cells = [f"{x * scale:.0f} {unit}" for x in (stock, patched)]
         table.add_row(name, *cells, f"{stock / patched:.2f}" if patched else "–")
     return table
+
+
+def _spread(samples: list[float]) -> float:
+    """The 80th percentile over the 20th."""
+    ordered = sorted(samples)
+    fifth = len(ordered) // 5
+    return ordered[-1 - fifth] / ordered[fifth]
+
+
+def _medians(samples: dict[str, list[float]]) -> dict[str, float]:
+    return {name: statistics.median(x) for name, x in samples.items()}
 
 
 def _top_classes(p: Prepared) -> list[str]:
@@ -116,13 +145,13 @@ def _draw(p: Prepared) -> str:
     crop = inputs.central_crop(p.pixels, side[0], side[1], p.model.crop)
     pixels = (crop.permute(1, 2, 0) * 255).round().to(torch.uint8).numpy()
     picture.photo_figure(pixels, grid, f"{p.name} {name}").savefig(p.picture)
-    return f"{p.picture}: shift regions of {name} on the photo, and the mask of its last window"
+    return f"picture: {p.picture} (shift regions of {name} on the photo, mask of its last window)"
 
 
 class Results(NamedTuple):
     differences: list[measure.Difference]
     costs: dict[str, dict[str, float]]  # by what is measured, then stock or patched
-    remark: str | None
+    remarks: list[str]
 
 
 def _measure(p: Prepared, console: Console) -> Results:
@@ -131,7 +160,7 @@ def _measure(p: Prepared, console: Console) -> Results:
     with command.progress(console, steps) as bar:
         outcomes = {}
         for name, module in modules.items():
-            bar.say(f"gradients, {name}")
+            bar.say(f"gradients of {name}")
             outcomes[name] = measure.run_once(module, p.images)
             bar.tick()
         bar.say("gradients in float64")
@@ -140,21 +169,34 @@ def _measure(p: Prepared, console: Console) -> Results:
         differences = measure.compare(outcomes["patched"], outcomes["stock"], exact)
         del outcomes, exact
 
-        costs, remark = {}, None
+        costs: dict[str, dict[str, float]] = {}
+        remarks, spread = [], 1.0
         for step in measure.STEPS:
             bar.say(f"time, {step}")
-            samples = measure.time_in_turn(step, modules, p.images, p.rounds, bar.tick)
-            costs[step] = {name: statistics.median(x) for name, x in samples.items()}
+            with contextlib.ExitStack() as stack:
+                attention: dict[str, list[float]] = {}
+                if step == "inference" and not p.images.is_cuda:
+                    for name, module in modules.items():
+                        attention[name] = stack.enter_context(measure.attention_clock(module))
+                samples = measure.time_in_turn(step, modules, p.images, p.rounds, bar.tick)
+            costs[step] = _medians(samples)
+            spread = max(spread, *map(_spread, samples.values()))
+            if attention:
+                costs["attention alone"] = _medians({x: attention[x][1:] for x in attention})
         bar.say("peak memory")
         spec = measure.Spec.of(p.name, p.images)
         try:
             peaks = measure.peak_memory(spec, tuple(modules))
         except RuntimeError as error:
-            remark = f"Peak memory could not be measured: {error}"
+            remarks.append(f"Peak memory could not be measured: {error}")
         else:
             for step in measure.STEPS:
                 costs[f"peak memory, {step}"] = {x: float(peaks[x][step]) for x in modules}
-    return Results(differences, costs, remark)
+    if spread > _UNSTEADY:
+        remarks.append(
+            f"Unreliable times: calls of one step differ by {spread - 1:.0%}; is the machine busy?"
+        )
+    return Results(differences, costs, remarks)
 
 
 def run(p: Prepared) -> int:
@@ -162,45 +204,47 @@ def run(p: Prepared) -> int:
     console = command.make_console()
     console.print(command.machine(p.images, p.backend), style="bold", soft_wrap=True)
     batch, _, *size = p.images.shape
-    console.print(f"photo: {p.photo.name}, batch of {batch} crops, {size[0]}×{size[1]}, float32")
     console.print(f"model: {p.name}, {p.model.weights}", soft_wrap=True)
+    console.print(
+        f"input: {p.photo.name}, batch of {batch} crops, {size[0]}×{size[1]}, float32",
+        soft_wrap=True,
+    )
     console.print(f"patch: {str(p.report).partition(chr(10))[0]}")
     if "reference" in p.backend:
         console.print(
-            "The reference backend ran: plain PyTorch, which fuses nothing and is not faster. "
-            "`python -m swin_kernels explain` says what kept the others from running.",
+            "The reference backend ran: plain PyTorch, nothing fused, so it is not faster. "
+            "`python -m swin_kernels explain` gives the reasons.",
             style="yellow",
         )
-    differences, costs, remark = _measure(p, console)
+    differences, costs, remarks = _measure(p, console)
 
-    console.print("The same numbers", style="bold")
     console.print(command.numbers_table(differences))
     parameters = sum(1 for _ in p.patched.parameters())
     console.print(
-        "Largest difference (relative to the largest value): of the logits; of the gradients of "
-        f"all {parameters} parameters; of each gradient relative to its own largest value."
+        "In brackets: relative to the largest value. Each gradient: the worst of "
+        f"{parameters} parameters, relative to its own largest."
     )
     complaints = [d.complaint for d in differences if d.complaint]
     for complaint in complaints:
         console.print(f"beyond the error rule: {complaint}", style="bold red", soft_wrap=True)
     if not complaints:
         console.print(
-            "Within the error rule: off float64 by at most twice what stock is, plus one ulp.",
+            "Within the error rule: the error against float64 is at most twice stock's, plus one "
+            "ulp.",
             style="green",
         )
-    console.print("\nWhat they cost", style="bold")
-    console.print(_cost_table(costs))
-    memory = "allocated on the device" if p.images.is_cuda else "resident, in a process of its own"
+    console.print(_cost_table(f"batch of {batch}", costs))
+    memory = "allocated on the GPU" if p.images.is_cuda else "resident set"
+    attention = "Attention alone: inference without the linear layers, norms and MLPs. "
     console.print(
-        f"Medians of {p.rounds} calls, stock and patched in turn. A training step is forward, loss "
-        "and backward.\nPeak memory is what a step adds to the weights and images already there "
-        f"({memory})."
+        f"Medians of {p.rounds} calls, stock and patched alternating; a training step is forward, "
+        f"loss and backward. {attention if 'attention alone' in costs else ''}"
+        f"Peak memory: what a step adds to weights and input ({memory})."
     )
-    if remark:
+    for remark in remarks:
         console.print(remark, style="yellow", soft_wrap=True)
     if p.model.pretrained and p.model.module.num_classes == 1000:
-        console.print("\nWhat it sees", style="bold")
+        console.print("\nTop classes of the first crop", style="bold")
         console.print("\n".join(_top_classes(p)))
-    console.print()
     console.print(_draw(p), soft_wrap=True)
     return 1 if complaints else 0

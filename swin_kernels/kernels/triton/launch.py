@@ -27,7 +27,7 @@ def gpu_of(device: torch.device) -> Gpu:
     """What configurations ask of a device."""
     if device.type != "cuda":
         return INTERPRETER
-    facts = torch.cuda.get_device_properties(device)
+    facts: Any = torch.cuda.get_device_properties(device)  # torch's stubs lack some before 2.15
     if torch.version.hip is not None:
         arch, warp_size = facts.gcnArchName.split(":")[0], facts.warp_size
     else:
