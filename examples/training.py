@@ -175,7 +175,8 @@ def _save(path: Path, content: object) -> None:
 def _settings(options: argparse.Namespace) -> dict[str, str]:
     """What decides the weights that a run ends with."""
     chosen = {n: str(value) for n, value in vars(options).items() if n not in MAY_CHANGE}
-    return {"program": Path(sys.modules["__main__"].__file__ or "").stem} | chosen
+    program = getattr(sys.modules["__main__"], "__file__", None) or ""  # none where it is no file
+    return {"program": Path(program).stem} | chosen
 
 
 def _resumed(path: Path, model, optimizer, options: argparse.Namespace) -> list[float]:

@@ -16,7 +16,7 @@ from benchmarks.models import TOYS, Made, Models, rows_of, toy_model
 from benchmarks.runtimes import PACKAGES, RUNTIMES, Runtime, versions
 
 TOY = next(iter(TOYS))
-BOTH = {"toy": Made(toy_model, 2, 24)}
+BOTH = {"toy": Made(toy_model, 3, 24)}
 
 
 class Stub(nn.Module):
@@ -79,7 +79,7 @@ def test_runtime_that_breaks_the_error_rule_has_a_reason_and_no_time(
 
 
 def test_model_for_inference_alone_has_no_training_step(cpu_kernels):
-    made = {"toy": Made(toy_model, 1, 24, ("inference",))}
+    made = {"toy": Made(toy_model, 3, 24, ("inference",))}
     found = list(rows_of("toy", Cpu(), dict.fromkeys(("stock", "patched")), 1, made))
     assert {r.direction for r in found} == {"inference"}
 

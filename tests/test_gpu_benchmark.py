@@ -48,7 +48,11 @@ def lines_of(path: Path) -> list[dict[str, str]]:
         return list(csv.DictReader(file))
 
 
-@pytest.mark.slow
+@thorough(
+    "test_gpu_benchmark.py::test_warm_part_compiles_and_times_nothing",
+    "test_gpu_benchmark.py::test_peers_agree_on_every_toy_case",
+    "test_cpu_benchmark.py::test_every_case_has_times_errors_checked_and_peaks",
+)
 def test_rehearsal_times_every_case_from_end_to_end(tmp_path):
     path = tmp_path / "rows.csv"
     done = interpreted("benchmarks.gpu", "--rehearse", "--budget", "1000", "--csv", str(path))
@@ -95,7 +99,7 @@ def rehearsed(*command: str, **variables: str) -> str:
 
 @thorough(
     "test_option_pairs.py::test_every_pair_of_options_matches_float64",
-    "test_gpu_benchmark.py::test_rehearsal_times_every_case_from_end_to_end",
+    "test_patch_timm.py::test_small_model_trains_as_stock",
 )
 def test_tests_of_a_gpu_pass_rehearsed():
     """Each of their lines."""

@@ -27,9 +27,10 @@ def cases(draw, dtypes: tuple[torch.dtype, ...]) -> Case:
     most = (40, 8, 4)[axes - 1]
     window = tuple(draw(st.integers(1, most)) for _ in range(axes))
     size = tuple(draw(st.integers(1, 3 * w if axes < 3 else 2 * w)) for w in window)
-    head_dim = draw(st.integers(2, 40))  # cosine of one channel has gradient 0: rounding alone
     packed = draw(st.booleans())
     cosine = draw(st.booleans())
+    # of a few channels one vector close to zero decides the largest error behind the norm
+    head_dim = draw(st.integers(8 if cosine else 1, 40))
     return Case(
         batch=draw(st.integers(1, 3)),
         size=size,

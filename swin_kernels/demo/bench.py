@@ -111,13 +111,11 @@ def _check(p: Prepared, bar: command.Bar) -> list[measure.Difference]:
         few = torch.cat([few, *(torch.randn_like(few) for _ in range(LEAST_INPUTS - 1))])
     outcomes = {}
     for name, module in (("patched", p.patched), ("stock", p.stock)):
-        bar.say(f"gradients, {name}")
-        outcomes[name] = measure.run_once(module, few)
-        bar.tick()
-    bar.say("gradients in float64")
-    exact = measure.run_once(copy.deepcopy(p.stock).double(), few)
-    bar.tick()
-    differences = measure.compare(outcomes["patched"], outcomes["stock"], exact)
+        with bar.untimed(f"gradients of {name}"):
+            outcomes[name] = measure.run_once(module, few)
+    with bar.untimed("gradients in float64"):
+        exact = measure.run_once(copy.deepcopy(p.stock).double(), few)
+        differences = measure.compare(outcomes["patched"], outcomes["stock"], exact)
     if p.spec.compiled:
         # a batch of another size would be compiled again
         batches = few.split(len(p.images)) if len(p.images) < len(few) else [p.images]
@@ -162,9 +160,9 @@ def _measure(p: Prepared, bar: command.Bar) -> tuple[dict[str, dict[str, list[fl
     for step in measure.STEPS:
         bar.say(f"time, {step}")
         times[step] = measure.time_in_turn(step, p.timed, p.images, p.rounds, bar.tick)
-    bar.say("peak memory")
     try:
-        return times, measure.peak_memory(p.spec, tuple(p.timed))
+        with bar.untimed("peak memory"):
+            return times, measure.peak_memory(p.spec, tuple(p.timed))
     except RuntimeError as error:
         return times, str(error)
 

@@ -10,6 +10,7 @@ import platform
 import re
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -185,6 +186,25 @@ class Bar:
     def tick(self) -> None:
         self.progress.advance(self.task)
         self._show()
+
+    @contextlib.contextmanager
+    def untimed(self, what: str) -> Iterator[None]:
+        """One step, in which nothing is timed: the clock goes on."""
+        done = threading.Event()
+
+        def show() -> None:
+            while not done.wait(0.5):
+                self._show()
+
+        self.say(what)
+        thread = threading.Thread(target=show, daemon=True)
+        thread.start()
+        try:
+            yield
+        finally:
+            done.set()
+            thread.join()
+        self.tick()
 
     def _show(self) -> None:
         self.progress.refresh()

@@ -160,13 +160,11 @@ def _measure(p: Prepared, console: Console) -> Results:
     with command.progress(console, steps) as bar:
         outcomes = {}
         for name, module in modules.items():
-            bar.say(f"gradients of {name}")
-            outcomes[name] = measure.run_once(module, p.images)
-            bar.tick()
-        bar.say("gradients in float64")
-        exact = measure.run_once(copy.deepcopy(p.model.module).double(), p.images)
-        bar.tick()
-        differences = measure.compare(outcomes["patched"], outcomes["stock"], exact)
+            with bar.untimed(f"gradients of {name}"):
+                outcomes[name] = measure.run_once(module, p.images)
+        with bar.untimed("gradients in float64"):
+            exact = measure.run_once(copy.deepcopy(p.model.module).double(), p.images)
+            differences = measure.compare(outcomes["patched"], outcomes["stock"], exact)
         del outcomes, exact
 
         costs: dict[str, dict[str, float]] = {}
@@ -183,10 +181,10 @@ def _measure(p: Prepared, console: Console) -> Results:
             spread = max(spread, *map(_spread, samples.values()))
             if attention:
                 costs["attention alone"] = _medians({x: attention[x][1:] for x in attention})
-        bar.say("peak memory")
         spec = measure.Spec.of(p.name, p.images)
         try:
-            peaks = measure.peak_memory(spec, tuple(modules))
+            with bar.untimed("peak memory"):
+                peaks = measure.peak_memory(spec, tuple(modules))
         except RuntimeError as error:
             remarks.append(f"Peak memory could not be measured: {error}")
         else:

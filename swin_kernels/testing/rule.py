@@ -181,9 +181,8 @@ def check(
     assert actual.out.shape == exact.out.shape, f"output of {case}: shape {tuple(actual.out.shape)}"
     for name, grad in actual.grads.items():
         assert grad.shape == exact.grads[name].shape, f"gradient of {name}: {tuple(grad.shape)}"
-    if actual.out.numel() > 0:
-        fewest = min(grad.numel() for grad in actual.grads.values())
-        runs = repetitions(actual.out.numel(), fewest)
-        measured += [_measure(case, backend, device, seed + 2 * i, change) for i in range(1, runs)]
+    sizes = [x.numel() for x in (actual.out, *actual.grads.values()) if x.numel() > 0]
+    runs = repetitions(actual.out.numel() or SMALL, min(sizes, default=FEW))
+    measured += [_measure(case, backend, device, seed + 2 * i, change) for i in range(1, runs)]
     assert_within_error_rule(*zip(*measured))
     return actual
