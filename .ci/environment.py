@@ -38,6 +38,9 @@ OLDEST_TORCH = (2, 11)
 LEFT_OUT = {"peers"}  # extras: only the benchmark beside other libraries needs them
 SPACE = 12  # GB while it is made: packages, and the files that they come in
 BAD_INPUT = 2
+NO_CONNECTION = (
+    "connection broken by|Max retries exceeded|timed out|IncompleteRead|Connection \\w+ed"
+)
 PRINT_TORCH_VERSION = """
 import importlib.metadata
 try:
@@ -81,7 +84,7 @@ def new_enough(version: str) -> bool:
     return tuple(int(part) for part in version.split(".")[:2]) >= OLDEST_TORCH
 
 
-def is_the(asked: str, version: str) -> bool:
+def matches(asked: str, version: str) -> bool:
     """Whether torch `version`, such as 2.14.1+cpu, is the 2.14 or 2.14.1 that was asked for."""
     return re.match(rf"{re.escape(asked)}(?!\d)", version) is not None
 
@@ -113,8 +116,8 @@ def digest(*facts: object) -> str:
     return hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:16]
 
 
-def create(venv: Path, own_torch: bool) -> dict:
-    """An empty environment that sees this Python's torch, if there is one; what we know of it."""
+def create(venv: Path, own_torch: bool) -> None:
+    """An empty environment; unless it gets a torch of its own, it sees this Python's, if any."""
     say(f"making {venv} with {sys.executable}")
     done = quietly(sys.executable, "-m", "venv", venv)
     if done.returncode != 0:
@@ -135,11 +138,14 @@ def create(venv: Path, own_torch: bool) -> dict:
     elif not own_torch and importlib.util.find_spec("torch"):
         say(f"the torch of {sys.executable} is older than 2.11, so another is installed")
     (venv / MARK).write_text(json.dumps(facts))
-    return facts
 
 
 def torch_version(python: Path) -> str:
-    return subprocess.check_output([python, "-c", PRINT_TORCH_VERSION], text=True).strip()
+    command = [python, "-c", PRINT_TORCH_VERSION]
+    done = subprocess.run(command, check=False, capture_output=True, text=True)
+    if done.returncode != 0:
+        fail(f"{python} does not run: remove its environment, or name another with VENV=…")
+    return done.stdout.strip()
 
 
 def no_space(venv: Path) -> str:
@@ -150,23 +156,24 @@ def no_space(venv: Path) -> str:
 
 
 class Failure(NamedTuple):
-    """Of pip."""
+    """Of a call of pip."""
 
     kind: str  # space, network, version, conflict or other
-    what: str  # in a line
+    message: str  # a line
 
 
-def why(output: str, venv: Path) -> Failure:
-    """What pip's output says of its failure."""
+def diagnose(output: str, venv: Path) -> Failure:
+    """The cause of a failure, from pip's output."""
     end = "\n".join(output.splitlines()[-25:])
     if re.search(r"No space left|Disk quota exceeded", end):
         return Failure("space", no_space(venv))
-    if re.search(r"connection broken by|Max retries exceeded|Read timed out|Connection \w+ed", end):
-        cause = re.search(r"\[Errno -?\d+\] ([\w ,]+)|((?:Read )?timed out)", end)
+    if re.search(NO_CONNECTION, end):
+        cause = re.search(r"\[Errno -?\d+\] [\w ,]+|timed out|certificate verify failed", end)
+        detail = f" ({cause[0].rpartition('] ')[2]})" if cause else ""
         return Failure(
             "network",
-            f"the package index cannot be reached{f' ({cause[1] or cause[2]})' if cause else ''}: "
-            "connect to the network, or name a mirror with PIP_INDEX_URL",
+            f"the package index cannot be reached{detail}: connect to the network, or name a "
+            "mirror with PIP_INDEX_URL",
         )
     if no := re.search(r"satisfies the requirement (\S+).*\(from versions: (.*)\)", end):
         return Failure(
@@ -220,7 +227,7 @@ class Pip:
         finally:
             shutil.rmtree(scratch, ignore_errors=True)
         output = self.log.read_bytes()[before:].decode(errors="replace")
-        return why(output, self.venv) if code else None
+        return diagnose(output, self.venv) if code else None
 
 
 def install(venv: Path, asked: str, torch: str) -> list[str]:
@@ -250,11 +257,11 @@ def install(venv: Path, asked: str, torch: str) -> list[str]:
         failure = failure if torch or alone is None else alone
     if not torch or failure.kind == "space":
         if asked and failure.kind in ("version", "conflict"):
-            fail(f"--torch: {failure.what}", BAD_INPUT)
+            fail(f"--torch: {failure.message}", BAD_INPUT)
         end = f":\n{progress.last_lines(pip.log)}" if failure.kind == "other" else ""
-        fail(f"{failure.what}; pip's output is in {pip.log}{end}")
+        fail(f"{failure.message}; pip's output is in {pip.log}{end}")
     # one package that cannot be had, or does not fit this torch, must not keep the others away
-    say(f"not all at once, so one by one: {failure.what}")
+    say(f"not all at once, so one by one: {failure.message}")
     offline = ["--no-index"] if failure.kind == "network" else []
 
     def can_be_had(x: str) -> bool:
@@ -291,7 +298,9 @@ def ensure(venv: Path, asked: str) -> str:
         except BaseException:
             python.unlink(missing_ok=True)  # what is half made is made again
             raise
-    facts = json.loads(mark.read_text()) if mark.exists() else {}
+    facts: dict = {}
+    with contextlib.suppress(OSError, ValueError):  # not ours, or cut short by a full disk
+        facts = json.loads(mark.read_text())
     now = maker(facts.get("own_torch", False))
     inside = Path(sys.prefix).resolve() == venv.resolve()
     if not inside and facts.get("maker", now) != now:
@@ -300,7 +309,7 @@ def ensure(venv: Path, asked: str) -> str:
             f"{in_words(now)}: remove it, or name another with VENV=…"
         )
     torch = torch_version(python)
-    if torch and asked and not is_the(asked, torch):
+    if torch and asked and not matches(asked, torch):
         fail(
             f"{venv} has torch {torch}, and torch {asked} was asked for: "
             "name another environment with VENV=…, or remove this one"

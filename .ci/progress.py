@@ -54,7 +54,10 @@ def run(
                 due *= 3
             with contextlib.suppress(subprocess.TimeoutExpired):
                 process.wait(0.5)
-    except KeyboardInterrupt:  # the command got it too
+    except KeyboardInterrupt:
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(5)  # on a terminal it was interrupted as well
+        process.terminate()
         process.wait()
         say("interrupted")
         sys.exit(130)

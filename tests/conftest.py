@@ -130,7 +130,8 @@ def pytest_collection_modifyitems(config, items):
                 item.add_marker(pytest.mark.skip(reason=reason))
     kept = [item for item in items if mode is CPU or not _deselected(item, mode)]
     of_a_backend = [x.nodeid for x in kept if BACKEND_FIXTURES & set(x.fixturenames)]
-    beyond = left_out(config.getoption("--tier"), kept, all_but_one_dtype(of_a_backend))
+    tier, slow_kernels = config.getoption("--tier"), mode in (INTERPRETER, EMULATOR)
+    beyond = left_out(tier, kept, all_but_one_dtype(of_a_backend), slow_kernels)
     if mode is INTERPRETER:  # fp16 takes the path of fp32 there, with operands rounded
         beyond |= all_but_one_dtype(of_a_backend)
     kept = [item for item in kept if item.nodeid not in beyond]

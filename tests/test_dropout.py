@@ -14,6 +14,7 @@ from swin_kernels.testing import Case, call, check, make_grad_out, make_operands
 PLANE = cut(Case(2, (11, 9), (4, 4), (2, 2), bias="table", pads=True, dropout_p=0.3))
 
 
+@pytest.mark.in_pairs
 @over_dtypes
 @pytest.mark.parametrize(
     "case",

@@ -21,6 +21,15 @@ Failed to establish a new connection: [Errno -2] Name or service not known')': /
 ERROR: Could not find a version that satisfies the requirement torch>=2.11 (from versions: none)
 ERROR: No matching distribution found for torch>=2.11
 """
+NO_CERTIFICATE = """\
+WARNING: Retrying (Retry(total=0)) after connection broken by 'SSLError(1, \
+'[SSL: CERTIFICATE_VERIFY_FAILED] certificate verify failed: self-signed certificate'))': /simple/x/
+ERROR: Could not find a version that satisfies the requirement torch>=2.11 (from versions: none)
+"""
+CUT = """\
+    raise ReadTimeoutError(self._pool, None, "Read timed out.") from e
+pip._vendor.urllib3.exceptions.ReadTimeoutError: HTTPSConnectionPool(port=443): Read timed out.
+"""
 NO_VERSION = """\
 ERROR: Could not find a version that satisfies the requirement torch==2.99.* (from versions: \
 2.10.0, 2.11.0, 2.12.0, 2.12.1, 2.13.0, 2.14.0)
@@ -134,7 +143,7 @@ def test_every_extra_but_that_of_the_rivals_is_taken(environment, monkeypatch, t
     ],
 )
 def test_torch_of_a_version_is_known(environment, asked, version, expected):
-    assert environment.is_the(asked, version) is expected
+    assert environment.matches(asked, version) is expected
 
 
 def test_environment_of_another_torch_is_refused(tmp_path):
@@ -166,6 +175,17 @@ def test_environment_that_is_up_to_date_is_silent_and_its_record_stays(environme
     assert record.stat().st_mtime == 1
 
 
+def test_environment_whose_python_does_not_run_is_refused(tmp_path):
+    folder = _with_torch(tmp_path / "venv", "2.14.1")
+    (folder / "bin" / "python").unlink()
+    (folder / "bin" / "python").write_text("#!/bin/sh\nexit 1\n")
+    (folder / "bin" / "python").chmod(0o755)
+    done = _run(folder, tmp_path / "record")
+    assert done.returncode == 1
+    assert "does not run: remove its environment" in done.stderr
+    assert done.stderr.count("\n") == 1
+
+
 def test_place_that_cannot_be_written_gets_one_line(tmp_path):
     (tmp_path / "file").write_text("")
     done = _run(tmp_path / "file" / "venv", tmp_path / "record")
@@ -178,6 +198,8 @@ def test_place_that_cannot_be_written_gets_one_line(tmp_path):
     ("output", "kind", "messages"),
     [
         (NO_NETWORK, "network", ["(Name or service not known)", "PIP_INDEX_URL"]),
+        (NO_CERTIFICATE, "network", ["cannot be reached (certificate verify failed)"]),
+        (CUT, "network", ["cannot be reached (timed out)"]),
         (NO_VERSION, "version", ["no torch==2.99.* for Python 3.", "2.13.0, 2.14.0"]),
         (CONFLICT, "conflict", ["satisfies torch==2.15.* and (constraint) torch<=2.14.1: loosen"]),
         (NO_SPACE, "space", ["no space left on the disk of", "VENV="]),
@@ -186,15 +208,15 @@ def test_place_that_cannot_be_written_gets_one_line(tmp_path):
     ],
 )
 def test_failures_of_pip_are_told_in_a_line(environment, tmp_path, output, kind, messages):
-    failure = environment.why("Collecting torch\n" * 30 + output, tmp_path)
+    failure = environment.diagnose("Collecting torch\n" * 30 + output, tmp_path)
     assert failure.kind == kind
-    assert all(message in failure.what for message in messages)
-    assert "\n" not in failure.what
+    assert all(message in failure.message for message in messages)
+    assert "\n" not in failure.message
 
 
 def test_a_connection_that_came_back_is_no_failure_of_the_network(environment, tmp_path):
     output = NO_NETWORK.splitlines()[0] + "\nCollecting x" * 30 + "\n" + NO_VERSION
-    assert environment.why(output, tmp_path).kind == "version"
+    assert environment.diagnose(output, tmp_path).kind == "version"
 
 
 def _build(tmp_path: Path, script: str, **options) -> tuple[list[str], Path]:

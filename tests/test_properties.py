@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 
+import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -66,6 +67,7 @@ def _affordable(case: Case) -> bool:
     return windows * repetitions(numbers, min(x.numel() for x in given)) <= 40
 
 
+@pytest.mark.in_pairs
 @settings(
     deadline=None,
     derandomize=True,

@@ -74,7 +74,7 @@ class _Item:
 def test_standard_and_rest_share_nothing_and_are_all():
     items = [_Item("a"), _Item("b", "slow"), _Item("c", "thorough"), _Item("d")]
     kept = {
-        tier: {x.nodeid for x in items} - left_out(tier, items, {"d"})
+        tier: {x.nodeid for x in items} - left_out(tier, items, {"d"}, False)
         for tier in ("fast", "standard", "rest", "all")
     }
     assert kept == {
@@ -83,6 +83,13 @@ def test_standard_and_rest_share_nothing_and_are_all():
         "rest": {"c", "d"},
         "all": {"a", "b", "c", "d"},
     }
+
+
+def test_lists_of_cases_are_left_to_the_pairs_where_kernels_are_slow():
+    items = [_Item("a"), _Item("b", "in_pairs")]
+    assert left_out("standard", items, set(), False) == set()
+    assert left_out("standard", items, set(), True) == {"b"}
+    assert left_out("rest", items, set(), True) == {"a"}
 
 
 def test_thorough_names_what_covers_a_test():

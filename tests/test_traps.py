@@ -133,6 +133,7 @@ def test_trap_3_probabilities_below_the_smallest_normal_number_are_flushed(cpu_k
     assert (out[:, :4] > 9e37).all()
 
 
+@pytest.mark.in_pairs
 @pytest.mark.parametrize("mask_value", [-100.0, -200.0, -math.inf])
 @over_dtypes
 def test_trap_3_each_mask_value_of_the_libraries_matches(mask_value, dtype, backend):

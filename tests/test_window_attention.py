@@ -49,6 +49,7 @@ GEOMETRIES = (
 )
 
 
+@pytest.mark.in_pairs
 @over_dtypes
 @judged(*GEOMETRIES)
 def test_padding_shift_and_axes_match_float64(case, dtype, backend):
@@ -79,12 +80,14 @@ OPTIONS = (
 )
 
 
+@pytest.mark.in_pairs
 @over_dtypes
 @judged(*OPTIONS)
 def test_bias_mask_scale_and_cosine_match_float64(case, dtype, backend):
     check(case.but(dtype=dtype), backend)
 
 
+@pytest.mark.in_pairs
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64], ids=str)
 @judged(
     PLANE.but(shift=(2, 2), bias="dense", mask="soft"),
@@ -131,7 +134,11 @@ WINDOWS = (
 @pytest.mark.parametrize(
     ("size", "window"),
     [
-        pytest.param(*case, id=str(tokens), marks=[pytest.mark.tedious] if tokens == 392 else [])
+        pytest.param(
+            *case,
+            id=str(tokens),
+            marks=[pytest.mark.tedious] * (tokens == 392) + [pytest.mark.in_pairs] * (tokens > 100),
+        )
         for case in WINDOWS
         for tokens in [math.prod(case[1])]
     ],
@@ -151,6 +158,7 @@ BETWEEN = (
 )
 
 
+@pytest.mark.in_pairs
 @over_dtypes
 @over(*BETWEEN)
 def test_windows_of_65_to_128_tokens_match_float64(case, dtype, backend):
@@ -164,6 +172,7 @@ def test_wide_heads_without_padding_match_float64(bias, dtype, backend):
     check(case, backend)
 
 
+@pytest.mark.in_pairs
 @over_dtypes
 @pytest.mark.parametrize("layout", ["contiguous", "strided", "channels-inside"])
 @pytest.mark.parametrize("packed", [False, True], ids=["separate", "packed"])
@@ -269,6 +278,7 @@ def test_empty_batch_gives_empty_output_and_zero_bias_gradients(case, dtype, bac
         assert not actual.grads[name].any()
 
 
+@pytest.mark.in_pairs
 @over_dtypes
 @judged(
     Case(2, (3, 5), (7, 7), (3, 3), bias="table", pads=True),

@@ -7,9 +7,12 @@
 | rest | test-rest | what standard leaves out |
 | all | test-all | standard and rest |
 
-What standard leaves out, another test covers: a case in another dtype, the pairs of
-test_option_pairs.py, where each dtype meets each value of every option; a test marked `thorough`,
-those that its marker names.
+What standard leaves out, another test covers:
+
+- a case in another dtype, the pairs of test_option_pairs.py, where each dtype meets each value of
+  every option;
+- under the interpreter and in the emulator, a list of cases marked `in_pairs`, the same;
+- a test marked `thorough`, those that its marker names.
 """
 
 from __future__ import annotations
@@ -43,13 +46,23 @@ def all_but_one_dtype(names: Iterable[str]) -> set[str]:
     }
 
 
-def left_out(tier: str, items: list[pytest.Item], other_dtypes: set[str]) -> set[str]:
-    """Ids of the tests that a tier leaves out; `other_dtypes` are of cases that run in another."""
+def left_out(
+    tier: str, items: list[pytest.Item], other_dtypes: set[str], slow_kernels: bool
+) -> set[str]:
+    """Ids of the tests that a tier leaves out.
+
+    `other_dtypes` are of cases that run in another one; `slow_kernels` says that a call takes
+    milliseconds a window, as under the interpreter and in the emulator.
+    """
+
+    def marked(name: str) -> set[str]:
+        return {item.nodeid for item in items if item.get_closest_marker(name)}
+
     if tier == "all":
         return set()
-    beyond = other_dtypes | {x.nodeid for x in items if x.get_closest_marker("thorough")}
+    beyond = other_dtypes | marked("thorough")
+    if slow_kernels:
+        beyond |= marked("in_pairs")
     if tier == "rest":
         return {item.nodeid for item in items} - beyond
-    if tier == "fast":
-        beyond |= {item.nodeid for item in items if item.get_closest_marker("slow")}
-    return beyond
+    return beyond | marked("slow") if tier == "fast" else beyond
