@@ -7,13 +7,14 @@ ARGS ?=
 
 RUN := $(VENV)/bin/python
 OBJECT := swin_kernels/_C_cpu.abi3.so
+WITH_CUDA := "_C_cpu, and _C_cuda where there is a toolkit"
 FORMATTED := $(shell find csrc tests examples -name '*.h' -o -name '*.cpp' -o -name '*.cu')
 
 # VENV comes first, so that plain `python3` is its own once it is there; PYTHON's tools come last:
 # ninja, ruff and clang-format may be installed beside its torch
 export PATH := $(abspath $(VENV)/bin):$(PATH):$(dir $(shell command -v $(PYTHON)))
 
-BUILD_IN_PLACE = $(RUN) .ci/progress.py build/log $@ $(RUN) setup.py build_ext --inplace && \
+BUILD_IN_PLACE = $(RUN) .ci/progress.py build/log $(if $(findstring cuda,$@),$(WITH_CUDA),$@) $(RUN) setup.py build_ext --inplace && \
 	{ grep -A 4 '^$(CURDIR)/csrc.*warning:' build/log || true; }  # torch's own headers warn too
 
 .PHONY: help demo test test-fast test-rest test-all test-torch gpu aot-report check build cuda environment clean docs FORCE
