@@ -198,6 +198,7 @@ def make():
 """
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:swin_kernels.patch")
 def test_a_model_of_the_users_own_keeps_its_weights(cpu_kernels, tmp_path, monkeypatch, capsys):
     (tmp_path / "own_swin.py").write_text(OWN)

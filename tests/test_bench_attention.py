@@ -15,6 +15,8 @@ pytest.importorskip("pytest_benchmark")
 from benchmarks.cases import toy_cases
 from benchmarks.cpu import CPU_PROVIDERS
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).resolve().parents[1]
 
 

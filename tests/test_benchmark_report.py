@@ -13,6 +13,8 @@ from benchmarks import counters, headline, plots, report
 from benchmarks.rows import Book, Row
 from benchmarks.sweeps import sweeps
 
+pytestmark = pytest.mark.slow
+
 FACTS = {
     "machine": "A CPU, 2 threads, avx2",
     "torch": "2.11",

@@ -15,6 +15,8 @@ from tiers import thorough
 
 from benchmarks import counters
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).resolve().parents[1]
 START, END = counters._STALLED
 NAMES = [
@@ -116,7 +118,6 @@ def test_rehearsal_counts_every_launch_of_a_training_step(tmp_path):
     assert "long scoreboard" in done.stdout
 
 
-@pytest.mark.slow
 def test_a_profiler_that_gives_nothing_is_quoted(tmp_path):
     done = rehearsed(profiler(tmp_path, "print('==ERROR== LibraryNotLoaded')\nraise SystemExit(9)"))
     assert done.returncode == 1

@@ -117,6 +117,7 @@ def _runs_here(capability: str) -> bool:
     return order.index(capability) <= order.index(best)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("capability", ["default", "avx2", "avx512"])
 def test_each_vector_code_matches_float64_and_is_the_one_asked_for(capability):
     if not _runs_here(capability):
@@ -186,6 +187,7 @@ print(json.dumps({"growth": (after - before) * 1024, "tokens": operands[0].numel
 """
 
 
+@pytest.mark.slow
 def test_peak_memory_holds_no_logits():
     program = _MEASURE_PEAK.replace("sys.argv[1]", '"cpu"')
     figures = json.loads(_in_another_process(program))

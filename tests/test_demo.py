@@ -68,6 +68,7 @@ def _outcomes(prepared):
     return [measure.run_once(module, prepared.images) for module in modules]
 
 
+@pytest.mark.slow
 def test_whole_demo_prints_its_tables_and_writes_the_picture(tmp_path):
     command = [sys.executable, "-m", "swin_kernels", "demo", "--rounds", "1", "--batch", "1"]
     done = subprocess.run(

@@ -14,6 +14,8 @@ import torch
 
 from swin_kernels.kernels import native
 
+pytestmark = pytest.mark.slow
+
 timm = pytest.importorskip("timm", reason="the example exports a model of timm")
 
 EXAMPLE = Path(__file__).resolve().parent.parent / "examples" / "cpp"
@@ -47,7 +49,6 @@ def run(program: Path, *arguments: Path | str) -> subprocess.CompletedProcess[st
     )
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("device", DEVICES)
 def test_a_patched_swin_runs_from_cpp_without_python(program, tmp_path, device):
     built = getattr(native, f"{device.upper()}_OBJECT")

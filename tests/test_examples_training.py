@@ -16,6 +16,8 @@ from pathlib import Path
 import pytest
 import torch
 
+pytestmark = pytest.mark.slow
+
 pytest.importorskip("sklearn", reason="ships the digits")
 
 ROOT = Path(__file__).resolve().parent.parent

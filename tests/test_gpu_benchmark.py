@@ -29,6 +29,8 @@ from benchmarks.timing import DIRECTIONS, Gate, Loop, Replayed, make_inputs, sam
 from swin_kernels.kernels.triton import configs
 from swin_kernels.kernels.triton.configs import INTERPRETER, Shape
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).resolve().parents[1]
 FACTS = {"machine": "none", "torch": "0", "triton": "0", "commit": "unknown", "date": "2000-01-01"}
 

@@ -30,6 +30,8 @@ from benchmarks.predict import CHIPS
 from swin_kernels.kernels.triton import ahead
 from swin_kernels.kernels.triton.configs import KNOWN_GPUS
 
+pytestmark = pytest.mark.slow
+
 NOT_COUNTED = f"counted with Triton {{}}, this is {triton.__version__}"
 
 

@@ -16,6 +16,8 @@ from benchmarks.rows import Book, Row
 from swin_kernels.kernels.triton.ahead import Code
 from swin_kernels.kernels.triton.configs import KNOWN_GPUS
 
+pytestmark = pytest.mark.slow
+
 H200 = CHIPS["sm_90"]
 CASE = swin_cases()["T1 shift 3"]
 TILES = 128 * 64 * 3  # windows, heads

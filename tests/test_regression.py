@@ -21,6 +21,8 @@ TOYS = {
 }
 CHANGED = """
 import time
+
+pytestmark = pytest.mark.slow
 _attend = shifted_window_attention_qkvpacked
 def shifted_window_attention_qkvpacked(*args, **options):
     {}

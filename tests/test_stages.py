@@ -11,6 +11,8 @@ from benchmarks.providers import PROVIDERS
 from benchmarks.rows import Book
 from benchmarks.timing import Timed, sample_in_turn
 
+pytestmark = pytest.mark.slow
+
 ROUNDS, TRIES = 7, 4
 PAIR = [p for p in PROVIDERS if p.name in ("ours", "unfused")]
 STAGES = {name: case.but(batch=2) for name, case in cpu_cases().items()}

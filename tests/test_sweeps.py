@@ -16,6 +16,8 @@ from benchmarks.rows import read
 from benchmarks.sweeps import ALTERNATIVES, RESOLUTIONS, UNITS, sweeps, varied
 from swin_kernels.testing import Case
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.mark.parametrize("kind", UNITS)
 def test_one_size_varies_and_names_tell_it(kind):
