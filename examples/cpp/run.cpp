@@ -3,9 +3,9 @@
 //     run model.pt2 tensors.pt _C_cpu.abi3.so [ROUNDS]
 //
 // The shared object registers the operation with torch's dispatcher when it is loaded; the package
-// finds it there by name. tensors.pt is a list of inputs (N, B, 3, height, width), the stock model's
-// logits (N, B, classes) and those in float64. The largest and the mean error of ours may be twice
-// that of stock's, and one ulp. Exit code 0 if they are not more.
+// finds it there by name. tensors.pt is a list of inputs (N, B, 3, height, width), the stock
+// model's logits (N, B, classes) and those in float64. The largest and the mean error of ours may
+// be twice that of stock's, and one ulp. Exit code 0 if they are not more.
 #include <ATen/ATen.h>
 #include <c10/core/InferenceMode.h>
 #include <dlfcn.h>
@@ -94,11 +94,11 @@ int run(const std::string& package, const std::string& tensors, const std::strin
     const double ulp = std::numeric_limits<float>::epsilon() * size[kind];
     holds = holds && error[kind] <= 2 * of_stock[kind] + ulp;
   }
-  std::printf("%lld logits of %lld inputs, largest and mean error against float64: %.2e, %.2e; "
-              "of the stock model %.2e, %.2e: %s\n",
-              static_cast<long long>(logits.numel()), static_cast<long long>(images.size(0)),
-              error[0], error[1], of_stock[0], of_stock[1],
-              holds ? "the error rule holds" : "BEYOND the error rule");
+  std::printf(
+      "%lld logits of %lld inputs, largest and mean error against float64: %.2e, %.2e; "
+      "of the stock model %.2e, %.2e: %s\n",
+      static_cast<long long>(logits.numel()), static_cast<long long>(images.size(0)), error[0],
+      error[1], of_stock[0], of_stock[1], holds ? "the error rule holds" : "BEYOND the error rule");
   if (rounds > 0) std::printf("%.2f ms a call\n", time_of(model, images[0], rounds));
   std::printf("Python in this process: %s\n", python_is_here() ? "YES" : "no");
   return holds && !python_is_here() ? 0 : 1;

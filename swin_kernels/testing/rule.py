@@ -113,15 +113,15 @@ def assert_within_error_rule(
 ) -> None:
     """The error rule for the output and every gradient: of one input, or of a list of inputs."""
     ours, theirs, best = ([x] if isinstance(x, Result) else list(x) for x in (actual, eager, exact))
-    for a, b, c in zip(ours, theirs, best, strict=True):
-        assert a.grads.keys() == c.grads.keys() == b.grads.keys(), (
-            f"gradients {sorted(a.grads)}, eager {sorted(b.grads)}, exact {sorted(c.grads)}"
+    for x, y, z in zip(ours, theirs, best, strict=True):
+        assert x.grads.keys() == z.grads.keys() == y.grads.keys(), (
+            f"gradients {sorted(x.grads)}, eager {sorted(y.grads)}, exact {sorted(z.grads)}"
         )
-    outputs = ([r.out for r in results] for results in (ours, theirs, best))
-    assert_no_worse_than_eager(*outputs, factor, "output")
+    a, b, c = ([r.out for r in results] for results in (ours, theirs, best))
+    assert_no_worse_than_eager(a, b, c, factor, "output")
     for name in best[0].grads:
-        grads = ([r.grads[name] for r in results] for results in (ours, theirs, best))
-        assert_no_worse_than_eager(*grads, factor, f"gradient of {name}")
+        a, b, c = ([r.grads[name] for r in results] for results in (ours, theirs, best))
+        assert_no_worse_than_eager(a, b, c, factor, f"gradient of {name}")
 
 
 Change = Callable[[Operands], Operands]
@@ -184,5 +184,6 @@ def check(
     sizes = [x.numel() for x in (actual.out, *actual.grads.values()) if x.numel() > 0]
     runs = repetitions(actual.out.numel() or SMALL, min(sizes, default=FEW))
     measured += [_measure(case, backend, device, seed + 2 * i, change) for i in range(1, runs)]
-    assert_within_error_rule(*zip(*measured))
+    ours, eager, best = zip(*measured)
+    assert_within_error_rule(ours, eager, best)
     return actual
