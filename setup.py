@@ -87,7 +87,8 @@ if tuple(int(part) for part in torch.__version__.split(".")[:2]) < OLDEST_TORCH:
 # the stable ABI of torch 2.11, packed in bytes: one build loads on every later torch
 TORCH_TARGET = "-DTORCH_TARGET_VERSION=0x020b000000000000"
 WARNINGS = ["-Wall", "-Wextra"]
-CXX_FLAGS = ["-O3", "-g0", "-fvisibility=hidden", TORCH_TARGET]
+STANDARD = "-std=c++20"  # torch 2.11 takes C++17 by itself
+CXX_FLAGS = [STANDARD, "-O3", "-g0", "-fvisibility=hidden", TORCH_TARGET]
 
 
 def files(*patterns: str) -> list[str]:
@@ -169,7 +170,7 @@ def cuda_extension() -> CUDAExtension:
         py_limited_api=True,
         extra_compile_args={
             "cxx": [*CXX_FLAGS, *WARNINGS, "-DUSE_CUDA"],
-            "nvcc": ["-O3", "-DUSE_CUDA", TORCH_TARGET, "-Xcompiler=-fvisibility=hidden"],
+            "nvcc": [STANDARD, "-O3", "-DUSE_CUDA", TORCH_TARGET, "-Xcompiler=-fvisibility=hidden"],
         },
     )
     # a library that every program has: torch's own would tie the object to its version
