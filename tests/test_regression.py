@@ -14,6 +14,8 @@ from benchmarks.cases import toy_cases
 from benchmarks.regression import Side, compared
 from swin_kernels.testing import Case
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).resolve().parents[1]
 TOYS = {
     "toy": Case(2, (8, 8), (4, 4), (2, 2), 2, 16, packed=True, bias="table", layout="contiguous"),
@@ -21,8 +23,6 @@ TOYS = {
 }
 CHANGED = """
 import time
-
-pytestmark = pytest.mark.slow
 _attend = shifted_window_attention_qkvpacked
 def shifted_window_attention_qkvpacked(*args, **options):
     {}
