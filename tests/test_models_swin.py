@@ -114,12 +114,13 @@ def test_fused_and_reference_attention_agree(kind, cpu_kernels):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_fused_and_reference_train_alike(kind, cpu_kernels):
-    """Fifty steps of AdamW from one seed, with stochastic depth."""
-    images = torch.randn(16, 3, 56, 56, generator=torch.Generator().manual_seed(0))
+    """Fifty steps of AdamW from one seed, with stochastic depth; in float64, as the steps amplify
+    what float32 rounds."""
+    images = torch.randn(16, 3, 56, 56, generator=torch.Generator().manual_seed(0)).double()
     labels = torch.arange(16) % 10
     curves = []
     for attention in ("fused", "reference"):
-        model = small(kind, attention=attention, drop_path_rate=0.1).train()
+        model = small(kind, attention=attention, drop_path_rate=0.1).double().train()
         optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
         losses = []
         torch.manual_seed(1)
@@ -131,9 +132,8 @@ def test_fused_and_reference_train_alike(kind, cpu_kernels):
             optimizer.step()
             losses.append(loss.item())
         curves.append(torch.tensor(losses))
-    # it learns: one draw, in V2 a loss of 0.81 of the first with torch 2.11, less with others
     assert curves[0][-4:].mean() < 0.85 * curves[0][:4].mean()
-    torch.testing.assert_close(*curves, rtol=1e-3, atol=0)
+    torch.testing.assert_close(*curves, rtol=1e-5, atol=0)
 
 
 def test_features_are_four_maps_of_strides_4_to_32(cpu_kernels):
