@@ -30,6 +30,7 @@ from swin_kernels.ops.dispatch import BACKENDS
 from swin_kernels.problem import Operands, Problem
 from swin_kernels.testing import Case
 
+PART = pytest.StashKey[slice]()
 _PLANS = Path(swin_kernels.__file__).parent / "kernels" / "triton"
 
 # the shapes that an op's fake gives are no part of inductor's key either
@@ -55,9 +56,27 @@ def pytest_addoption(parser):
         help="the CUDA kernels on the host (tests/cuda/emulator.h), as under the interpreter",
     )
     parser.addoption("--tier", choices=TIERS, default="all", help="how much: tests/tiers.py")
+    parser.addoption(
+        "--part",
+        metavar="I/N",
+        help="every N-th of the tests, from the I-th, counted from 0: N processes share a GPU",
+    )
+
+
+def _part(text: str | None) -> slice:
+    if text is None:
+        return slice(None)
+    try:
+        first, step = map(int, text.split("/"))
+        if not 0 <= first < step:
+            raise ValueError
+    except ValueError:
+        raise pytest.UsageError(f"--part {text}: expected I/N with 0 <= I < N, as 0/4") from None
+    return slice(first, None, step)
 
 
 def pytest_configure(config):
+    config.stash[PART] = _part(config.getoption("--part"))
     mode = INTERPRETER if INTERPRETED else CPU
     on_gpu = config.getoption("--device") == "cuda"
     if config.getoption("--backend") and not on_gpu:
@@ -134,7 +153,7 @@ def pytest_collection_modifyitems(config, items):
     beyond = left_out(tier, kept, all_but_one_dtype(of_a_backend), slow_kernels)
     if mode is INTERPRETER:  # fp16 takes the path of fp32 there, with operands rounded
         beyond |= all_but_one_dtype(of_a_backend)
-    kept = [item for item in kept if item.nodeid not in beyond]
+    kept = [item for item in kept if item.nodeid not in beyond][config.stash[PART]]
     if len(kept) < len(items):
         chosen = set(kept)
         config.hook.pytest_deselected(items=[item for item in items if item not in chosen])
