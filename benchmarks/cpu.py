@@ -7,7 +7,7 @@
 
 The same rows as `benchmarks.gpu`, in fp32 if not told otherwise: Swin-T's stages at a batch of 8,
 larger windows, cosine attention, an odd number of channels, and timm's Swin-T, which ONNX Runtime
-and OpenVINO run as well where they are installed. Bytes are told against a copy, products against a
+and OpenVINO run as well where they are installed. Bytes are held against a copy, products against a
 large matrix product of the same dtype, timed in turn with the calls. A sweep varies one size of the
 first stage alone; that of resolution times attention over all tokens as well, forward, which has no
 error gate, as it computes another function. Exit code: 0; 1 where our results failed.
