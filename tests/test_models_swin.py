@@ -114,7 +114,7 @@ def test_fused_and_reference_attention_agree(kind, cpu_kernels):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_fused_and_reference_train_alike(kind, cpu_kernels):
-    """Fifty steps of AdamW from one seed, with stochastic depth; in float64, as the steps amplify
+    """Eighty steps of AdamW from one seed, with stochastic depth; in float64, as the steps amplify
     what float32 rounds."""
     images = torch.randn(16, 3, 56, 56, generator=torch.Generator().manual_seed(0)).double()
     labels = torch.arange(16) % 10
@@ -124,7 +124,7 @@ def test_fused_and_reference_train_alike(kind, cpu_kernels):
         optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
         losses = []
         torch.manual_seed(1)
-        for step in range(50):
+        for step in range(80):
             chosen = [(4 * step + i) % 16 for i in range(4)]
             loss = F.cross_entropy(model(images[chosen]), labels[chosen])
             optimizer.zero_grad()
@@ -132,7 +132,7 @@ def test_fused_and_reference_train_alike(kind, cpu_kernels):
             optimizer.step()
             losses.append(loss.item())
         curves.append(torch.tensor(losses))
-    assert curves[0][-4:].mean() < 0.85 * curves[0][:4].mean()
+    assert curves[0][-4:].mean() < 0.8 * curves[0][:4].mean()
     torch.testing.assert_close(*curves, rtol=1e-5, atol=0)
 
 
