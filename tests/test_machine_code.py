@@ -89,12 +89,18 @@ def test_every_layout_fits_and_spills_nothing(job):
 # its schedulers issue while the bytes move is 2,703 forward and 4,731 backward
 BUDGETS = {"sm_80": (1_750, 2_150, 3_400), "sm_90": (1_750, 2_150, 3_400)}
 # what was reached elsewhere: to be lowered, never raised
-REACHED = {"sm_100": (1_304, 1_720, 2_888), "sm_120": (1_592, 2_000, 3_276)}
+REACHED = {
+    "3.8": {"sm_100": (1_328, 1_768, 2_840), "sm_120": (1_592, 2_000, 3_272)},
+    "3.9": {"sm_100": (1_304, 1_720, 2_888), "sm_120": (1_592, 2_000, 3_276)},
+}.get(triton_version(), {"sm_100": (0, 0, 0), "sm_120": (0, 0, 0)})
 # the same of a forward without grad, which keeps no statistics: ptxas copies S in that of sm_100
-REACHED_INFERENCE = {"sm_100": (1_416, 1_952), "sm_120": (1_592, 2_000)}
+REACHED_INFERENCE = {
+    "3.8": {"sm_100": (1_440, 2_000), "sm_120": (1_608, 2_000)},
+    "3.9": {"sm_100": (1_416, 1_952), "sm_120": (1_592, 2_000)},
+}.get(triton_version(), {})
 
 
-@counted_with("3.9")
+@counted_with("3.8", "3.9")
 @pytest.mark.parametrize("arch", [*BUDGETS, *REACHED])
 def test_instructions_of_a_tile_stay_within_their_budget(arch):
     inside, border, backward = (BUDGETS | REACHED)[arch]
@@ -107,7 +113,7 @@ def test_instructions_of_a_tile_stay_within_their_budget(arch):
         assert found == REACHED[arch], "lower REACHED, so that it stays so"
 
 
-@counted_with("3.9")
+@counted_with("3.8", "3.9")
 @pytest.mark.parametrize("arch", [*BUDGETS, *REACHED])
 def test_instructions_of_a_tile_without_grad_stay_within_their_budget(arch):
     plan = plans_of(CASES["swin"].but(dtype=DTYPES["bf16"]), KNOWN_GPUS[arch]).inference
@@ -126,7 +132,7 @@ def test_instructions_of_a_tile_without_grad_stay_within_their_budget(arch):
 SHIFTED = [name for name in swin_cases() if name.endswith("shift 3") and name != "T1 shift 3"]
 
 
-@counted_with("3.9")
+@counted_with("3.8", "3.9")
 @thorough("test_machine_code.py::test_instructions_of_a_tile_stay_within_their_budget")
 @pytest.mark.parametrize("arch", BUDGETS)
 def test_every_shifted_case_of_the_speed_table_is_within_the_budget(arch):
@@ -151,7 +157,7 @@ ENOUGH = {"sm_80": (23 * 1024, 23 * 1024), "sm_90": (23 * 1024, 23 * 1024)}
 REACHED_BYTES = {"sm_100": (18_816, 25_088), "sm_120": (18_816, 25_088)}
 
 
-@counted_with("3.9")
+@counted_with("3.8", "3.9")
 @pytest.mark.parametrize("arch", [*ENOUGH, *REACHED_BYTES])
 def test_enough_bytes_are_in_flight_to_keep_memory_busy(arch):
     """4.3 TB/s for 0.7 µs are 23 KB on each of 132 multiprocessors."""
