@@ -219,6 +219,14 @@ if shutil.which("ccache"):
         os.environ.setdefault("PYTORCH_NVCC", f"ccache {HOME}/bin/nvcc")
 
 
+def readme() -> str:
+    """README with links that hold outside the repository."""
+    text = Path("README.md").read_text(encoding="utf-8")
+    blob = "https://github.com/swin-kernels/swin_kernels/blob/main"
+    text = re.sub(r"(!\[[^]]*\])\((?!http)([^)]+)\)", rf"\1({blob}/\2?raw=true)", text)
+    return re.sub(r"(?<!!)(\[[^]]*\])\((?!http|#)([^)]+)\)", rf"\1({blob}/\2)", text)
+
+
 class Build(BuildExtension):
     """BuildExtension, with a line of what is built, and why not more."""
 
@@ -228,6 +236,8 @@ class Build(BuildExtension):
 
 
 setup(
+    long_description=readme(),
+    long_description_content_type="text/markdown",
     ext_modules=extensions,
     cmdclass={"build_ext": Build},
     options={"bdist_wheel": {"py_limited_api": "cp310"}},

@@ -148,7 +148,12 @@ def pytest_collection_modifyitems(config, items):
             if mark not in mode.marks and item.get_closest_marker(mark):
                 item.add_marker(pytest.mark.skip(reason=reason))
     kept = [item for item in items if mode is CPU or not _deselected(item, mode)]
-    of_a_backend = [x.nodeid for x in kept if BACKEND_FIXTURES & set(x.fixturenames)]
+    of_a_backend = [
+        item.nodeid
+        for item in kept
+        if BACKEND_FIXTURES & set(item.fixturenames)
+        and not (mode is CPU and item.get_closest_marker("every_dtype"))
+    ]
     tier, slow_kernels = config.getoption("--tier"), mode in (INTERPRETER, EMULATOR)
     beyond = left_out(tier, kept, all_but_one_dtype(of_a_backend), slow_kernels)
     if mode is INTERPRETER:  # fp16 takes the path of fp32 there, with operands rounded

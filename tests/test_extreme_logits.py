@@ -11,6 +11,8 @@ from modes import cut
 
 from swin_kernels.testing import Case, call, check, make_grad_out, make_operands, run
 
+pytestmark = pytest.mark.every_dtype
+
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
 def test_large_logits_match_float64(dtype, backend):

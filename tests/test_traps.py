@@ -23,6 +23,8 @@ from swin_kernels.testing import (
     run_unfused,
 )
 
+pytestmark = pytest.mark.every_dtype
+
 
 @pytest.mark.parametrize(
     ("pad_order", "reached"), [("roll-pad", [0, 1, 10, 11]), ("pad-roll", [0, 1, 2])]

@@ -5,12 +5,12 @@
 | fast | test-fast | as standard, without the tests marked `slow` |
 | standard | test | every backend, kernel and pair of options; of a case in several dtypes, one |
 | rest | test-rest | what standard leaves out |
-| all | test-all | standard and rest |
+| all | test-all | standard and rest; under Triton's interpreter, a case in one dtype |
 
 What standard leaves out, another test covers:
 
 - a case in another dtype, the pairs of test_option_pairs.py, where each dtype meets each value of
-  every option;
+  every option (on the CPU those marked `every_dtype` stay: what they are about depends on it);
 - under the interpreter and in the emulator, a list of cases marked `in_pairs`, the same;
 - a test marked `thorough`, those that its marker names.
 """
