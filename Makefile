@@ -17,6 +17,8 @@ export PATH := $(abspath $(VENV)/bin):$(PATH):$(dir $(shell command -v $(PYTHON)
 BUILD_IN_PLACE = $(RUN) .ci/progress.py build/log $(if $(findstring cuda,$@),$(WITH_CUDA),$@) $(RUN) setup.py build_ext --inplace && \
 	{ grep -A 4 '^$(CURDIR)/csrc.*warning:' build/log || true; }  # torch's own headers warn too
 
+.NOTPARALLEL:  # tests and builds use both processors by themselves
+
 .PHONY: help demo test test-fast test-rest test-all test-torch gpu aot-report check build cuda environment clean docs FORCE
 
 help:  ## these lines

@@ -82,11 +82,24 @@ def test_dtype_is_that_of_what_is_checked_and_timed(cpu_kernels, small, monkeypa
     assert f"batch of 6, 24×24, {dtype}" in capsys.readouterr().out
 
 
-@thorough(
-    "test_bench.py::test_model_at_a_size_is_checked_and_timed",
-    "test_patch_timm_running.py::test_compile_with_inductor_trains_as_eager",
+@pytest.mark.parametrize(
+    "compiler",
+    [
+        "eager",
+        pytest.param(
+            "inductor",
+            marks=thorough(
+                "test_bench.py::test_compiled_models_are_judged_by_their_logits_and_timed",
+                "test_patch_timm_running.py::test_compile_with_inductor_trains_as_eager",
+            ),
+        ),
+    ],
 )
-def test_compiled_models_are_judged_by_their_logits_and_timed(cpu_kernels, small, capsys):
+def test_compiled_models_are_judged_by_their_logits_and_timed(
+    compiler, cpu_kernels, small, monkeypatch, capsys
+):
+    compiling = torch.compile
+    monkeypatch.setattr(torch, "compile", lambda module: compiling(module, backend=compiler))
     arguments = ["bench", "--compile", "--batch", "2", "--rounds", "1"]
     assert main(arguments) == 0
     out = capsys.readouterr().out

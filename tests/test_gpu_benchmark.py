@@ -113,7 +113,14 @@ def test_tests_of_a_gpu_pass_rehearsed_with_the_cuda_kernels():
     rehearsed("-m", "pytest", "-q", "--emulate-cuda", "tests/test_gpu.py")
 
 
-@thorough("test_option_pairs.py::test_every_pair_of_options_matches_float64")
+def test_what_the_sanitizer_watches_is_a_program():
+    rehearsed("-c", "import sys; sys.path.insert(0, 'tests'); import cuda_sanitized")
+
+
+@thorough(
+    "test_option_pairs.py::test_every_pair_of_options_matches_float64",
+    "test_gpu_benchmark.py::test_what_the_sanitizer_watches_is_a_program",
+)
 def test_what_the_sanitizer_watches_runs():
     told = rehearsed("tests/cuda_sanitized.py", "--emulate")
     assert told == "25 cases ran, forward and backward\n"

@@ -87,7 +87,7 @@ def prepare(options: argparse.Namespace) -> Prepared:
             command.keep_compiled_apart()
             timed = {x: cast(nn.Module, torch.compile(module)) for x, module in timed.items()}
         for module in timed.values():
-            measure.inference_step(module, images)
+            measure.check_logits(measure.inference_step(module, images), options.model)
     # a map too small, no memory, no compiler
     except (RuntimeError, AssertionError) as error:
         cause = str(error).strip().partition("\n")[0]

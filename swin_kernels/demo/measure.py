@@ -10,6 +10,7 @@ import os
 import subprocess
 import sys
 import time
+import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -155,15 +156,24 @@ def compare_logits(name: str, patched: Tensor, stock: Tensor, exact: Tensor) -> 
 def patched_copy(module: nn.Module, images: Tensor) -> tuple[nn.Module, PatchReport, str]:
     """A patched copy, its report and the name of the backend that ran when it saw the images."""
     patched = copy.deepcopy(module)
-    report = patch(patched)
+    with warnings.catch_warnings():  # the report says what the warning does
+        warnings.simplefilter("ignore", UserWarning)
+        report = patch(patched)
     with counted_backends() as calls:
         inference_step(patched, images)
     return patched, report, " and ".join(calls) or "none"
 
 
-def inference_step(module: nn.Module, images: Tensor) -> None:
+def inference_step(module: nn.Module, images: Tensor) -> Any:
     with torch.inference_mode():
-        module(images)
+        return module(images)
+
+
+def check_logits(out: Any, model: str) -> None:
+    """ValueError if what a model gave are no logits, (B, classes)."""
+    if not isinstance(out, Tensor) or out.ndim != 2:
+        came = f"shape {tuple(out.shape)}" if isinstance(out, Tensor) else type(out).__name__
+        raise ValueError(f"{model}: expected a model that gives logits (B, classes), got {came}")
 
 
 def training_step(module: nn.Module, images: Tensor) -> None:
@@ -172,13 +182,13 @@ def training_step(module: nn.Module, images: Tensor) -> None:
     module.zero_grad(set_to_none=True)
 
 
-STEPS: dict[str, Callable[[nn.Module, Tensor], None]] = {
+STEPS: dict[str, Callable[[nn.Module, Tensor], Any]] = {
     "inference": inference_step,
     "training step": training_step,
 }
 
 
-def _seconds(step: Callable[[nn.Module, Tensor], None], module: nn.Module, images: Tensor) -> float:
+def _seconds(step: Callable[[nn.Module, Tensor], Any], module: nn.Module, images: Tensor) -> float:
     if images.is_cuda:
         torch.cuda.synchronize(images.device)
     start = time.perf_counter()
