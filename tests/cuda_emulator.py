@@ -19,6 +19,7 @@ import torch
 from torch.utils import cpp_extension
 
 from swin_kernels.kernels.native import CudaBackend, Ops
+from swin_kernels.ops.autograd import register
 
 ROOT = Path(__file__).resolve().parent.parent
 SOURCES = ("csrc/cuda/*.cu", "csrc/arguments.cpp", "tests/cuda/emulator.cpp")
@@ -100,4 +101,5 @@ def emulated_backend() -> CudaBackend:
     backend = CudaBackend()
     backend.ops = Ops.named(*names)
     backend.device_type = "cpu"
+    register(backend)
     return backend

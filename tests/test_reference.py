@@ -7,6 +7,8 @@ import math
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from swin_kernels import reference
 from swin_kernels.problem import Operands, Problem
@@ -244,6 +246,30 @@ def test_philox_gives_the_known_answers_of_its_authors(counter, key, word):
     counters = [torch.tensor(c) for c in counter]
     assert int(philox_first_word(*counters, torch.tensor(signed))) == word
     assert _philox(counter, seed) == word
+
+
+class _NoFloat64(TorchDispatchMode):
+    """As on a device that has none, such as Apple's."""
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        for x in tree_leaves(out):
+            assert getattr(x, "dtype", None) != torch.float64, f"{func} makes float64"
+        return out
+
+
+@over_cases
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+def test_float64_is_made_only_where_asked(case, dtype):
+    case = case.but(dtype=dtype)
+    operands, grad_out = _operands(case), make_grad_out(case)
+    options = Problem.checked(operands, **case.options).options
+    with _NoFloat64():
+        reference.backward(grad_out, operands, options)
+        out = reference.forward(with_grad(operands), options)
+        out.backward(grad_out)
+    with pytest.raises(AssertionError, match="makes float64"), _NoFloat64():
+        torch.zeros(1).double()
 
 
 def test_dropout_keeps_its_share():

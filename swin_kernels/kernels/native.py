@@ -11,8 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from swin_kernels.kernels import flops
 from swin_kernels.kernels.gpu import tf32_allowed, too_old
-from swin_kernels.kernels.tracing import asked_while_tracing
+from swin_kernels.kernels.tracing import asked_while_tracing, backward_of, forward_of
 from swin_kernels.problem import Operands, Options, Problem
 
 _PACKAGE = Path(__file__).resolve().parent.parent
@@ -98,7 +99,9 @@ class Ops:
             torch.library.register_fake(qualified, fake)
             namespace, name = qualified.split("::")
             found.append(getattr(getattr(torch.ops, namespace), name).default)
-        return cls(*found)
+        ops = cls(*found)
+        flops.count(ops.forward, ops.backward, before_operands=1)
+        return ops
 
 
 class _NativeBackend:
@@ -114,7 +117,8 @@ class _NativeBackend:
         self, operands: Operands, options: Options, differentiable: bool
     ) -> tuple[Tensor, tuple[Tensor, ...]]:
         assert self.ops is not None
-        return self.ops.forward(*operands, *options, *self._extra_arguments(operands.query)), ()
+        extra = self._extra_arguments(operands.query)
+        return forward_of(self.ops.forward, *operands, *options, *extra), ()
 
     def backward(
         self,
@@ -127,8 +131,8 @@ class _NativeBackend:
         assert self.ops is not None
         needs = sum(bit for name, bit in NEEDS.items() if needed[Operands._fields.index(name)])
         extra = self._extra_arguments(operands.query)
-        d_query, d_key, d_value, *extras = self.ops.backward(
-            grad_out, *operands, *options, *extra, needs
+        d_query, d_key, d_value, *extras = backward_of(
+            self.ops.backward, grad_out, *operands, *options, *extra, needs
         )
         grads: dict[str, Tensor | None] = {
             name: grad if needs & bit else None for (name, bit), grad in zip(NEEDS.items(), extras)

@@ -113,12 +113,14 @@ def choose(problem: Problem, name: str | None = None) -> Backend:
         raise NotImplementedError(f"no backend for {problem}:\n{_listed(reasons_against(problem))}")
     if backend is REFERENCE:
         reasons = _listed(reasons_against(problem))
-        _log_once(f"using the reference backend, which fuses nothing:\n{reasons}")
+        message = f"using the reference backend, which fuses nothing:\n{reasons}"
+        log_once(message, message)
     return backend
 
 
 @asked_while_tracing
-def _log_once(message: str) -> None:
-    if message not in _already_logged:
-        _already_logged.add(message)
+def log_once(key: str, message: str) -> None:
+    """A warning in the log `swin_kernels`, unless there was one of this key."""
+    if key not in _already_logged:
+        _already_logged.add(key)
         _log.warning(message)

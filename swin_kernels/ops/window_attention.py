@@ -1,15 +1,16 @@
-"""The public functions, and the one autograd Function over all backends."""
+"""The public functions."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
-import torch.autograd.forward_ad as forward_ad
 from torch import Tensor
 
-from swin_kernels.kernels.tracing import asked_while_tracing
+from swin_kernels import reference
 from swin_kernels.kernels.triton import direct
+from swin_kernels.ops.autograd import ShiftedWindowAttentionFunction, transforms_active
 from swin_kernels.ops.dispatch import (
     BACKENDS,
     DEFAULT_BACKEND,
@@ -17,84 +18,7 @@ from swin_kernels.ops.dispatch import (
     check_name,
     choose,
 )
-from swin_kernels.problem import MASK_HAS_NO_GRADIENT, Operands, Options, Problem
-
-_OPERANDS = len(Operands._fields)
-_OPTIONS = len(Options._fields)
-
-
-class _BackwardOnce(torch.autograd.Function):
-    """The backward as a node of its own, so that a second derivative raises along every path to it.
-
-    `once_differentiable` would instead drop this term silently from derivatives along other paths.
-    """
-
-    @staticmethod
-    def forward(ctx, backend: str, needed: tuple[bool, ...], grad_out: Tensor, *args):
-        operands = Operands(*args[:_OPERANDS])
-        options = Options(*args[_OPERANDS : _OPERANDS + _OPTIONS])
-        saved = args[_OPERANDS + _OPTIONS :]
-        return BACKENDS[backend].backward(grad_out, operands, options, saved, needed)
-
-    @staticmethod
-    def backward(ctx, *grads):
-        raise NotImplementedError(
-            'the fused kernels have no second derivative: use backend="reference" for that'
-        )
-
-
-class ShiftedWindowAttentionFunction(torch.autograd.Function):
-    """`apply(*Operands, *Options, backend)`: the fused forward and backward, without the checks.
-
-    The arguments are the fields of `swin_kernels.problem.Operands` and
-    `swin_kernels.problem.Options` in order, then the name of a backend. Saved are the operands, and
-    what little the backend adds (Triton's kernels for large windows: the output and two numbers per
-    row): no probabilities, no windows.
-    """
-
-    @staticmethod
-    def forward(ctx, *args):
-        operands, options, backend = (
-            Operands(*args[:_OPERANDS]),
-            Options(*args[_OPERANDS:-1]),
-            args[-1],
-        )
-        out, saved = BACKENDS[backend].forward(operands, options, True)
-        ctx.save_for_backward(*operands, *saved)
-        ctx.options = options
-        ctx.backend = backend
-        ctx.set_materialize_grads(False)
-        return out
-
-    @staticmethod
-    def backward(ctx, grad_out):
-        needed = ctx.needs_input_grad[:_OPERANDS]
-        if needed[Operands._fields.index("mask")]:
-            raise ValueError(MASK_HAS_NO_GRADIENT)
-        not_tensors = (None,) * (_OPTIONS + 1)
-        if grad_out is None:
-            return (*(None,) * _OPERANDS, *not_tensors)
-        saved = ctx.saved_tensors
-        operands, saved = Operands(*saved[:_OPERANDS]), saved[_OPERANDS:]
-        if torch.is_grad_enabled():
-            grads = _BackwardOnce.apply(
-                ctx.backend, needed, grad_out, *operands, *ctx.options, *saved
-            )
-        else:
-            grads = BACKENDS[ctx.backend].backward(grad_out, operands, ctx.options, saved, needed)
-        kept = [grad if wanted else None for grad, wanted in zip(grads, needed)]
-        return (*kept, *not_tensors)
-
-
-@asked_while_tracing  # dynamo guards on the transforms, but cannot trace the call
-def _functorch_active() -> bool:
-    return torch._C._are_functorch_transforms_active()
-
-
-def _transforms_active() -> bool:
-    """Forward-mode AD or functorch: a raw op would answer both with silent zeros."""
-    # read in traced code, so that dynamo guards on the level and compiles anew inside `dual_level`
-    return forward_ad._current_level >= 0 or _functorch_active()
+from swin_kernels.problem import Operands, Problem
 
 
 def _for_autocast(operands: Operands) -> Operands:
@@ -124,7 +48,7 @@ def _attend(operands: Operands, backend: str | None, **options) -> Tensor:
     if problem.options.dropout_p > 0:
         seed = torch.randint(2**63 - 1, (1,), dtype=torch.int64, device=operands.query.device)
         operands = operands._replace(dropout_seed=seed)
-    if _transforms_active():
+    if transforms_active():
         name = DEFAULT_BACKEND if backend is None else backend
         if name is not None and check_name(name) is not REFERENCE:
             raise NotImplementedError(
@@ -141,6 +65,8 @@ def _attend(operands: Operands, backend: str | None, **options) -> Tensor:
         if key is not None and chosen is BACKENDS["triton"]:
             direct.remember(key, asked, problem.options)
         return out
+    if torch.compiler.is_compiling():  # the graph gets the op, whose autograd is its own
+        return chosen.forward(operands, problem.options, True)[0]
     return ShiftedWindowAttentionFunction.apply(*operands, *problem.options, chosen.name)
 
 
@@ -271,3 +197,24 @@ def shifted_window_attention_qkvpacked(
         scale=scale,
         dropout_p=dropout_p,
     )
+
+
+def unfused_attention_qkvpacked(
+    qkv: Tensor,
+    window_size: int | Sequence[int],
+    shift_size: int | Sequence[int] = 0,
+    *,
+    softmax: Callable[[Tensor], Tensor],
+    attn_drop: Callable[[Tensor], Tensor],
+    **options: Any,
+) -> Tensor:
+    """`shifted_window_attention_qkvpacked` in plain PyTorch, through two functions of the caller.
+
+    `softmax` and `attn_drop` are called on (B·nW, H, N, N), in the dtype of the sums.
+    """
+    given = {name: options.pop(name, None) for name in Operands._fields[1:]}
+    operands = Operands(qkv, **given)
+    if isinstance(qkv, Tensor):
+        operands = _for_autocast(operands)
+    problem = Problem.checked(operands, window_size, shift_size, **options)
+    return reference.forward_through(operands, problem.options, softmax, attn_drop)

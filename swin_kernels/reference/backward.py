@@ -53,26 +53,26 @@ def backward(grad_out: Tensor, operands: Operands, options: Options) -> Operands
 def _backward(grad_out: Tensor, operands: Operands, options: Options) -> Operands:
     grid, dtype = grid_of(operands, options), sum_dtype(operands.query.dtype)
     a = attend(operands, options)
-    p, factor = a.probabilities, a.factor
+    p, s = a.probabilities, a.scores
     d_out = to_windows(
         grad_out.to(dtype), grid
     )  # rows of padding get no gradient: their output is cropped
 
     weights = p if a.dropout is None else p * a.dropout
     d_value = weights.mT @ d_out
-    d_p = d_out @ a.value.mT
+    d_p = d_out @ s.value.mT
     if a.dropout is not None:
         d_p = d_p * a.dropout
     d_logits = p * (d_p - (p * d_p).sum(-1, keepdim=True))  # (B, nW, H, N, N)
-    d_query, d_key = d_logits @ a.key, d_logits.mT @ a.query
+    d_query, d_key = d_logits @ s.key, d_logits.mT @ s.query
 
     d_logit_scale = None
     if operands.logit_scale is not None:
-        d_logit_scale = (a.query * d_query).sum((0, 1, 3, 4)).to(operands.logit_scale.dtype)
-    d_query, d_key = d_query * factor, d_key * factor
-    if a.query_norm is not None and a.key_norm is not None:
-        d_query = _through_norm(d_query, a.query, a.query_norm, operands.query.dtype)
-        d_key = _through_norm(d_key, a.key, a.key_norm, operands.query.dtype)
+        d_logit_scale = (s.query * d_query).sum((0, 1, 3, 4)).to(operands.logit_scale.dtype)
+    d_query, d_key = d_query * s.factor, d_key * s.factor
+    if s.query_norm is not None and s.key_norm is not None:
+        d_query = _through_norm(d_query, s.query, s.query_norm, operands.query.dtype)
+        d_key = _through_norm(d_key, s.key, s.key_norm, operands.query.dtype)
 
     d_bias = d_table = d_pad_key = d_pad_value = None
     if operands.bias is not None:

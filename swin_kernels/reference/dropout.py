@@ -33,9 +33,15 @@ def philox_first_word(c0: Tensor, c1: Tensor, c2: Tensor, c3: Tensor, seed: Tens
 
 
 def dropout_factor(
-    seed: Tensor, p: float, batch: int, windows: int, heads: int, tokens: int
+    seed: Tensor,
+    p: float,
+    batch: int,
+    windows: int,
+    heads: int,
+    tokens: int,
+    dtype: torch.dtype = torch.float32,
 ) -> Tensor:
-    """(B, nW, H, N, N) fp64: 0 where a probability is dropped, 1/(1−p) where it is kept."""
+    """(B, nW, H, N, N): 0 where a probability is dropped, 1/(1−p) where it is kept."""
 
     def axis(length: int, position: int) -> Tensor:
         return torch.arange(length, device=seed.device).view(
@@ -45,4 +51,4 @@ def dropout_factor(
     pair = axis(tokens, 3) * tokens + axis(tokens, 4)
     window = axis(batch, 0) * windows + axis(windows, 1)
     word = philox_first_word(pair, axis(heads, 2), window & _LOW, window >> 32, seed.reshape(()))
-    return (word >= int(p * 2**32)).double() * (1 / (1 - p) if p < 1 else 0.0)
+    return (word >= int(p * 2**32)).to(dtype) * (1 / (1 - p) if p < 1 else 0.0)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -17,8 +18,8 @@ from swin_kernels.reference.windows import from_windows, to_windows
 NORM_CLAMP = 1e-12  # F.normalize's default, applied in fp32: it underflows to 0 in fp16
 
 
-class Attention(NamedTuple):
-    """What the forward computes on its way, in the dtype of the sums."""
+class Scores(NamedTuple):
+    """What goes into the softmax, and what goes on beside it, in the dtype of the sums."""
 
     query: Tensor  # (B, nW, H, N, D), normalised when cosine
     key: Tensor  # (B, nW, H, N, D), normalised when cosine
@@ -26,6 +27,13 @@ class Attention(NamedTuple):
     query_norm: Tensor | None  # (B, nW, H, N, 1), clamped
     key_norm: Tensor | None
     factor: Tensor | float  # scale, or logit_scale (H, 1, 1)
+    logits: Tensor  # (B, nW, H, N, N)
+
+
+class Attention(NamedTuple):
+    """What the forward computes on its way."""
+
+    scores: Scores
     probabilities: Tensor  # (B, nW, H, N, N), before dropout
     dropout: Tensor | None  # (B, nW, H, N, N), 0 or 1/(1−p)
 
@@ -58,8 +66,8 @@ def _normalised(x: Tensor) -> tuple[Tensor, Tensor]:
     return x / norm, norm
 
 
-def attend(operands: Operands, options: Options) -> Attention:
-    """Everything up to the probabilities."""
+def scores_of(operands: Operands, options: Options) -> Scores:
+    """Everything up to the logits."""
     grid, dtype = grid_of(operands, options), sum_dtype(operands.query.dtype)
     q, k, v = (x.to(dtype) for x in operands.unpacked())
     # what padding holds is a token like any other, so it is rounded to their dtype first
@@ -92,16 +100,31 @@ def attend(operands: Operands, options: Options) -> Attention:
     if operands.mask is not None:
         logits = logits + operands.mask.to(dtype)[:, None]
 
+    return Scores(query, key, value, query_norm, key_norm, factor, logits)
+
+
+def attend(operands: Operands, options: Options) -> Attention:
+    """Everything up to the probabilities."""
+    scores = scores_of(operands, options)
+    logits = scores.logits
     # a row whose keys are all at −inf is zeros, and so are its gradients
     dead = (logits == -torch.inf).all(-1, keepdim=True)
     probabilities = logits.masked_fill(dead, 0.0).softmax(-1).masked_fill(dead, 0.0)
     dropout = None
     if options.dropout_p > 0:
         assert operands.dropout_seed is not None
-        batch, windows, heads, tokens, _ = query.shape
         seed = operands.dropout_seed.to(logits.device)
-        dropout = dropout_factor(seed, options.dropout_p, batch, windows, heads, tokens).to(dtype)
-    return Attention(query, key, value, query_norm, key_norm, factor, probabilities, dropout)
+        batch, windows, heads, tokens = logits.shape[:-1]
+        dropout = dropout_factor(
+            seed, options.dropout_p, batch, windows, heads, tokens, logits.dtype
+        )
+    return Attention(scores, probabilities, dropout)
+
+
+def _put_back(out: Tensor, operands: Operands, options: Options) -> Tensor:
+    """(B, nW, H, N, Dv) -> (B, *S, H, Dv) in the dtype of the query."""
+    out = from_windows(out, grid_of(operands, options))
+    return out.to(operands.query.dtype).contiguous()
 
 
 def forward(operands: Operands, options: Options) -> Tensor:
@@ -109,5 +132,18 @@ def forward(operands: Operands, options: Options) -> Tensor:
     with without_autocast(operands.query.device):
         a = attend(operands, options)
         weights = a.probabilities if a.dropout is None else a.probabilities * a.dropout
-        out = from_windows(weights @ a.value, grid_of(operands, options))
-    return out.to(operands.query.dtype).contiguous()
+        return _put_back(weights @ a.scores.value, operands, options)
+
+
+def forward_through(
+    operands: Operands,
+    options: Options,
+    softmax: Callable[[Tensor], Tensor],
+    dropout: Callable[[Tensor], Tensor],
+) -> Tensor:
+    """`forward` with the softmax and the dropout of the caller, each of (B·nW, H, N, N)."""
+    with without_autocast(operands.query.device):
+        scores = scores_of(operands, options)
+        weights = dropout(softmax(scores.logits.flatten(0, 1)))
+        weights = weights.to(scores.value.dtype).unflatten(0, scores.logits.shape[:2])
+        return _put_back(weights @ scores.value, operands, options)

@@ -9,8 +9,10 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from swin_kernels.kernels import flops
 from swin_kernels.kernels.gpu import too_old
-from swin_kernels.kernels.tracing import asked_while_tracing
+from swin_kernels.kernels.native import Ops
+from swin_kernels.kernels.tracing import asked_while_tracing, backward_of, forward_of
 from swin_kernels.kernels.triton.configs import LARGEST_HEAD_DIM, SMALLEST_BLOCK
 from swin_kernels.kernels.triton.launch import gpu_of
 from swin_kernels.kernels.triton.plan import LARGEST_INT32
@@ -87,6 +89,7 @@ for key in ("CUDA", "CPU") if INTERPRETED else ("CUDA",):
     _library.impl("triton_backward", _backward, key)
 FORWARD = torch.ops.swin_kernels.triton_forward.default
 BACKWARD = torch.ops.swin_kernels.triton_backward.default
+flops.count(FORWARD, BACKWARD, before_operands=3)
 
 
 @torch.library.register_fake("swin_kernels::triton_forward")
@@ -129,6 +132,7 @@ class TritonBackend:
     """The fused Triton kernels for NVIDIA GPUs, and AMD's where they compile."""
 
     name = "triton"
+    ops = Ops(FORWARD, BACKWARD)
 
     def why_not(self, problem: Problem) -> str | None:
         if problem.dtype == torch.float64:
@@ -156,7 +160,7 @@ class TritonBackend:
     def forward(
         self, operands: Operands, options: Options, differentiable: bool
     ) -> tuple[Tensor, tuple[Tensor, ...]]:
-        out, kept = FORWARD(*operands, *options, differentiable)
+        out, kept = forward_of(FORWARD, *operands, *options, differentiable)
         if kept.ndim == 1:  # nothing
             return out, ()
         # statistics (W, H, 2·N) go with its output; tiles (heads, sets, …) stand alone
@@ -171,7 +175,7 @@ class TritonBackend:
         needed: tuple[bool, ...],
     ) -> tuple[Tensor | None, ...]:
         out, kept = (None, None, *saved)[-2:]
-        grads = BACKWARD(grad_out, out, kept, *operands, *options, needed)
+        grads = backward_of(BACKWARD, grad_out, out, kept, *operands, *options, needed)
         wanted = {
             name: grad
             for name, grad in zip(GRADIENTS, grads)

@@ -1,0 +1,60 @@
+"""What torch.utils.flop_counter counts for an op: the products that unfused layers would run."""
+
+from __future__ import annotations
+
+import math
+import sys
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
+
+from swin_kernels.problem import Operands, Options
+
+_OPERANDS = len(Operands._fields)
+_ARGUMENTS = _OPERANDS + len(Options._fields)
+
+
+def _products(arguments: Sequence[Any]) -> int:
+    """QKᵀ and AV in all windows, of padding too; arguments as in a schema, shapes for tensors."""
+    query, _, value = arguments[:3]
+    if value is None:  # packed: (B, *S, 3, H, D)
+        batch, *size, _, heads, head_dim = query
+        value_dim = head_dim
+    else:
+        batch, *size, heads, head_dim = query
+        value_dim = value[-1]
+    window, shift, periodic, *numbers = arguments[_OPERANDS:_ARGUMENTS]
+    grid = Options(tuple(window), tuple(shift), tuple(periodic), *numbers).grid(size)
+    pairs = batch * grid.windows * heads * math.prod(window) ** 2
+    return 2 * pairs * (head_dim + value_dim)
+
+
+_formulas: dict[Any, Callable[..., int]] = {}
+
+
+def count(forward: Any, backward: Any, before_operands: int) -> None:
+    """Formulas for a forward and a backward op; the latter has other arguments before operands.
+
+    A backward is four products, as in unfused layers: what it computes again is not counted.
+    """
+    _formulas[forward._overloadpacket] = lambda *arguments, **_: _products(arguments)
+    _formulas[backward._overloadpacket] = lambda *arguments, **_: (
+        2 * _products(arguments[before_operands:])
+    )
+
+
+def tell_counters() -> None:
+    """Gives the formulas to torch's registry, and to counters at work, which hold a copy of it.
+
+    Called when a dispatch mode is active; earlier, the import of the registry would import triton.
+    """
+    if (counting := sys.modules.get("torch.utils.flop_counter")) is None:
+        return
+    for op, formula in _formulas.items():
+        if op not in counting.flop_registry:
+            counting.register_flop_formula([op])(formula)
+    for mode in _get_current_dispatch_mode_stack():
+        registry = getattr(getattr(mode, "counter", None), "flop_registry", {})
+        for op in _formulas:
+            registry.setdefault(op, counting.flop_registry[op])

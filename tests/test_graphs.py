@@ -1,0 +1,169 @@
+"""A graph that holds the op, run with gradients or traced again, against an eager call."""
+
+from __future__ import annotations
+
+import sys
+
+import pytest
+import torch
+import torch.autograd.forward_ad as forward_ad
+from modes import cut
+from torch._dynamo import compiled_autograd
+from torch.fx.experimental.proxy_tensor import make_fx
+
+from swin_kernels.ops import autograd
+from swin_kernels.testing import DIFFERENTIABLE, Case, call, make_grad_out, make_operands, with_grad
+
+PLANE = cut(Case(2, (11, 9), (4, 4), (2, 2), bias="table", pads=True))
+CASES = (
+    PLANE,
+    PLANE.but(packed=True, bias="dense", mask="soft", cosine=True, pads=False),
+    # of more than 64 tokens: here Triton's backward works in tiles, from other things kept
+    Case(1, (90,), (81,), (40,), bias="table", pads=True, dtype=torch.float16),
+)
+over_cases = pytest.mark.parametrize("case", CASES, ids=str)
+
+
+@pytest.fixture(autouse=True)
+def _fresh_dynamo(fused):
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()
+
+
+class _Call(torch.nn.Module):
+    """A call whose differentiable operands are its parameters, all but the query."""
+
+    def __init__(self, case: Case, backend: str) -> None:
+        super().__init__()
+        self.case, self.backend = case, backend
+        self.operands = make_operands(case)
+        for name in DIFFERENTIABLE[1:]:
+            if (x := getattr(self.operands, name)) is not None:
+                self.register_parameter(name, torch.nn.Parameter(x.clone()))
+
+    def forward(self, query):
+        operands = self.operands._replace(query=query, **dict(self.named_parameters()))
+        return call(self.case, operands, self.backend)
+
+
+def _step(module, query, grad_out):
+    """The output and the gradients of the query and of every parameter."""
+    for parameter in module.parameters():
+        parameter.grad = None
+    query = query.detach().clone().requires_grad_()
+    out = module(query)
+    out.backward(grad_out)
+    grads = {n.removeprefix("_orig_mod."): p.grad for n, p in module.named_parameters()}
+    return out.detach(), grads | {"query": query.grad}
+
+
+def _assert_same(actual, expected):
+    assert torch.equal(actual[0], expected[0])
+    assert actual[1].keys() == expected[1].keys()
+    for name, grad in expected[1].items():
+        assert actual[1][name] is not None, name
+        assert torch.equal(actual[1][name], grad), name
+
+
+@over_cases
+@pytest.mark.parametrize("strict", [False, True], ids=["traced", "strict"])
+@pytest.mark.parametrize("with_grad", [True, False], ids=["grad", "no_grad"])
+def test_exported_program_has_the_gradients_of_an_eager_call(case, strict, with_grad, fused):
+    module, grad_out = _Call(case, fused), make_grad_out(case)
+    query = module.operands.query
+    expected = _step(module, query, grad_out)
+    with torch.set_grad_enabled(with_grad):
+        exported = torch.export.export(module, (query.clone(),), strict=strict).module()
+    _assert_same(_step(exported, query, grad_out), expected)
+    compiled = torch.compile(exported, fullgraph=True, backend="aot_eager")
+    _assert_same(_step(compiled, query, grad_out), expected)
+
+
+@over_cases
+@pytest.mark.parametrize("pre_dispatch", [False, True], ids=["", "pre_dispatch"])
+def test_replayed_graph_has_the_gradients_of_an_eager_call(case, pre_dispatch, fused):
+    operands = with_grad(make_operands(case))
+    names = [name for name in DIFFERENTIABLE if getattr(operands, name) is not None]
+    leaves = [getattr(operands, name) for name in names]
+
+    def forward(*given):
+        return call(case, operands._replace(**dict(zip(names, given))), fused)
+
+    grad_out = make_grad_out(case)
+    expected = torch.autograd.grad(forward(*leaves), leaves, grad_out)
+    graph = make_fx(forward, pre_dispatch=pre_dispatch)(*leaves)
+    for mine, grad in zip(torch.autograd.grad(graph(*leaves), leaves, grad_out), expected):
+        assert torch.equal(mine, grad)
+
+
+def test_graph_of_a_whole_step_gives_its_gradients_and_refuses_theirs(fused):
+    operands = with_grad(make_operands(PLANE))
+    query = operands.query.detach()
+
+    def step(query):
+        query = query.detach().requires_grad_()
+        out = call(PLANE, operands._replace(query=query), fused)
+        return torch.autograd.grad(out.square().sum(), query)[0]
+
+    graph = make_fx(step)(query)
+    again = torch.randn_like(query)
+    assert torch.equal(graph(again), step(again))
+
+    exported = torch.export.export(_Call(PLANE, fused), (query,)).module()
+    leaf = query.clone().requires_grad_()
+    (grad,) = torch.autograd.grad(exported(leaf).square().sum(), leaf, create_graph=True)
+    with pytest.raises(NotImplementedError, match='use backend="reference"'):
+        grad.sum().backward()
+
+
+def test_compiled_autograd_has_the_gradients_of_an_eager_call(fused):
+    module, grad_out = _Call(PLANE, fused), make_grad_out(PLANE)
+    expected = _step(module, module.operands.query, grad_out)
+    with compiled_autograd._enable(lambda graph: torch.compile(graph, backend="eager")):
+        _assert_same(_step(module, module.operands.query, grad_out), expected)
+
+
+def test_transforms_of_a_graph_run_on_the_reference(fused):
+    module = _Call(PLANE, fused).requires_grad_(False)
+    query = module.operands.query
+    exported = torch.export.export(module, (query,)).module()
+    tangent = torch.randn_like(query)
+
+    def unfused(query):
+        return call(PLANE, module.operands._replace(query=query), "reference")
+
+    def loss(function):
+        return lambda query: function(query).square().sum()
+
+    expected = torch.func.jvp(unfused, (query,), (tangent,))
+    actual = torch.func.jvp(exported, (query,), (tangent,))
+    torch.testing.assert_close(actual, expected)
+    with forward_ad.dual_level():
+        dual = forward_ad.unpack_dual(exported(forward_ad.make_dual(query, tangent)))
+    torch.testing.assert_close(dual.tangent, expected[1])
+    torch.testing.assert_close(
+        torch.func.grad(loss(exported))(query), torch.func.grad(loss(unfused))(query)
+    )
+
+
+def test_eager_calls_pass_the_autograd_kernels_by(fused):
+    """They would cost some µs a call."""
+    operands = make_operands(PLANE)
+    entered = set()
+
+    def watch(frame, event, argument):
+        if event == "call" and frame.f_code.co_filename == autograd.__file__:
+            entered.add(frame.f_code.co_name)
+
+    sys.setprofile(watch)
+    try:
+        call(PLANE, operands, fused)
+        out = call(PLANE, with_grad(operands), fused)
+        with torch.no_grad():
+            call(PLANE, operands, fused)
+        out.sum().backward()
+    finally:
+        sys.setprofile(None)
+    assert "forward" in entered  # of the Function, whose backward runs in another thread on a GPU
+    assert "kernel" not in entered
