@@ -250,6 +250,35 @@ def test_the_authors_names_and_buffers(cls):
     assert all(torch.equal(t, again.state_dict()[n]) for n, t in ours.state_dict().items())
 
 
+@pytest.mark.parametrize(
+    ("cls", "name"),
+    [
+        (SwinTransformer, "swin_tiny_patch4_window7_224"),
+        (SwinTransformerV2, "swinv2_tiny_window8_256"),
+    ],
+    ids=["v1", "v2"],
+)
+def test_backbones_of_timm_go_both_ways(cls, name):
+    """features_only=True: stages are attributes of their own, and nothing comes after them."""
+    sizes = {"embed_dim": 16, "depths": (1, 2, 1, 1), "num_heads": (1, 1, 2, 2)}
+    theirs = timm.create_model(name, features_only=True, **sizes)
+    theirs = stirred(theirs).eval()
+    window = {"img_size": WINDOW[cls] * 32, "window_size": WINDOW[cls], "pad_order": "roll-pad"}
+    ours = cls(features_only=True, drop_path_rate=0.0, **window, **sizes).eval()
+    assert load(ours, theirs.state_dict()).layout == "timm-features"
+    for norm in ours.out_norms:  # timm has none
+        norm.forward = lambda x: x
+    image = torch.randn(1, 3, WINDOW[cls] * 32, WINDOW[cls] * 32)
+    with torch.no_grad():
+        for mine, map_of_theirs in zip(ours(image), theirs(image), strict=True):
+            torch.testing.assert_close(
+                mine.permute(0, 2, 3, 1), map_of_theirs, rtol=1e-4, atol=1e-4
+            )
+    again = state_dict_for(ours, "timm-features")
+    assert again.keys() == theirs.state_dict().keys()
+    assert all(torch.equal(x, again[key]) for key, x in theirs.state_dict().items())
+
+
 def test_transformers_names_before_version_5():
     ours = swin_with()
     state = state_dict_for(ours, "transformers-old")

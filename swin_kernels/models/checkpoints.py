@@ -275,7 +275,8 @@ def state_dict_for(model: Model, layout: str) -> dict[str, Tensor]:
 
     Args:
         model: a SwinTransformer (V1 or V2), a VisionTransformer or a SimMIM.
-        layout: "authors", "timm", "torchvision", "transformers" or "transformers-old".
+        layout: "authors", "timm", "timm-features" (of its `features_only` models, which have no
+            norm and no head), "torchvision", "transformers" or "transformers-old".
 
     Returns:
         A new state dict; the tensors are copies.
@@ -286,6 +287,8 @@ def state_dict_for(model: Model, layout: str) -> dict[str, Tensor]:
     target = layout_for(layout, _family(model), isinstance(model, SimMIM))
     state: dict[str, Tensor] = {}
     for name, tensor in model.state_dict().items():
+        if name.startswith(target.lacks):
+            continue
         parts = pieces(name, target)
         cut = tensor.chunk(len(parts)) if len(parts) > 1 else (tensor,)
         for piece, part in zip(parts, cut):

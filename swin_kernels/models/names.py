@@ -29,6 +29,7 @@ class Layout:
     buffers: Mapping[str, str] = field(default_factory=dict)
     wrapper: str = ""  # before every name: what DistributedDataParallel and others add
     prefix: str = ""  # before the encoder's own names
+    lacks: tuple[str, ...] = ()  # beginnings of our names that its models do not have
 
 
 _STAGE = r"^layers\.(\d+)\."
@@ -50,6 +51,12 @@ _TIMM = replace(
         (r"^head\.", "head.fc."),
     ),
     buffers={},
+)
+_TIMM_FEATURES = replace(  # features_only=True: stages are attributes of their own
+    _TIMM,
+    name="timm-features",
+    rules=(*_TIMM.rules, (r"^layers\.", "layers_")),
+    lacks=("norm.", "head", "out_norms."),
 )
 _VIT = replace(_TIMM, rules=())
 _TORCHVISION = Layout(
@@ -106,7 +113,14 @@ _OLD_TRANSFORMERS = replace(
 )
 LAYOUTS = {
     layout.name: layout
-    for layout in (_AUTHORS, _TIMM, _TORCHVISION, _NEW_TRANSFORMERS, _OLD_TRANSFORMERS)
+    for layout in (
+        _AUTHORS,
+        _TIMM,
+        _TIMM_FEATURES,
+        _TORCHVISION,
+        _NEW_TRANSFORMERS,
+        _OLD_TRANSFORMERS,
+    )
 }
 
 
@@ -140,6 +154,8 @@ def _variant(known: Layout, state: Mapping[str, object], prefix: str) -> Layout:
         return known
     if f"{prefix}cls_token" in state:
         return _VIT
+    if any(key.startswith(f"{prefix}layers_0.") for key in state):
+        return _TIMM_FEATURES
     return _TIMM if _is_timm(state, prefix) else _AUTHORS
 
 
