@@ -1,7 +1,8 @@
 """Window attention as modules: the parameters of the Swin authors' classes round one op call.
 
 Constructor arguments, `forward(x, mask)` and state_dict keys are those of `WindowAttention` in the
-authors' swin_transformer.py and swin_transformer_v2.py, so one can stand in for the other.
+authors' swin_transformer.py and swin_transformer_v2.py, so one can stand in for the other. Hooks on
+`softmax` and `attn_drop`, or other modules in their places, are called: that call is not fused.
 """
 
 from __future__ import annotations
@@ -14,24 +15,18 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from swin_kernels.geometry import per_axis
-from swin_kernels.ops.window_attention import shifted_window_attention_qkvpacked
+from swin_kernels.ops.layers import attention_of_qkv, is_plain
 from swin_kernels.position_bias import log_coordinates, relative_position_index, table_length
 
 MAX_LOGIT_SCALE = math.log(100.0)  # Liu et al., CVPR 2022, section 3.2: a temperature above 0.01
 BIAS_LIMIT = 16.0  # the authors' code bounds the continuous bias by 16·sigmoid
 
 
-def _apply_linear(layer: nn.Module, x: Tensor, bias: Tensor | None) -> Tensor:
+def apply_linear(layer: nn.Module, x: Tensor, bias: Tensor | None) -> Tensor:
     """layer(x) + bias, in one pass where `layer` is a plain linear layer without bias."""
     if bias is None:
         return layer(x)
-    watched = (
-        layer._forward_hooks
-        or layer._forward_pre_hooks
-        or layer._backward_hooks
-        or layer._backward_pre_hooks
-    )
-    if type(layer) is nn.Linear and layer.bias is None and not watched:
+    if is_plain(layer, nn.Linear) and layer.bias is None:
         return F.linear(x, layer.weight, bias)
     return layer(x) + bias
 
@@ -64,6 +59,7 @@ class _PartitionedAttention(nn.Module):
         self.attn_drop = nn.Dropout(attn_drop)
         self.proj = nn.Linear(dim, dim)
         self.proj_drop = nn.Dropout(proj_drop)
+        self.softmax = nn.Softmax(dim=-1)
         self.register_buffer("relative_position_index", relative_position_index(self.window_size))
 
     def _windows_per_image(self, x: Tensor, mask: Tensor | None) -> int:
@@ -93,16 +89,18 @@ class _PartitionedAttention(nn.Module):
         if not isinstance(x, Tensor):
             raise ValueError(f"x: expected a tensor (B·nW, N, {self.dim}), got {type(x).__name__}")
         windows = self._windows_per_image(x, mask)
-        tokens, head_dim = x.shape[1], self.dim // self.num_heads
-        qkv = _apply_linear(self.qkv, x, qkv_bias)
+        # not x.shape[1], which is a tensor while torch.jit.trace records
+        tokens, head_dim = math.prod(self.window_size), self.dim // self.num_heads
+        qkv = apply_linear(self.qkv, x, qkv_bias)
         images = x.shape[0] // windows
         lines = qkv.reshape(images, windows * tokens, 3, self.num_heads, head_dim)
-        out = shifted_window_attention_qkvpacked(
+        out = attention_of_qkv(
             lines,
             tokens,
             bias_index=self.relative_position_index,
             mask=mask,
-            dropout_p=self.attn_drop.p if self.attn_drop.training else 0.0,
+            softmax=self.softmax,
+            attn_drop=self.attn_drop,
             **options,
         )
         return self.proj_drop(self.proj(out.reshape(x.shape)))

@@ -99,8 +99,8 @@ FAULTS = {
     "patch: a mask that was edited": Fault(
         "on_cpu",
         "swin_kernels/patch/timm.py",
-        "if known is None or known.mask is not mask or known.version != mask._version:",
-        "if known is None or known.mask is not mask:",
+        "return torch.equal(mask, self.expected)",
+        "return True",
     ),
 }
 

@@ -208,7 +208,7 @@ def assert_same_training(
 
 def recorded_calls(monkeypatch) -> list[dict[str, Any]]:
     """A list that gets the arguments of every call that a fused block makes of the operation."""
-    module = importlib.import_module("swin_kernels.patch.timm")
+    module = importlib.import_module("swin_kernels.ops.layers")
     op, recorded = module.shifted_window_attention_qkvpacked, []
 
     def recording(qkv, window, shift, **options):

@@ -49,6 +49,7 @@ def test_the_backend_says_what_it_runs_on():
         shifted_window_attention_qkvpacked(torch.zeros(1, 4, 3, 1, 8), 2, backend="cuda")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("arch", BUILT_FOR)
 def test_kernels_spill_nothing_and_use_matrix_units_where_they_should(arch, kernels):
     found = [k for k in kernels if k.arch == arch]

@@ -112,6 +112,7 @@ def test_fused_and_reference_attention_agree(kind, cpu_kernels):
     torch.testing.assert_close(fused(image), reference(image))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
 def test_fused_and_reference_train_alike(kind, cpu_kernels):
     """Eighty steps of AdamW from one seed, with stochastic depth; in float64, as the steps amplify

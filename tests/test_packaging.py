@@ -124,6 +124,7 @@ def _setup(**variables: str) -> subprocess.CompletedProcess[str]:
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("variables", "complaint"),
     [
@@ -141,12 +142,14 @@ def test_a_build_that_cannot_be_says_why(variables, complaint):
     assert complaint in done.stderr
 
 
+@pytest.mark.slow
 def test_a_build_without_cuda_needs_no_toolkit():
     done = _setup(SWIN_KERNELS_CUDA="0", PATH="/nowhere")
     assert done.returncode == 0, done.stderr
     assert "swin_kernels" in done.stdout
 
 
+@pytest.mark.slow
 def test_a_source_distribution_has_every_source(tmp_path):
     """Whatever was built where it was made: what is missing would be missed only by a build."""
     command = [sys.executable, "setup.py", "--quiet", "egg_info", "--egg-base", str(tmp_path)]

@@ -201,7 +201,7 @@ class TestIdentity:
             module.register_forward_hook(lambda m, *_: calls.append(type(m).__name__))
         patch(model)
         model(image(56, 56))
-        assert calls == ["Linear", "Linear", "FusedSwinTransformerBlock"]
+        assert calls == ["Linear", "Linear", "SwinTransformerBlock"]
 
 
 class TestLeftAlone:

@@ -115,6 +115,7 @@ def test_bf16_model(kind, on_cpu_kernels):
     assert_same_training(model, on_cpu_kernels, images)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("size", [(56, 56), (60, 76)], ids=["unpadded", "padded"])
 @kinds
 def test_compile_fullgraph_trains_as_eager(kind, size, calls, on_cpu_kernels):
@@ -164,6 +165,7 @@ def test_compile_sees_patch_hooks_and_masks_that_come_later(calls):
     assert seen == [1]
 
 
+@pytest.mark.slow
 def test_compile_with_dynamic_sizes(on_cpu_kernels):
     block = small_block("v2", (12, 17), dynamic_mask=True)
     stock = copy.deepcopy(block)

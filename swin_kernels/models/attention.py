@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from swin_kernels.modules import BIAS_LIMIT, MAX_LOGIT_SCALE
-from swin_kernels.ops.window_attention import shifted_window_attention_qkvpacked
+from swin_kernels.modules import BIAS_LIMIT, MAX_LOGIT_SCALE, apply_linear
+from swin_kernels.ops.layers import attention_of_map, is_plain, sum_of
 from swin_kernels.position_bias import log_coordinates, table_length
 
 ATTENTIONS = ("fused", "reference")
@@ -30,6 +31,8 @@ def backend_of(attention: str, backend: str | None) -> str | None:
 
 class _MapAttention(nn.Module):
     """What both versions share."""
+
+    qkv: Any
 
     def __init__(
         self,
@@ -52,6 +55,7 @@ class _MapAttention(nn.Module):
         self.attn_drop = nn.Dropout(attn_drop)
         self.proj = nn.Linear(dim, dim)
         self.proj_drop = nn.Dropout(proj_drop)
+        self.softmax = nn.Softmax(dim=-1)
         self.backend = backend
         self.pad_order = pad_order
 
@@ -63,23 +67,31 @@ class _MapAttention(nn.Module):
         )
         return height, width
 
-    def _attend(self, x: Tensor, qkv: Tensor, qkv_bias: Tensor | None, **options) -> Tensor:
-        """A token of padding is 0 before the qkv layer, and so that layer's bias behind it."""
-        heads = (3, self.num_heads, self.dim // self.num_heads)
-        pads = {}
-        if qkv_bias is not None:
-            _, pads["pad_key"], pads["pad_value"] = qkv_bias.unflatten(0, heads).unbind(0)
-        out = shifted_window_attention_qkvpacked(
-            qkv.unflatten(-1, heads),
+    def _attend(self, x: Tensor, qkv_bias: Tensor | None, **options) -> Tensor:
+        """`qkv_bias` is added to what the qkv layer gives.
+
+        A token of padding is 0 before that layer, and so its bias behind it.
+        """
+        plain = (
+            is_plain(self.qkv, nn.Linear)
+            and is_plain(self.proj, nn.Linear)
+            and is_plain(self.proj_drop, nn.Dropout, nn.Identity)
+        )
+        return attention_of_map(
+            x,
+            self.num_heads,
             self.window_size,
             self._shift(x),
-            dropout_p=self.attn_drop.p if self.attn_drop.training else 0.0,
+            qkv=lambda tokens: apply_linear(self.qkv, tokens, qkv_bias),
+            qkv_of_zeros=lambda: sum_of(self.qkv.bias, qkv_bias),
+            after=lambda tokens: self.proj_drop(self.proj(tokens)),
+            sees_padding=not plain,
             pad_order=self.pad_order,
+            softmax=self.softmax,
+            attn_drop=self.attn_drop,
             backend=self.backend,
-            **pads,
             **options,
         )
-        return self.proj_drop(self.proj(out.flatten(-2)))
 
     def extra_repr(self) -> str:
         return (
@@ -113,9 +125,7 @@ class MapAttention(_MapAttention):
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, height, width, dim) -> the same."""
-        return self._attend(
-            x, self.qkv(x), self.qkv.bias, bias_table=self.relative_position_bias_table
-        )
+        return self._attend(x, None, bias_table=self.relative_position_bias_table)
 
 
 class MapAttentionV2(_MapAttention):
@@ -161,7 +171,6 @@ class MapAttentionV2(_MapAttention):
         table = BIAS_LIMIT * torch.sigmoid(self.cpb_mlp(self.relative_coords_table))
         return self._attend(
             x,
-            nn.functional.linear(x, self.qkv.weight, bias),
             bias,
             bias_table=table,
             logit_scale=self.logit_scale.clamp(max=MAX_LOGIT_SCALE).exp().flatten(),

@@ -22,7 +22,7 @@ from swin_kernels.models.layers import (
     run_blocks,
 )
 from swin_kernels.models.swin import Replace
-from swin_kernels.ops.window_attention import shifted_window_attention_qkvpacked
+from swin_kernels.ops.layers import attention_of_qkv
 
 NORM_EPS = 1e-6  # the authors'; Swin's is torch's own 1e-5
 
@@ -82,7 +82,7 @@ def resize_positions(positions: Tensor, tokens: int, grid: tuple[int, int]) -> T
 
     Bicubic with antialiasing, in fp32, as timm does; the first `tokens` have no place and stay.
     """
-    side = round((positions.shape[1] - tokens) ** 0.5)
+    side = round((int(positions.shape[1]) - tokens) ** 0.5)  # a tensor in torch.jit.trace
     if side * side + tokens != positions.shape[1]:
         raise ValueError(
             f"positions: expected {tokens} tokens and a square of patches, "
@@ -112,10 +112,12 @@ class GlobalAttention(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, N, dim) -> the same."""
-        out = shifted_window_attention_qkvpacked(
+        # torch.jit.trace has tensors for sizes
+        tokens = int(x.shape[1]) if torch.jit.is_tracing() else x.shape[1]
+        out = attention_of_qkv(
             self.qkv(x).unflatten(-1, (3, self.num_heads, -1)),
-            x.shape[1],
-            dropout_p=self.attn_drop.p if self.attn_drop.training else 0.0,
+            tokens,
+            attn_drop=self.attn_drop,
             backend=self.backend,
         )
         return self.proj_drop(self.proj(out.flatten(-2)))

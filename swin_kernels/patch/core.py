@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import importlib
+import itertools
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -16,7 +17,7 @@ from typing import Any, ClassVar, NamedTuple
 
 from torch import nn
 
-from swin_kernels.ops.dispatch import check_name
+from swin_kernels.ops.dispatch import check_name, log_once
 from swin_kernels.patch.source import fingerprint
 
 # stock class -> our module whose FUSED holds its fused subclass, imported when such a class is met
@@ -32,11 +33,25 @@ class Memory:
     """All that a fused block holds beyond its stock attributes; in no state_dict."""
 
     backend: str | None
+    strict: bool = False  # whether running stock is an error
+    where: str = ""  # the block's name in the model that was patched, for messages
     checked: Any = None  # what the fused class has found out about the block, kept between calls
+    number: int = field(default_factory=itertools.count().__next__)
+
+    def runs_stock(self, stock: type[nn.Module], reason: str) -> None:
+        """Says, once for each reason, that a patched block takes the stock path, or raises."""
+        what = f"patched block {self.where or stock.__name__!r} runs stock: {reason}"
+        if self.strict:
+            raise NotImplementedError(f"{what}; it was patched with strict=True")
+        log_once(f"{self.number}: {reason}", what)
 
 
 class Fused:
-    """Base of the fused subclasses, before their stock class in the order of methods."""
+    """Base of the fused subclasses, before their stock class in the order of methods.
+
+    A fused class bears the name of its stock class, by which tools find blocks (FSDP's wrapping,
+    device maps); its module tells them apart.
+    """
 
     stock: ClassVar[type[nn.Module]]
     known_sources: ClassVar[Mapping[str, str]]  # fingerprint -> the releases that have it
@@ -59,7 +74,11 @@ class Fused:
         return None
 
     def on_patch(self) -> None:
-        """Called after the change of class."""
+        """Called after the change of class, and when `patch` finds the block again."""
+
+    def extra_repr(self) -> str:
+        stock = super().extra_repr()  # type: ignore[misc]
+        return f"{stock}, swin_kernels" if stock else "swin_kernels"
 
     @classmethod
     def why_unknown(cls) -> str | None:
@@ -186,37 +205,47 @@ def report_on(found: list[Found]) -> PatchReport:
     )
 
 
-def patch(model: nn.Module, *, backend: str | None = None) -> PatchReport:
+def patch(model: nn.Module, *, backend: str | None = None, strict: bool = False) -> PatchReport:
     """Run the window attention of every supported block of `model` fused, in place.
 
     Outputs and gradients are those of the stock model; roll, pad and partition are gone. Each block
     changes its class to a subclass of its own, which `unpatch` undoes. A block that is not exactly
     what was tested (a subclass, changed source, hooks on its attention) is left as it is, with a
     warning and the reason in the report. A patched block whose attention gets a hook later takes
-    the stock path for as long as the hook is there.
+    the stock path for as long as the hook is there; the log `swin_kernels` says so once, with the
+    reason.
 
     Args:
         model: any module that holds blocks of the classes in docs/compatibility.md.
         backend: passed to each call of the operation and kept by each block: None chooses per call,
             a name never falls back. On a block already patched it replaces the backend asked for
-            before.
+            before, as does `strict`.
+        strict: a block that cannot be replaced is an error, and so is a call of a patched block
+            that would take the stock path (NotImplementedError). Recording for another runtime
+            (TorchScript, FX, ONNX), which always takes stock operators, is not.
 
     Returns:
         What became of each block; its `str` is for a person.
 
     Raises:
-        ValueError: not a module, an unknown backend, or nothing to replace in it; the model is then
-            unchanged.
+        ValueError: not a module, an unknown backend, nothing to replace in it, or with `strict` a
+            block that cannot be; the model is then unchanged.
     """
     if backend is not None:
         check_name(backend)
     found = survey(model)
     report = report_on(found)
-    for _, block, fused, is_patched, reason in found:
+    stock = {f.name: f.reason for f in found if f.reason is not None}
+    if strict and stock:
+        lines = "\n".join(grouped("stays on the stock path", stock))
+        raise ValueError(f"patch with strict=True: not every block can run fused\n{lines}")
+    for name, block, fused, is_patched, reason in found:
         if is_patched:
             block._swin_kernels.backend = backend
+            block._swin_kernels.strict = strict
+            block.on_patch()
         elif reason is None:
-            block._swin_kernels = Memory(backend)
+            block._swin_kernels = Memory(backend, strict, name)
             block.__class__ = fused
             block.on_patch()
     if report.left:
@@ -257,7 +286,9 @@ def unpatch(model: nn.Module) -> tuple[str, ...]:
 
 
 @contextlib.contextmanager
-def patched(model: nn.Module, *, backend: str | None = None) -> Iterator[PatchReport]:
+def patched(
+    model: nn.Module, *, backend: str | None = None, strict: bool = False
+) -> Iterator[PatchReport]:
     """`with patched(model):` is `patch` on entry, and on exit the undoing of what it changed.
 
     Arguments are those of `patch`.
@@ -268,13 +299,16 @@ def patched(model: nn.Module, *, backend: str | None = None) -> Iterator[PatchRe
     Raises:
         ValueError: as `patch` on entry and `unpatch` on exit.
     """
-    before = {block: block._swin_kernels.backend for block in _fused_blocks(model).values()}
-    report = patch(model, backend=backend)
+    before = {
+        block: (block._swin_kernels.backend, block._swin_kernels.strict)
+        for block in _fused_blocks(model).values()
+    }
+    report = patch(model, backend=backend, strict=strict)
     try:
         yield report
     finally:
         blocks = _fused_blocks(model)
         for block in blocks.values():
             if block in before:
-                block._swin_kernels.backend = before[block]
+                block._swin_kernels.backend, block._swin_kernels.strict = before[block]
         _restore({name: block for name, block in blocks.items() if block not in before})

@@ -1,8 +1,8 @@
 """The three window attention blocks of timm, fused at block level: no roll, no pad, no partition.
 
-The model's own qkv layer runs on the unpadded, unshifted map, then the operation, then the model's
-own proj. Window, shift, bias and mask are read from the block on each call, as `set_input_size` and
-users replace them.
+The model's own qkv layer runs on the unpadded, unshifted map, (B, tokens, C), then the operation,
+then the model's own proj. Window, shift, bias and mask are read from the block on each call, as
+`set_input_size` and users replace them.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from types import FunctionType
 from typing import Any, ClassVar
+from weakref import WeakValueDictionary
 
 import torch
 import torch.nn.functional as F
@@ -19,27 +20,17 @@ from timm.models import swin_transformer, swin_transformer_v2, swin_transformer_
 from torch import Tensor, nn
 
 from swin_kernels.geometry import Grid
-from swin_kernels.ops.window_attention import shifted_window_attention_qkvpacked
+from swin_kernels.ops.layers import (
+    attention_of_map,
+    has_hooks,
+    is_plain,
+    is_recorded_for_others,
+    sum_of,
+)
 from swin_kernels.patch.core import Fused
 
 STOCK_MASK_VALUE = -100.0
 MAX_LOG_SCALE = math.log(1.0 / 0.01)  # timm multiplies cosines by 100 at most
-
-
-def _has_hooks(module: Any) -> bool:
-    return bool(
-        module._forward_hooks
-        or module._forward_pre_hooks
-        or module._backward_hooks
-        or module._backward_pre_hooks
-    )
-
-
-def _graph_is_for_others(x: object) -> bool:
-    """Whether this call is recorded for a runtime without our op: TorchScript, FX, ONNX."""
-    if not isinstance(x, Tensor) or torch.jit.is_tracing():
-        return True
-    return torch.compiler.is_exporting() and torch.onnx.is_in_onnx_export()
 
 
 def _named(name: str, function: Any) -> FunctionType:
@@ -51,11 +42,15 @@ def _named(name: str, function: Any) -> FunctionType:
     )
 
 
-def _of_zeros(linear: nn.Module, x: Tensor) -> Tensor | None:
-    """`linear` of one token of zeros, 3·C numbers, None for zeros: the qkv of a padded token."""
-    if type(linear) is nn.Linear and not _has_hooks(linear) and "forward" not in linear.__dict__:
-        return linear.bias
-    return linear(x.new_zeros((1, 1, 1, x.shape[-1])))
+# the shift mask of a geometry, as long as a block whose mask equals it is there
+_shift_masks: WeakValueDictionary[tuple, Tensor] = WeakValueDictionary()
+
+
+def _shift_mask(grid: Grid, mask: Tensor) -> Tensor:
+    key = (grid.padded, grid.window, grid.shift, mask.dtype, mask.device)
+    if (found := _shift_masks.get(key)) is None:
+        found = _shift_masks[key] = grid.shift_mask(STOCK_MASK_VALUE, mask.dtype, mask.device)
+    return found
 
 
 @dataclass(frozen=True, eq=False)
@@ -65,6 +60,20 @@ class _CheckedMask:
     mask: Tensor
     version: int
     shift_mask_of: tuple | None
+    expected: Tensor | None  # what it was then found equal to
+
+    def still(self, mask: Tensor | None) -> bool:
+        """Whether nothing can have changed since.
+
+        An edit through `.data` or NumPy leaves no trace in the version, so on a CPU all numbers are
+        compared again: 32 µs for 64 windows of 49 tokens (Zen 5, 2026-11), 0.05 % of a Swin-T's
+        time at batch 1. On other devices the comparison would wait for them.
+        """
+        if self.mask is not mask or self.version != mask._version:
+            return False
+        if self.expected is None or mask.device.type != "cpu":
+            return True
+        return torch.equal(mask, self.expected)
 
 
 class _FusedBlock(Fused):
@@ -108,14 +117,18 @@ class _FusedBlock(Fused):
         for name in cls.attention_methods:
             if name in attn.__dict__:
                 return f"its attn.{name} was replaced on the instance"
-        if _has_hooks(attn):
+        if has_hooks(attn):
             return "its attn has hooks, which the fused path would not call"
         for name, kind in cls.watched.items():
             module = getattr(attn, name)
             if type(module) is not kind:
                 return f"its attn.{name} is a {type(module).__name__}, not a {kind.__name__}"
-            if _has_hooks(module) or "forward" in module.__dict__:
+            if not is_plain(module, kind):
                 return f"its attn.{name} has hooks, which the fused path would not call"
+        scale = getattr(attn, "scale", None)
+        if isinstance(scale, Tensor) and scale.numel() not in (1, *scale.shape[-3:-2]):
+            shape = tuple(scale.shape)
+            return f"its attn.scale has shape {shape}, neither one number nor (heads, 1, 1)"
         for shift, window in zip(block.shift_size, block.window_size):
             if not 0 <= shift < window:
                 shifts, windows = tuple(block.shift_size), tuple(block.window_size)
@@ -148,20 +161,23 @@ class _FusedBlock(Fused):
         ):
             self._swin_kernels.checked = None
             return
+        expected: Tensor | None = None
         window, shift = tuple(self.window_size), tuple(self.shift_size)
         padded = self._padded(getattr(self, self.resolution))
         grid = Grid(padded, window, shift, (False, False))
         if mask.shape == (grid.windows, grid.tokens, grid.tokens):
-            expected = grid.shift_mask(STOCK_MASK_VALUE, mask.dtype, mask.device)
+            expected = _shift_mask(grid, mask)
             if torch.equal(mask, expected):
                 shift_mask_of = (padded, window, shift)
-        self._swin_kernels.checked = _CheckedMask(mask, mask._version, shift_mask_of)
+            else:
+                expected = None
+        self._swin_kernels.checked = _CheckedMask(mask, mask._version, shift_mask_of, expected)
 
     def _is_shift_mask(self, mask: Tensor, padded: tuple[int, ...]) -> bool:
         """Whether `mask` is known to be what the operation adds by itself at this padded size."""
         if not torch.compiler.is_compiling():
             known = self._swin_kernels.checked
-            if known is None or known.mask is not mask or known.version != mask._version:
+            if known is None or not known.still(mask):
                 self._check_mask()
         known = self._swin_kernels.checked
         return (
@@ -170,8 +186,8 @@ class _FusedBlock(Fused):
             and known.shift_mask_of == (padded, tuple(self.window_size), tuple(self.shift_size))
         )
 
-    def _masking(self, height: int, width: int) -> dict[str, Any] | None:
-        """Arguments that add the mask that stock would add; None where only stock knows."""
+    def _masking(self, size: tuple[int, int]) -> dict[str, Any] | str:
+        """Arguments that add the mask that stock would add; where only stock knows, why."""
         # literals: as a global, dynamo would trace a float of dynamic value
         if getattr(self, "dynamic_mask", False):
             return {"mask_value": -100.0}
@@ -179,55 +195,71 @@ class _FusedBlock(Fused):
         if mask is None:
             return {"mask_value": 0.0}
         if mask.requires_grad:
-            return None
-        padded = self._padded((height, width))
+            return "its attn_mask requires grad"
+        padded = self._padded(size)
         if self._is_shift_mask(mask, padded):
             return {"mask_value": -100.0}
         tokens = self.window_size[0] * self.window_size[1]
         windows = padded[0] * padded[1] // tokens
         if mask.shape != (windows, tokens, tokens):
-            return None
+            return (
+                f"its attn_mask {tuple(mask.shape)} is not one of the {windows} windows of "
+                f"{tokens} tokens that the map {tuple(size)} has"
+            )
         # 0: the shift moves tokens, the mask alone separates them
         return {"mask": mask, "mask_value": 0.0}
 
-    def _qkv(self, x: Tensor, padded: bool) -> tuple[Tensor, Tensor | None]:
-        """qkv of the map and, where it is padded, of a token of zeros."""
-        qkv = self.attn.qkv
-        return qkv(x), _of_zeros(qkv, x) if padded else None
+    def _qkv_is_plain(self) -> bool:
+        return is_plain(self.attn.qkv, nn.Linear)
+
+    def _qkv(self, tokens: Tensor) -> Tensor:
+        """(B, tokens, C) -> (B, tokens, 3·C)"""
+        return self.attn.qkv(tokens)
+
+    def _qkv_of_zeros(self) -> Tensor | None:
+        """qkv of a token of zeros, which padding adds; None for zeros."""
+        return self.attn.qkv.bias
 
     def _bias(self) -> dict[str, Any]:
         """The operation's bias and scale arguments."""
         raise NotImplementedError
 
+    def _sees_padding(self) -> bool:
+        """Whether a module that stock calls on padding too could tell that it did not come."""
+        attn = self.attn
+        return not (
+            self._qkv_is_plain()
+            and is_plain(attn.proj, nn.Linear)
+            and is_plain(attn.proj_drop, nn.Dropout, nn.Identity)
+        )
+
     def _fused(self, x: Tensor) -> Tensor | None:
         """The stock method of (B, height, width, C), fused; None where stock must run it."""
-        if _graph_is_for_others(x) or self.why_stock(self) is not None:
+        if is_recorded_for_others(x):
             return None
-        height, width = x.shape[1], x.shape[2]
-        masking = self._masking(height, width)
-        if masking is None:
+        masking = self.why_stock(self) or self._masking((x.shape[1], x.shape[2]))
+        if isinstance(masking, str):
+            self._swin_kernels.runs_stock(self.stock, masking)
             return None
         attn = self.attn
-        window = tuple(self.window_size)
-        packed = (3, attn.num_heads, -1)
-        qkv, token = self._qkv(x, padded=bool(height % window[0] or width % window[1]))
-        if token is not None:
-            _, pad_key, pad_value = token.reshape(packed).unbind(0)
-            masking |= {"pad_key": pad_key, "pad_value": pad_value}
-        out = shifted_window_attention_qkvpacked(
-            qkv.unflatten(-1, packed),
-            window,
+        return attention_of_map(
+            x,
+            attn.num_heads,
+            tuple(self.window_size),
             tuple(self.shift_size),
+            qkv=self._qkv,
+            qkv_of_zeros=self._qkv_of_zeros,
+            after=lambda tokens: attn.proj_drop(attn.proj(tokens)),
+            sees_padding=self._sees_padding(),
             pad_order="roll-pad",
-            dropout_p=attn.attn_drop.p if attn.attn_drop.training else 0.0,
+            attn_drop=attn.attn_drop,
             backend=self._swin_kernels.backend,
             **masking,
             **self._bias(),
         )
-        return attn.proj_drop(attn.proj(out.flatten(-2)))
 
 
-class FusedSwinTransformerBlock(_FusedBlock, swin_transformer.SwinTransformerBlock):
+class SwinTransformerBlock(_FusedBlock, swin_transformer.SwinTransformerBlock):
     """Swin: a table of biases, scaled products."""
 
     stock = swin_transformer.SwinTransformerBlock
@@ -263,7 +295,7 @@ class FusedSwinTransformerBlock(_FusedBlock, swin_transformer.SwinTransformerBlo
             return super()._attn(x) if out is None else out
 
 
-class FusedSwinTransformerV2Block(_FusedBlock, swin_transformer_v2.SwinTransformerV2Block):
+class SwinTransformerV2Block(_FusedBlock, swin_transformer_v2.SwinTransformerV2Block):
     """Swin V2: cosine attention, biases from an MLP on log-spaced coordinates."""
 
     stock = swin_transformer_v2.SwinTransformerV2Block
@@ -286,25 +318,35 @@ class FusedSwinTransformerV2Block(_FusedBlock, swin_transformer_v2.SwinTransform
         attn = block.attn
         if attn.q_bias is None or attn.qkv_bias_separate:
             return None
-        if type(attn.qkv) is nn.Linear and not _has_hooks(attn.qkv):
+        if type(attn.qkv) is nn.Linear and not has_hooks(attn.qkv):
             return None
         return (
             f"attn.qkv ({type(attn.qkv).__name__}) is not called, as in stock timm, which reads "
             "its weight only; attn.qkv_bias_separate = True has it called"
         )
 
-    def _qkv(self, x: Tensor, padded: bool) -> tuple[Tensor, Tensor | None]:
+    def _qkv_bias(self) -> Tensor | None:
         attn = self.attn
-        if attn.q_bias is None:
-            return super()._qkv(x, padded)
-        bias = torch.cat((attn.q_bias, attn.k_bias, attn.v_bias))
-        if not attn.qkv_bias_separate:
-            return F.linear(x, weight=attn.qkv.weight, bias=bias), bias if padded else None
-        qkv, token = super()._qkv(x, padded)
-        qkv += bias
-        if padded:
-            token = bias if token is None else token + bias
-        return qkv, token
+        return None if attn.q_bias is None else torch.cat((attn.q_bias, attn.k_bias, attn.v_bias))
+
+    def _qkv_is_called(self) -> bool:
+        return self.attn.q_bias is None or self.attn.qkv_bias_separate
+
+    def _qkv_is_plain(self) -> bool:
+        return not self._qkv_is_called() or super()._qkv_is_plain()
+
+    def _qkv(self, tokens: Tensor) -> Tensor:
+        bias = self._qkv_bias()
+        if not self._qkv_is_called():
+            return F.linear(tokens, weight=self.attn.qkv.weight, bias=bias)
+        qkv = super()._qkv(tokens)
+        if bias is not None:
+            qkv += bias
+        return qkv
+
+    def _qkv_of_zeros(self) -> Tensor | None:
+        own = super()._qkv_of_zeros() if self._qkv_is_called() else None
+        return sum_of(own, self._qkv_bias())
 
     def _bias(self) -> dict[str, Any]:
         attn = self.attn
@@ -325,7 +367,7 @@ class FusedSwinTransformerV2Block(_FusedBlock, swin_transformer_v2.SwinTransform
             return super()._attn(x) if out is None else out
 
 
-class FusedSwinTransformerV2CrBlock(_FusedBlock, swin_transformer_v2_cr.SwinTransformerV2CrBlock):
+class SwinTransformerV2CrBlock(_FusedBlock, swin_transformer_v2_cr.SwinTransformerV2CrBlock):
     """Christoph Reich's Swin V2: cosine attention, dense biases from a network with dropout."""
 
     stock = swin_transformer_v2_cr.SwinTransformerV2CrBlock
@@ -362,8 +404,8 @@ class FusedSwinTransformerV2CrBlock(_FusedBlock, swin_transformer_v2_cr.SwinTran
 FUSED: dict[str, type[_FusedBlock]] = {
     f"{cls.stock.__module__}.{cls.stock.__qualname__}": cls
     for cls in (
-        FusedSwinTransformerBlock,
-        FusedSwinTransformerV2Block,
-        FusedSwinTransformerV2CrBlock,
+        SwinTransformerBlock,
+        SwinTransformerV2Block,
+        SwinTransformerV2CrBlock,
     )
 }

@@ -1,0 +1,157 @@
+"""The operation as a layer calls it: between modules that others wrap, watch and replace."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from swin_kernels.ops.dispatch import log_once
+from swin_kernels.ops.window_attention import (
+    shifted_window_attention,
+    shifted_window_attention_qkvpacked,
+    unfused_attention_qkvpacked,
+)
+
+WATCHED = (
+    "attention is not fused where a module's attn_drop or softmax has hooks, or is another module: "
+    "it is called then"
+)
+
+
+def has_hooks(module: Any) -> bool:
+    return bool(
+        module._forward_hooks
+        or module._forward_pre_hooks
+        or module._backward_hooks
+        or module._backward_pre_hooks
+    )
+
+
+def is_plain(module: Any, *kinds: type[nn.Module]) -> bool:
+    """Whether a module is of these classes, and nobody sees how often and on what it is called."""
+    return type(module) in kinds and not has_hooks(module) and "forward" not in module.__dict__
+
+
+def is_recorded_for_others(x: object) -> bool:
+    """Whether a call is recorded for a runtime without our op: TorchScript, symbolic FX, ONNX."""
+    if not isinstance(x, Tensor) or torch.jit.is_tracing():
+        return True
+    return torch.compiler.is_exporting() and torch.onnx.is_in_onnx_export()
+
+
+def sum_of(a: Tensor | None, b: Tensor | None) -> Tensor | None:
+    """a + b, None for zeros."""
+    return b if a is None else a if b is None else a + b
+
+
+def attention_of_qkv(
+    qkv: Tensor,
+    window_size: int | Sequence[int],
+    shift_size: int | Sequence[int] = 0,
+    *,
+    attn_drop: nn.Module,
+    softmax: nn.Module | None = None,
+    scale: float | Tensor | None = None,
+    backend: str | None = None,
+    **options: Any,
+) -> Tensor:
+    """`shifted_window_attention_qkvpacked` in place of the modules `softmax` and `attn_drop`.
+
+    Where one of them has hooks, or is another than `nn.Softmax` and `nn.Dropout`, it is called, on
+    (windows, H, N, N), and nothing is fused. `scale` may be a tensor that is learnt, of one number
+    or one for each head: it is multiplied into the query, as in unfused layers. A call that is
+    recorded for a runtime without our op leaves plain operators.
+    """
+    watched = not is_plain(attn_drop, nn.Dropout, nn.Identity)
+    if softmax is not None:
+        watched |= not is_plain(softmax, nn.Softmax) or softmax.dim not in (-1, 3)
+    operation: Callable[..., Tensor] = functools.partial(shifted_window_attention_qkvpacked, qkv)
+    if isinstance(scale, Tensor):
+        query, key, value = qkv.unbind(-3)
+        # (), (1, 1) or (H, 1)
+        query = query * (scale if scale.ndim == 0 else scale.reshape(-1, 1))
+        operation = functools.partial(shifted_window_attention, query, key, value)
+        if watched:
+            qkv = torch.stack((query, key, value), -3)
+        scale = 1.0
+    if watched:
+        log_once(WATCHED, WATCHED)
+        operation = functools.partial(unfused_attention_qkvpacked, qkv)
+        options |= {"softmax": softmax or nn.Softmax(-1), "attn_drop": attn_drop}
+    else:
+        dropping = isinstance(attn_drop, nn.Dropout) and attn_drop.training
+        options["dropout_p"] = attn_drop.p if dropping else 0.0
+        options["backend"] = "reference" if is_recorded_for_others(qkv) else backend
+    return operation(window_size, shift_size, scale=scale, **options)
+
+
+class _PaddedMap:
+    """A map with the padding in it, where the operation would put it: it need not pad this one."""
+
+    def __init__(
+        self, x: Tensor, window: Sequence[int], shift: Sequence[int], pad_order: str
+    ) -> None:
+        self.size = x.shape[1], x.shape[2]
+        self.missing = [-size % w for size, w in zip(self.size, window)]
+        # padded after the roll: rolled back, it is a map that is cut into the very same windows
+        self.shift = tuple(shift) if pad_order == "roll-pad" and any(shift) else None
+
+    def _roll(self, x: Tensor, sign: int) -> Tensor:
+        if self.shift is None:
+            return x
+        return torch.roll(x, (sign * self.shift[0], sign * self.shift[1]), (1, 2))
+
+    def put_in(self, x: Tensor) -> Tensor:
+        """(B, height, width, C) -> (B, *padded, C)"""
+        below, right = self.missing
+        return self._roll(F.pad(self._roll(x, -1), (0, 0, 0, right, 0, below)), 1)
+
+    def taken_out(self, x: Tensor) -> Tensor:
+        """(B, *padded, C) -> (B, height, width, C)"""
+        height, width = self.size
+        return self._roll(self._roll(x, -1)[:, :height, :width], 1)
+
+
+def attention_of_map(
+    x: Tensor,
+    num_heads: int,
+    window: tuple[int, ...],
+    shift: tuple[int, ...],
+    *,
+    qkv: Callable[[Tensor], Tensor],
+    qkv_of_zeros: Callable[[], Tensor | None],
+    after: Callable[[Tensor], Tensor],
+    sees_padding: bool,
+    pad_order: str,
+    **options: Any,
+) -> Tensor:
+    """`qkv`, attention and `after` of a map (B, height, width, C) -> the same.
+
+    `qkv` and `after` are called once, on (B, tokens, C). If `sees_padding`, because they are
+    wrapped or watched, the tokens that padding adds are among those, as in unfused layers; else
+    `qkv_of_zeros` gives what qkv makes of such a token, 3·C numbers or None for zeros.
+    """
+    packed = (3, num_heads, -1)
+    padding = None
+    if x.shape[1] % window[0] or x.shape[2] % window[1]:
+        if sees_padding:
+            padding = _PaddedMap(x, window, shift, pad_order)
+            x = padding.put_in(x)
+        elif (token := qkv_of_zeros()) is not None:
+            _, pad_key, pad_value = token.reshape(packed).unbind(0)
+            options |= {"pad_key": pad_key, "pad_value": pad_value}
+    size = x.shape[1:3]
+    out = attention_of_qkv(
+        qkv(x.flatten(1, 2)).unflatten(-1, packed).unflatten(1, size),
+        window,
+        shift,
+        pad_order=pad_order,
+        **options,
+    )
+    out = after(out.flatten(3).flatten(1, 2)).unflatten(1, size)
+    return out if padding is None else padding.taken_out(out)
