@@ -10,6 +10,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch._C import _get_dispatch_mode, _len_torch_dispatch_stack, _TorchDispatchModeKey
 from torch.utils.weak import WeakIdKeyDictionary
 
 from swin_kernels.geometry import Grid
@@ -358,6 +359,14 @@ def _check_bias(operands: OperandFacts, grid: Grid, heads: int) -> None:
         )
 
 
+def is_traced_by_mode() -> bool:
+    """Whether make_fx or a FakeTensorMode watches: no value may be looked at."""
+    return _len_torch_dispatch_stack() > 0 and any(
+        _get_dispatch_mode(key) is not None
+        for key in (_TorchDispatchModeKey.FAKE, _TorchDispatchModeKey.PROXY)
+    )
+
+
 # an index is read once, and again only after it was written to: (version, rows of its table)
 _indices_in_range = WeakIdKeyDictionary()
 
@@ -369,6 +378,8 @@ def _check_index_range(operands: Operands) -> None:
         return
     if type(index) is not Tensor or torch._C._functorch.is_functorch_wrapped_tensor(index):
         return  # tensors of a transform have no data to look at
+    if is_traced_by_mode():
+        return
     seen = None if index.is_inference() else (index._version, table.shape[0])
     if seen is not None and _indices_in_range.get(index) == seen:
         return

@@ -119,6 +119,40 @@ def test_module_in_another_place_is_called(name, module, cpu_kernels):
     assert all(grad.isfinite().all() for grad in grads.values())
 
 
+def test_hook_leaves_a_row_without_keys_at_zero(cpu_kernels):
+    module, x = subject("WindowAttention")
+    mask = torch.zeros(2, 35, 35, dtype=torch.float64)
+    mask[0, 2] = -torch.inf
+    expected = module(x, mask)
+    module.softmax.register_forward_hook(lambda *_: None)
+    torch.testing.assert_close(module(x, mask), expected)
+
+
+def test_scale_of_each_channel_is_refused(cpu_kernels):
+    module, x = subject("WindowAttention")
+    module.scale = nn.Parameter(torch.ones(2, dtype=torch.float64))  # as many as heads
+    with pytest.raises(ValueError, match=r"expected one number or shape \(2, 1, 1\)"):
+        module(x)
+
+
+def test_empty_module_for_softmax_is_called_as_the_identity(cpu_kernels):
+    outs = []
+    for identity in (nn.Sequential(), nn.Identity()):
+        module, x = subject("WindowAttention")
+        module.softmax = identity
+        outs.append(module(x))
+    assert torch.equal(*outs)
+
+
+def test_unknown_backend_is_an_error_where_nothing_is_fused(cpu_kernels):
+    model, x = subject("swin")
+    for watched, owner in named(model, "attn_drop"):
+        watched.register_forward_hook(lambda *_: None)
+        owner.backend = "nonsense"
+    with pytest.raises(ValueError, match="expected one of cpu"):
+        model(x)
+
+
 def test_identity_for_dropout_stays_fused(backend):
     qkv = torch.randn(1, 4, 4, 3, 2, 8)
     out = attention_of_qkv(qkv, 2, attn_drop=nn.Identity(), backend=backend)

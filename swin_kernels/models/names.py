@@ -172,6 +172,8 @@ def layout_for(name: str, family: str, simmim: bool) -> Layout:
     if name not in LAYOUTS:
         raise ValueError(f"layout: expected one of {', '.join(LAYOUTS)}, got {name!r}")
     layout = LAYOUTS[name]
+    if simmim and layout is _TIMM_FEATURES:
+        raise ValueError(f"layout: {name} has no names for what SimMIM adds, take its encoder")
     if family == "vit":
         if layout is not _TIMM:
             raise ValueError(f"layout: ViT has the names of timm alone, got {name!r}")

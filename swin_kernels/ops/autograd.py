@@ -1,8 +1,8 @@
 """The one autograd Function over all backends, and the autograd kernels of their ops.
 
-An eager call enters the Function itself. torch.export, make_fx, torch.compile and torch.jit.trace
-record an op: its kernels under the key Autograd give the graph the gradients of an eager call when
-it is run, or traced again. Eager calls pass these by: see `below_autograd`.
+An eager call enters the Function itself. torch.export, make_fx and torch.compile record an op: its
+kernels under the key Autograd give the graph the gradients of an eager call when it is run, or
+traced again. Eager calls pass these by: see `below_autograd`.
 """
 
 from __future__ import annotations

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from swin_kernels.ops.dispatch import log_once
+from swin_kernels.ops.dispatch import check_name, log_once
 from swin_kernels.ops.window_attention import (
     shifted_window_attention,
     shifted_window_attention_qkvpacked,
@@ -49,6 +49,11 @@ def sum_of(a: Tensor | None, b: Tensor | None) -> Tensor | None:
     return b if a is None else a if b is None else a + b
 
 
+def scale_fits(scale: Tensor, heads: int) -> bool:
+    """Whether unfused layers, which multiply (windows, H, N, D) by it, scale whole heads."""
+    return scale.numel() == 1 or (scale.numel() == heads and scale.shape[-3:] == (heads, 1, 1))
+
+
 def attention_of_qkv(
     qkv: Tensor,
     window_size: int | Sequence[int],
@@ -67,11 +72,18 @@ def attention_of_qkv(
     or one for each head: it is multiplied into the query, as in unfused layers. A call that is
     recorded for a runtime without our op leaves plain operators.
     """
+    if backend is not None:
+        check_name(backend)
     watched = not is_plain(attn_drop, nn.Dropout, nn.Identity)
     if softmax is not None:
         watched |= not is_plain(softmax, nn.Softmax) or softmax.dim not in (-1, 3)
     operation: Callable[..., Tensor] = functools.partial(shifted_window_attention_qkvpacked, qkv)
     if isinstance(scale, Tensor):
+        if not scale_fits(scale, qkv.shape[-2]):
+            raise ValueError(
+                f"scale: expected one number or shape ({qkv.shape[-2]}, 1, 1), one number a head, "
+                f"got {tuple(scale.shape)}"
+            )
         query, key, value = qkv.unbind(-3)
         # (), (1, 1) or (H, 1)
         query = query * (scale if scale.ndim == 0 else scale.reshape(-1, 1))
@@ -82,7 +94,8 @@ def attention_of_qkv(
     if watched:
         log_once(WATCHED, WATCHED)
         operation = functools.partial(unfused_attention_qkvpacked, qkv)
-        options |= {"softmax": softmax or nn.Softmax(-1), "attn_drop": attn_drop}
+        options["softmax"] = nn.Softmax(-1) if softmax is None else softmax
+        options["attn_drop"] = attn_drop
     else:
         dropping = isinstance(attn_drop, nn.Dropout) and attn_drop.training
         options["dropout_p"] = attn_drop.p if dropping else 0.0

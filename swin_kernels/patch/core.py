@@ -28,6 +28,9 @@ STOCK_CLASSES = {
 }
 
 
+_numbers = itertools.count()
+
+
 @dataclass(eq=False)
 class Memory:
     """All that a fused block holds beyond its stock attributes; in no state_dict."""
@@ -36,14 +39,19 @@ class Memory:
     strict: bool = False  # whether running stock is an error
     where: str = ""  # the block's name in the model that was patched, for messages
     checked: Any = None  # what the fused class has found out about the block, kept between calls
-    number: int = field(default_factory=itertools.count().__next__)
+    # of this block alone; text, as torch.compile takes numbers for sizes that may change
+    key: str = field(default_factory=lambda: str(next(_numbers)))
+
+    def __reduce__(self) -> tuple:
+        """A copy, or what is unpickled, is another block's."""
+        return Memory, (self.backend, self.strict, self.where)
 
     def runs_stock(self, stock: type[nn.Module], reason: str) -> None:
         """Says, once for each reason, that a patched block takes the stock path, or raises."""
         what = f"patched block {self.where or stock.__name__!r} runs stock: {reason}"
         if self.strict:
             raise NotImplementedError(f"{what}; it was patched with strict=True")
-        log_once(f"{self.number}: {reason}", what)
+        log_once(f"{self.key}: {reason}", what)
 
 
 class Fused:
@@ -74,7 +82,7 @@ class Fused:
         return None
 
     def on_patch(self) -> None:
-        """Called after the change of class, and when `patch` finds the block again."""
+        """Called after the change of class, when `patch` finds the block again, and on a copy."""
 
     def extra_repr(self) -> str:
         stock = super().extra_repr()  # type: ignore[misc]
@@ -100,6 +108,8 @@ class Fused:
         ) is not None:  # pickled beside another release of the library
             _to_stock(self)
             warnings.warn(f"swin_kernels: unpickled as a stock block: {reason}", stacklevel=2)
+        else:
+            self.on_patch()
 
 
 def _to_stock(block: Any) -> None:

@@ -20,14 +20,17 @@ from timm.models import swin_transformer, swin_transformer_v2, swin_transformer_
 from torch import Tensor, nn
 
 from swin_kernels.geometry import Grid
+from swin_kernels.kernels.tracing import asked_while_tracing
 from swin_kernels.ops.layers import (
     attention_of_map,
     has_hooks,
     is_plain,
     is_recorded_for_others,
+    scale_fits,
     sum_of,
 )
 from swin_kernels.patch.core import Fused
+from swin_kernels.problem import is_traced_by_mode
 
 STOCK_MASK_VALUE = -100.0
 MAX_LOG_SCALE = math.log(1.0 / 0.01)  # timm multiplies cosines by 100 at most
@@ -76,6 +79,17 @@ class _CheckedMask:
         return torch.equal(mask, self.expected)
 
 
+_blocks: WeakValueDictionary[str, Any] = WeakValueDictionary()  # by the key of their memory
+
+
+@asked_while_tracing
+def _look_again(key: str) -> None:
+    """Before a graph is traced: afterwards it does not ask."""
+    block = _blocks.get(key)
+    if block is not None and type(block.attn_mask) is Tensor and not is_traced_by_mode():
+        block._look_again()
+
+
 class _FusedBlock(Fused):
     """What the three blocks share; subclasses say where qkv and bias come from."""
 
@@ -106,7 +120,7 @@ class _FusedBlock(Fused):
 
     @classmethod
     def why_stock(cls, block: Any) -> str | None:
-        attn = block.attn
+        attn: Any = block.attn
         if type(attn) is not cls.stock_attention:
             return (
                 f"its attn is a {type(attn).__name__}, not the stock {cls.stock_attention.__name__}"
@@ -125,8 +139,17 @@ class _FusedBlock(Fused):
                 return f"its attn.{name} is a {type(module).__name__}, not a {kind.__name__}"
             if not is_plain(module, kind):
                 return f"its attn.{name} has hooks, which the fused path would not call"
+        if "softmax" in cls.watched and attn.softmax.dim not in (-1, 3):
+            return f"its attn.softmax is over axis {attn.softmax.dim}, not over keys"
+        mask = block.attn_mask
+        if mask is not None and mask.requires_grad and not getattr(block, "dynamic_mask", False):
+            return "its attn_mask requires grad"
         scale = getattr(attn, "scale", None)
-        if isinstance(scale, Tensor) and scale.numel() not in (1, *scale.shape[-3:-2]):
+        if getattr(attn, "fused_attn", False):
+            channels = getattr(attn.proj, "in_features", attn.dim)
+            if scale != (channels // attn.num_heads) ** -0.5:
+                return "its attn.fused_attn is set, with which stock leaves attn.scale out"
+        if isinstance(scale, Tensor) and not scale_fits(scale, attn.num_heads):
             shape = tuple(scale.shape)
             return f"its attn.scale has shape {shape}, neither one number nor (heads, 1, 1)"
         for shift, window in zip(block.shift_size, block.window_size):
@@ -136,6 +159,7 @@ class _FusedBlock(Fused):
         return None
 
     def on_patch(self) -> None:
+        _blocks[self._swin_kernels.key] = self
         self._check_mask()
 
     def _apply(self, *args, **kwargs):
@@ -173,12 +197,18 @@ class _FusedBlock(Fused):
                 expected = None
         self._swin_kernels.checked = _CheckedMask(mask, mask._version, shift_mask_of, expected)
 
+    def _look_again(self) -> None:
+        """Have the static mask compared if it can have changed."""
+        known = self._swin_kernels.checked
+        if known is None or not known.still(self.attn_mask):
+            self._check_mask()
+
     def _is_shift_mask(self, mask: Tensor, padded: tuple[int, ...]) -> bool:
         """Whether `mask` is known to be what the operation adds by itself at this padded size."""
-        if not torch.compiler.is_compiling():
-            known = self._swin_kernels.checked
-            if known is None or not known.still(mask):
-                self._check_mask()
+        if torch.compiler.is_compiling():
+            _look_again(self._swin_kernels.key)
+        elif not is_traced_by_mode():
+            self._look_again()
         known = self._swin_kernels.checked
         return (
             known is not None
@@ -194,18 +224,13 @@ class _FusedBlock(Fused):
         mask = self.attn_mask
         if mask is None:
             return {"mask_value": 0.0}
-        if mask.requires_grad:
-            return "its attn_mask requires grad"
         padded = self._padded(size)
         if self._is_shift_mask(mask, padded):
             return {"mask_value": -100.0}
         tokens = self.window_size[0] * self.window_size[1]
         windows = padded[0] * padded[1] // tokens
         if mask.shape != (windows, tokens, tokens):
-            return (
-                f"its attn_mask {tuple(mask.shape)} is not one of the {windows} windows of "
-                f"{tokens} tokens that the map {tuple(size)} has"
-            )
+            return "its attn_mask is for another number of windows than the map has"
         # 0: the shift moves tokens, the mask alone separates them
         return {"mask": mask, "mask_value": 0.0}
 
@@ -282,7 +307,7 @@ class SwinTransformerBlock(_FusedBlock, swin_transformer.SwinTransformerBlock):
         return {
             "bias_table": attn.relative_position_bias_table,
             "bias_index": attn.relative_position_index,
-            "scale": attn.scale,
+            "scale": attn.scale if isinstance(attn.scale, Tensor) else float(attn.scale),
         }
 
     _scripted = _named("_scripted", swin_transformer.SwinTransformerBlock._attn)

@@ -103,12 +103,16 @@ def scores_of(operands: Operands, options: Options) -> Scores:
     return Scores(query, key, value, query_norm, key_norm, factor, logits)
 
 
+def _dead(logits: Tensor) -> Tensor:
+    """Rows whose keys are all at −inf: they are zeros, and so are their gradients."""
+    return (logits == -torch.inf).all(-1, keepdim=True)
+
+
 def attend(operands: Operands, options: Options) -> Attention:
     """Everything up to the probabilities."""
     scores = scores_of(operands, options)
     logits = scores.logits
-    # a row whose keys are all at −inf is zeros, and so are its gradients
-    dead = (logits == -torch.inf).all(-1, keepdim=True)
+    dead = _dead(logits)
     probabilities = logits.masked_fill(dead, 0.0).softmax(-1).masked_fill(dead, 0.0)
     dropout = None
     if options.dropout_p > 0:
@@ -144,6 +148,9 @@ def forward_through(
     """`forward` with the softmax and the dropout of the caller, each of (B·nW, H, N, N)."""
     with without_autocast(operands.query.device):
         scores = scores_of(operands, options)
-        weights = dropout(softmax(scores.logits.flatten(0, 1)))
+        logits = scores.logits.flatten(0, 1)
+        dead = _dead(logits)
+        weights = softmax(logits.masked_fill(dead, 0.0)).masked_fill(dead, 0.0)
+        weights = dropout(weights)
         weights = weights.to(scores.value.dtype).unflatten(0, scores.logits.shape[:2])
         return _put_back(weights @ scores.value, operands, options)
