@@ -120,7 +120,7 @@ class _FusedBlock(Fused):
 
     @classmethod
     def why_stock(cls, block: Any) -> str | None:
-        attn: Any = block.attn
+        attn = block.attn
         if type(attn) is not cls.stock_attention:
             return (
                 f"its attn is a {type(attn).__name__}, not the stock {cls.stock_attention.__name__}"
@@ -144,12 +144,12 @@ class _FusedBlock(Fused):
         mask = block.attn_mask
         if mask is not None and mask.requires_grad and not getattr(block, "dynamic_mask", False):
             return "its attn_mask requires grad"
-        scale = getattr(attn, "scale", None)
+        scale, heads = getattr(attn, "scale", None), block.attn.num_heads
         if getattr(attn, "fused_attn", False):
-            channels = getattr(attn.proj, "in_features", attn.dim)
-            if scale != (channels // attn.num_heads) ** -0.5:
+            channels = getattr(block.attn.proj, "in_features", block.attn.dim)
+            if scale != (channels // heads) ** -0.5:
                 return "its attn.fused_attn is set, with which stock leaves attn.scale out"
-        if isinstance(scale, Tensor) and not scale_fits(scale, attn.num_heads):
+        if isinstance(scale, Tensor) and not scale_fits(scale, heads):
             shape = tuple(scale.shape)
             return f"its attn.scale has shape {shape}, neither one number nor (heads, 1, 1)"
         for shift, window in zip(block.shift_size, block.window_size):
