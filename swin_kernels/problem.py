@@ -6,7 +6,7 @@ import functools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -56,6 +56,15 @@ class Options(NamedTuple):
     def grid(self, size: Sequence[int]) -> Grid:
         order = "roll-pad" if self.roll_then_pad else "pad-roll"
         return Grid(tuple(size), self.window_size, self.shift_size, self.periodic, order)
+
+
+def split_arguments(arguments: Sequence[Any]) -> tuple[Operands, Options, tuple[Any, ...]]:
+    """What an op got, in the order of every schema: operands, options, and what follows."""
+    first, last = len(Operands._fields), len(Operands._fields) + len(Options._fields)
+    window, shift, periodic, *numbers = arguments[first:last]
+    # lists, as an op gets them, are no keys of a cache
+    options = Options(tuple(window), tuple(shift), tuple(periodic), *numbers)
+    return Operands(*arguments[:first]), options, tuple(arguments[last:])
 
 
 class Facts(NamedTuple):

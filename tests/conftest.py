@@ -185,6 +185,14 @@ def _watched_launches():
         yield
 
 
+@pytest.fixture
+def fresh_dynamo():
+    """No graphs of other tests, before or after."""
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()
+
+
 def _require(name: str) -> None:
     """Fail, rather than skip, where a backend that should be there cannot run."""
     problem = Problem.checked(Operands(torch.zeros(1, 4, 3, 1, 8)), 2)

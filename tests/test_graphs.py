@@ -21,14 +21,8 @@ CASES = (
     # of more than 64 tokens: here Triton's backward works in tiles, from other things kept
     Case(1, (90,), (81,), (40,), bias="table", pads=True, dtype=torch.float16),
 )
+pytestmark = pytest.mark.usefixtures("fresh_dynamo", "fused")
 over_cases = pytest.mark.parametrize("case", CASES, ids=str)
-
-
-@pytest.fixture(autouse=True)
-def _fresh_dynamo(fused):
-    torch._dynamo.reset()
-    yield
-    torch._dynamo.reset()
 
 
 class _Call(torch.nn.Module):

@@ -246,8 +246,7 @@ def test_mask_edited_without_a_trace_is_used(kind, edit):
 @pytest.mark.slow
 @pytest.mark.parametrize("called", [False, True], ids=["", "after a call"])
 @pytest.mark.parametrize("edit", EDITS.values(), ids=EDITS)
-def test_mask_edited_before_it_is_compiled_is_used(called, edit):
-    torch._dynamo.reset()
+def test_mask_edited_before_it_is_compiled_is_used(called, edit, fresh_dynamo):
     block, x = small_block("v1", (14, 14)), torch.randn(2, 14, 14, 16)
     ours = patched_copy(block, strict=True)
     with torch.no_grad():
@@ -257,7 +256,6 @@ def test_mask_edited_before_it_is_compiled_is_used(called, edit):
             edit(each.attn_mask)
         compiled = torch.compile(ours, fullgraph=True, backend="aot_eager")
         torch.testing.assert_close(compiled(x), block(x), rtol=1e-4, atol=1e-5)
-    torch._dynamo.reset()
 
 
 @pytest.mark.slow
@@ -316,8 +314,7 @@ def test_each_copy_of_a_block_speaks_for_itself(warned):
 
 
 @pytest.mark.slow
-def test_stock_path_of_a_dynamic_graph_compiles_whole():
-    torch._dynamo.reset()
+def test_stock_path_of_a_dynamic_graph_compiles_whole(fresh_dynamo):
     block, x = small_block("v1", (14, 14)), torch.randn(2, 14, 14, 16)
     ours = patched_copy(block)
     for each in (block, ours):
@@ -325,7 +322,6 @@ def test_stock_path_of_a_dynamic_graph_compiles_whole():
     # sizes of a whole graph of symbols take AOTAutograd minutes, in stock too
     compiled = torch.compile(ours, fullgraph=True, dynamic=True, backend="eager")
     torch.testing.assert_close(compiled(x), block(x), rtol=1e-4, atol=1e-5)
-    torch._dynamo.reset()
 
 
 @pytest.fixture

@@ -2,31 +2,26 @@
 
 from __future__ import annotations
 
-import math
 import sys
 from collections.abc import Callable, Sequence
 from typing import Any
 
 from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 
-from swin_kernels.problem import Operands, Options
-
-_OPERANDS = len(Operands._fields)
-_ARGUMENTS = _OPERANDS + len(Options._fields)
+from swin_kernels.problem import split_arguments
 
 
 def _products(arguments: Sequence[Any]) -> int:
     """QKᵀ and AV in all windows, of padding too; arguments as in a schema, shapes for tensors."""
-    query, _, value = arguments[:3]
-    if value is None:  # packed: (B, *S, 3, H, D)
-        batch, *size, _, heads, head_dim = query
+    operands, options, _ = split_arguments(arguments)
+    if operands.value is None:  # packed: (B, *S, 3, H, D)
+        batch, *size, _, heads, head_dim = operands.query
         value_dim = head_dim
     else:
-        batch, *size, heads, head_dim = query
-        value_dim = value[-1]
-    window, shift, periodic, *numbers = arguments[_OPERANDS:_ARGUMENTS]
-    grid = Options(tuple(window), tuple(shift), tuple(periodic), *numbers).grid(size)
-    pairs = batch * grid.windows * heads * math.prod(window) ** 2
+        batch, *size, heads, head_dim = operands.query
+        value_dim = operands.value[-1]
+    grid = options.grid(size)
+    pairs = batch * grid.windows * heads * grid.tokens**2
     return 2 * pairs * (head_dim + value_dim)
 
 

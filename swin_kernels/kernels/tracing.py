@@ -1,4 +1,4 @@
-"""What a call does in eager mode and not, or otherwise, while it is traced."""
+"""How ops are called, and what is asked of the machine, in eager mode and while traced."""
 
 from __future__ import annotations
 

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from swin_kernels.kernels.tracing import asked_while_tracing, below_autograd
 from swin_kernels.ops.dispatch import BACKENDS, REFERENCE
-from swin_kernels.problem import MASK_HAS_NO_GRADIENT, Operands, Options
+from swin_kernels.problem import MASK_HAS_NO_GRADIENT, Operands, Options, split_arguments
 
 NO_SECOND_DERIVATIVE = (
     'the fused kernels have no second derivative: use backend="reference" for that'
@@ -92,9 +92,7 @@ def _forward_kernel(name: str, op: Any) -> Callable:
         transformed = transforms_active()
         if not transformed and not _need_grad(arguments):
             return below_autograd(op, *arguments)
-        operands = Operands(*arguments[:_OPERANDS])
-        window, shift, periodic, *numbers = arguments[_OPERANDS:_ARGUMENTS]
-        options = Options(tuple(window), tuple(shift), tuple(periodic), *numbers)
+        operands, options, others = split_arguments(arguments)
         if transformed:
             found = REFERENCE.forward(operands, options, True)[:1]
         else:
@@ -102,7 +100,7 @@ def _forward_kernel(name: str, op: Any) -> Callable:
         if returns == 1:
             return found[0]
         # beside its output, what the backward will want: nothing if the caller wants none
-        wanted = arguments[-1] and len(found) == returns
+        wanted = others[-1] and len(found) == returns
         return found if wanted else (found[0], found[0].new_empty(0))
 
     return kernel

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib.util
 import os
-from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -17,14 +16,12 @@ from swin_kernels.kernels.triton.configs import LARGEST_HEAD_DIM, SMALLEST_BLOCK
 from swin_kernels.kernels.triton.launch import gpu_of
 from swin_kernels.kernels.triton.plan import LARGEST_INT32
 from swin_kernels.kernels.triton.plan_forward import kept_shape
-from swin_kernels.problem import Operands, Options, Problem
+from swin_kernels.problem import Operands, Options, Problem, split_arguments
 
 # triton reads it when it is imported: kernels then run on the CPU, a NumPy call an operation
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 MOST_WINDOWS = 2**31 - 2**16  # a batch's windows are counted with 32 bits, a run at a time
 
-_OPERANDS = len(Operands._fields)
-_OPTIONS = len(Options._fields)
 # the gradients of an op's outputs, in order; those that cost extra work can be left out
 GRADIENTS = (
     "query",
@@ -57,26 +54,19 @@ _library.define(
 )
 
 
-def _split(arguments: Sequence) -> tuple[Operands, Options]:
-    operands, options = arguments[:_OPERANDS], arguments[_OPERANDS:]
-    window, shift, periodic, *numbers = options
-    # lists, as an op gets them, are no keys of a cache
-    return Operands(*operands), Options(tuple(window), tuple(shift), tuple(periodic), *numbers)
-
-
 def _forward(*arguments) -> tuple[Tensor, Tensor]:
     from swin_kernels.kernels.triton import calls
 
-    operands, options = _split(arguments[:-1])
-    out, kept = calls.forward(operands, options, arguments[-1])
+    operands, options, (differentiable,) = split_arguments(arguments)
+    out, kept = calls.forward(operands, options, differentiable)
     return out, out.new_empty(0) if kept is None else kept
 
 
 def _backward(grad_out, out, kept, *arguments) -> tuple[Tensor, ...]:
     from swin_kernels.kernels.triton import calls
 
-    operands, options = _split(arguments[:-1])
-    wanted = dict(zip(Operands._fields, arguments[-1]))
+    operands, options, (needed,) = split_arguments(arguments)
+    wanted = dict(zip(Operands._fields, needed))
     needs = calls.Needs(
         wanted["bias"] or wanted["bias_table"], wanted["pad_key"], wanted["pad_value"]
     )
@@ -94,17 +84,17 @@ flops.count(FORWARD, BACKWARD, before_operands=3)
 
 @torch.library.register_fake("swin_kernels::triton_forward")
 def _forward_fake(*arguments) -> tuple[Tensor, Tensor]:
-    operands, options = _split(arguments[:-1])
+    operands, options, (differentiable,) = split_arguments(arguments)
     query, _, value = operands.unpacked()
     out = query.new_empty((*query.shape[:-1], value.shape[-1]))
-    shape = kept_shape(operands, options, gpu_of(query.device)) if arguments[-1] else (0,)
+    shape = kept_shape(operands, options, gpu_of(query.device)) if differentiable else (0,)
     dtype = query.dtype if shape == (0,) else torch.float32
     return out, query.new_empty(shape, dtype=dtype)
 
 
 @torch.library.register_fake("swin_kernels::triton_backward")
 def _backward_fake(grad_out, out, kept, *arguments) -> tuple[Tensor, ...]:
-    operands, needed = Operands(*arguments[:_OPERANDS]), arguments[-1]
+    operands, _, (needed,) = split_arguments(arguments)
     wanted = dict(zip(Operands._fields, needed))
     grads = []
     for name in GRADIENTS:
