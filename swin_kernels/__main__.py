@@ -176,6 +176,13 @@ def _parser() -> _Parser:
     return parser
 
 
+def _in_words(error: Exception) -> str:
+    """What an error says; of a file, its name first and no number."""
+    if isinstance(error, OSError) and error.filename and error.strerror:
+        return f"{error.filename}: {error.strerror}"
+    return str(error)
+
+
 def main(arguments: list[str] | None = None) -> int:
     arguments = _joined(sys.argv[1:] if arguments is None else arguments)
     if sys.stderr.isatty() and arguments[:1] in (["demo"], ["bench"]):
@@ -192,12 +199,12 @@ def main(arguments: list[str] | None = None) -> int:
         try:
             prepared = options.prepare(options)
         except (ValueError, OSError, ImportError, NotImplementedError) as error:
-            parser.stop(str(error))
+            parser.stop(_in_words(error))
         return options.run(prepared)
     except KeyboardInterrupt:
         parser.stop("interrupted", INTERRUPTED)
     except OSError as error:
-        parser.stop(str(error), 1)
+        parser.stop(_in_words(error), 1)
     except (MemoryError, RuntimeError) as error:
         if isinstance(error, RuntimeError) and not re.search(_NO_MEMORY, str(error)):
             raise

@@ -276,7 +276,7 @@ def test_picture_command_draws_any_number_and_minus_infinity(
         ("--window 3 3 3", "window_size"),
         ("--size 6", "--size"),
         ("--only biases", "--only"),
-        ("--bias nowhere.pt", "nowhere.pt"),
+        ("--bias nowhere.pt", ": nowhere.pt: No such file or directory"),
         ("--bias nowhere.pt --size 8 8", "--size has no meaning with --bias"),
         ("--bias nowhere.pt --mask-value 3", "--mask-value has no meaning with --bias"),
         ("--block 0 1", "--block has no meaning with no --bias"),
