@@ -295,7 +295,7 @@ def test_picture_is_not_written_into_an_unnamed_folder(capsys):
     ("error", "code", "message"),
     [
         (KeyboardInterrupt(), 130, "interrupted"),
-        (OSError(28, "No space left on device", "x.png"), 1, "No space left on device: 'x.png'"),
+        (OSError(28, "No space left on device", "x.png"), 1, "x.png: No space left on device"),
         (
             RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: 99 bytes"),
             2,
