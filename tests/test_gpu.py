@@ -166,6 +166,21 @@ def test_compiled_model_trains_as_the_patched_one(kind, device, exact_products):
     check_errors(*outcomes, PEER_FACTOR)
 
 
+@pytest.mark.parametrize("kind", sized(KINDS, KINDS[:1]))
+def test_mask_edited_without_a_trace_is_used(kind, device, exact_products):
+    model, x = model_of(kind, device), images_of(device, torch.float32)[0]
+    swin_kernels.patch(model, backend=device.backend, strict=True)
+    with torch.no_grad():
+        before = model(x)
+        for block in model.modules():
+            if getattr(block, "attn_mask", None) is not None:
+                block.attn_mask.data.zero_()
+        edited = model(x)
+        swin_kernels.unpatch(model)
+        stock = model(x)
+    assert (edited - before).abs().max() > 100 * (edited - stock).abs().max()
+
+
 # the operation
 
 

@@ -31,6 +31,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from swin_kernels import explain, patch, patched, unpatch
 from swin_kernels.ops import dispatch
+from swin_kernels.patch import static_mask
 
 kinds = pytest.mark.parametrize("kind", KINDS)
 sizes = pytest.mark.parametrize("size", [(56, 56), (60, 76)], ids=["unpadded", "padded"])
@@ -217,9 +218,16 @@ def test_patched_class_keeps_its_name_and_pickles(kind):
     assert "swin_kernels" not in repr(model)
 
 
+@pytest.fixture(params=[True, False], ids=["compared", "watched"])
+def read_each_time(request, monkeypatch):
+    """As on a CPU, or as on devices where a comparison on each call would wait."""
+    monkeypatch.setattr(static_mask, "reads_each_time", lambda mask: request.param)
+
+
 EDITS = {
     "data": lambda mask: mask.data.zero_(),
     "numpy": lambda mask: mask.numpy().fill(0.0),
+    "storage": lambda mask: mask.untyped_storage().fill_(0),
     "one number": lambda mask: mask.data[1, 2].fill_(-7.0),
     "detached": lambda mask: mask.detach().zero_(),
 }
@@ -227,7 +235,7 @@ EDITS = {
 
 @kinds
 @pytest.mark.parametrize("edit", EDITS.values(), ids=EDITS)
-def test_mask_edited_without_a_trace_is_used(kind, edit):
+def test_mask_edited_without_a_trace_is_used(kind, edit, read_each_time):
     """Longitude that wraps round, in a panorama or on a globe, is often made so."""
     block, x = small_block(kind, (14, 14)), torch.randn(2, 14, 14, 16)
     ours = patched_copy(block, strict=True)
@@ -243,10 +251,57 @@ def test_mask_edited_without_a_trace_is_used(kind, edit):
         torch.testing.assert_close(attend(ours, x), attend(block, x), rtol=1e-4, atol=1e-5)
 
 
+@kinds
+@pytest.mark.parametrize("held_as", [Tensor.detach, lambda mask: mask.data], ids=["detach", "data"])
+def test_mask_edited_through_what_was_held_before_the_patch_is_used(kind, held_as, read_each_time):
+    block, x = small_block(kind, (14, 14)), torch.randn(2, 14, 14, 16)
+    held = held_as(block.attn_mask)
+    patch(block, strict=True)
+    with torch.no_grad():
+        attend(block, x)
+        held.zero_()
+        actual = attend(block, x)
+        unpatch(block)
+        torch.testing.assert_close(actual, attend(block, x), rtol=1e-4, atol=1e-5)
+
+
+def masking_of(block: nn.Module, size: int) -> set[str]:
+    return set(block._masking((size, size)))
+
+
+def test_watched_mask_is_read_once_until_someone_writes(monkeypatch):
+    monkeypatch.setattr(static_mask, "reads_each_time", lambda mask: False)
+    read, equal = [], torch.equal
+    monkeypatch.setattr(torch, "equal", lambda a, b: read.append(a) or equal(a, b))
+    block, x = small_block("v1", (14, 14)), torch.randn(2, 14, 14, 16)
+    patch(block, strict=True)
+    for _ in range(3):
+        attend(block, x)
+    block.attn.softmax.dim = 2  # stock reads the mask too
+    block._swin_kernels.strict = False
+    attend(block, x)
+    block.attn.softmax.dim = -1
+    attend(block, x)
+    assert len(read) == 1
+    block.attn_mask.data.copy_(block.attn_mask.clone())  # as DDP broadcasts buffers
+    for _ in range(2):
+        assert masking_of(block, 14) == {"mask_value"}
+    assert len(read) == 2
+
+
+def test_mask_in_memory_that_cannot_be_watched_is_used_as_it_is(monkeypatch):
+    block = small_block("v1", (14, 14))
+    block.attn_mask.share_memory_()
+    assert masking_of(patched_copy(block, strict=True), 14) == {"mask_value"}
+    monkeypatch.setattr(static_mask, "reads_each_time", lambda mask: False)
+    patch(block, strict=True)
+    assert masking_of(block, 14) == {"mask", "mask_value"}
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("called", [False, True], ids=["", "after a call"])
 @pytest.mark.parametrize("edit", EDITS.values(), ids=EDITS)
-def test_mask_edited_before_it_is_compiled_is_used(called, edit, fresh_dynamo):
+def test_mask_edited_before_it_is_compiled_is_used(called, edit, read_each_time, fresh_dynamo):
     block, x = small_block("v1", (14, 14)), torch.randn(2, 14, 14, 16)
     ours = patched_copy(block, strict=True)
     with torch.no_grad():

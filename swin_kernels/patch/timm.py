@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from types import FunctionType
 from typing import Any, ClassVar
 from weakref import WeakValueDictionary
@@ -19,7 +18,6 @@ import torch.nn.functional as F
 from timm.models import swin_transformer, swin_transformer_v2, swin_transformer_v2_cr
 from torch import Tensor, nn
 
-from swin_kernels.geometry import Grid
 from swin_kernels.kernels.tracing import asked_while_tracing
 from swin_kernels.ops.layers import (
     attention_of_map,
@@ -30,9 +28,9 @@ from swin_kernels.ops.layers import (
     sum_of,
 )
 from swin_kernels.patch.core import Fused
+from swin_kernels.patch.static_mask import CheckedMask, can_be_read_now
 from swin_kernels.problem import is_traced_by_mode
 
-STOCK_MASK_VALUE = -100.0
 MAX_LOG_SCALE = math.log(1.0 / 0.01)  # timm multiplies cosines by 100 at most
 
 
@@ -43,40 +41,6 @@ def _named(name: str, function: Any) -> FunctionType:
     return FunctionType(
         function.__code__, function.__globals__, name, function.__defaults__, function.__closure__
     )
-
-
-# the shift mask of a geometry, as long as a block whose mask equals it is there
-_shift_masks: WeakValueDictionary[tuple, Tensor] = WeakValueDictionary()
-
-
-def _shift_mask(grid: Grid, mask: Tensor) -> Tensor:
-    key = (grid.padded, grid.window, grid.shift, mask.dtype, mask.device)
-    if (found := _shift_masks.get(key)) is None:
-        found = _shift_masks[key] = grid.shift_mask(STOCK_MASK_VALUE, mask.dtype, mask.device)
-    return found
-
-
-@dataclass(frozen=True, eq=False)
-class _CheckedMask:
-    """A mask that was compared, and of which (padded size, window, shift) it is the shift mask."""
-
-    mask: Tensor
-    version: int
-    shift_mask_of: tuple | None
-    expected: Tensor | None  # what it was then found equal to
-
-    def still(self, mask: Tensor | None) -> bool:
-        """Whether nothing can have changed since.
-
-        An edit through `.data` or NumPy leaves no trace in the version, so on a CPU all numbers are
-        compared again: 32 µs for 64 windows of 49 tokens (Zen 5, 2026-11), 0.05 % of a Swin-T's
-        time at batch 1. On other devices the comparison would wait for them.
-        """
-        if self.mask is not mask or self.version != mask._version:
-            return False
-        if self.expected is None or mask.device.type != "cpu":
-            return True
-        return torch.equal(mask, self.expected)
 
 
 _blocks: WeakValueDictionary[str, Any] = WeakValueDictionary()  # by the key of their memory
@@ -176,26 +140,14 @@ class _FusedBlock(Fused):
 
     def _check_mask(self) -> None:
         """Find out whether the static mask is what stock built: once a mask, as it reads it all."""
-        mask, shift_mask_of = self.attn_mask, None
-        if (
-            type(mask) is not Tensor
-            or mask.is_meta
-            or mask.is_inference()  # has no version
-            or torch._C._are_functorch_transforms_active()  # may have no one value
-        ):
+        mask = self.attn_mask
+        if not can_be_read_now(mask):
             self._swin_kernels.checked = None
             return
-        expected: Tensor | None = None
-        window, shift = tuple(self.window_size), tuple(self.shift_size)
         padded = self._padded(getattr(self, self.resolution))
-        grid = Grid(padded, window, shift, (False, False))
-        if mask.shape == (grid.windows, grid.tokens, grid.tokens):
-            expected = _shift_mask(grid, mask)
-            if torch.equal(mask, expected):
-                shift_mask_of = (padded, window, shift)
-            else:
-                expected = None
-        self._swin_kernels.checked = _CheckedMask(mask, mask._version, shift_mask_of, expected)
+        self._swin_kernels.checked = CheckedMask.of(
+            mask, padded, tuple(self.window_size), tuple(self.shift_size)
+        )
 
     def _look_again(self) -> None:
         """Have the static mask compared if it can have changed."""
@@ -213,7 +165,8 @@ class _FusedBlock(Fused):
         return (
             known is not None
             and known.mask is mask
-            and known.shift_mask_of == (padded, tuple(self.window_size), tuple(self.shift_size))
+            and known.expected is not None
+            and known.layout == (padded, tuple(self.window_size), tuple(self.shift_size))
         )
 
     def _masking(self, size: tuple[int, int]) -> dict[str, Any] | str:
