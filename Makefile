@@ -8,7 +8,7 @@ ARGS ?=
 RUN := $(VENV)/bin/python
 OBJECT := swin_kernels/_C_cpu.abi3.so
 WITH_CUDA := "_C_cpu, and _C_cuda where there is a toolkit"
-FORMATTED := $(shell find csrc tests examples -name '*.h' -o -name '*.cpp' -o -name '*.cu')
+FORMATTED := $(shell find csrc tests examples -name '*.h' -o -name '*.inc' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
 
 # VENV comes first, so that plain `python3` is its own once it is there; PYTHON's tools come last:
 # ninja, ruff and clang-format may be installed beside its torch
@@ -46,8 +46,8 @@ gpu:  ## on a machine with a GPU: tests, benchmark, counters; under 10 minutes
 	$(GPU_PYTHON) .ci/gpu.py $(ARGS)
 
 aot-report: build cuda  ## docs/*machine-code.md: what every kernel compiles to, without a GPU
-	$(RUN) -m benchmarks.cuda_object
-	$(RUN) -m benchmarks.machine_code $(ARGS)
+	$(RUN) -m benchmarks.codegen.cuda_object
+	$(RUN) -m benchmarks.codegen.machine_code $(ARGS)
 
 check: environment  ## linters, types, formatting
 	$(RUN) -m ruff check .

@@ -164,9 +164,9 @@ def architectures() -> tuple[list[str], list[str]]:
 def cuda_extension() -> CUDAExtension:
     extension = CUDAExtension(
         "swin_kernels._C_cuda",
-        ["csrc/arguments.cpp", *files("csrc/cuda/*.cu")],
+        ["csrc/arguments.cpp", *files("csrc/cuda/**/*.cu")],
         include_dirs=[str(Path("csrc").resolve())],
-        depends=["setup.py", *files("csrc/*.h", "csrc/cuda/*.h")],
+        depends=["setup.py", *files("csrc/*.h", "csrc/cuda/**/*.h", "csrc/cuda/**/*.cuh")],
         py_limited_api=True,
         extra_compile_args={
             "cxx": [*CXX_FLAGS, *WARNINGS, "-DUSE_CUDA"],
@@ -187,9 +187,9 @@ def cuda_extension() -> CUDAExtension:
 extensions = [
     CppExtension(
         "swin_kernels._C_cpu",
-        files("csrc/*.cpp", "csrc/cpu/*.cpp"),
+        files("csrc/*.cpp", "csrc/cpu/**/*.cpp"),
         include_dirs=[str(Path("csrc").resolve())],  # ninja compiles from another directory
-        depends=["setup.py", *files("csrc/*.h", "csrc/cpu/*.h")],
+        depends=["setup.py", *files("csrc/*.h", "csrc/cpu/**/*.h", "csrc/cpu/**/*.inc")],
         py_limited_api=True,
         extra_compile_args=[*CXX_FLAGS, *WARNINGS, "-ffp-contract=fast"],
     )

@@ -63,7 +63,13 @@ class Session:
     def command(self, module: str, *arguments: str) -> list[str]:
         """The command line of a module."""
         if self.rehearse:
-            return [sys.executable, "tests/interpreted.py", module, "--rehearse", *arguments]
+            return [
+                sys.executable,
+                "tests/support/interpreted.py",
+                module,
+                "--rehearse",
+                *arguments,
+            ]
         return [sys.executable, "-m", module, *arguments]
 
     def benchmark(self, *arguments: str) -> list[str]:
@@ -141,13 +147,13 @@ PYTEST = [sys.executable, "-m", "pytest", "-v", "-ra", "--tb=short", "-p", "no:c
 
 def test_command(rehearse: bool, part: str) -> list[str]:
     command = [*PYTEST, "--part", part]
-    return [*command, "tests/test_gpu.py"] if rehearse else [*command, "--device", "cuda"]
+    return [*command, "tests/tools/test_gpu.py"] if rehearse else [*command, "--device", "cuda"]
 
 
 def cuda_test_command(rehearse: bool, part: str) -> list[str]:
     command = [*PYTEST, "--part", part]
     if rehearse:
-        return [*command, "--emulate-cuda", "tests/test_geometry.py"]
+        return [*command, "--emulate-cuda", "tests/contract/test_geometry.py"]
     return [*command, "--device", "cuda", "--backend", "cuda"]
 
 
@@ -161,10 +167,10 @@ def build_command(rehearse: bool) -> list[str]:
 
 def sanitizer_command(rehearse: bool, tool: str) -> list[str]:
     if rehearse:
-        return [sys.executable, "tests/cuda_sanitized.py", "--emulate"]
+        return [sys.executable, "tests/support/cuda_sanitized.py", "--emulate"]
     program = shutil.which("compute-sanitizer") or "/usr/local/cuda/bin/compute-sanitizer"
     options = ["--tool", tool, "--error-exitcode", "9", "--target-processes", "application-only"]
-    return [program, *options, sys.executable, "tests/cuda_sanitized.py"]
+    return [program, *options, sys.executable, "tests/support/cuda_sanitized.py"]
 
 
 def run(session: Session) -> int:
@@ -272,7 +278,7 @@ def sanitize(session: Session) -> int:
 def take_counters(session: Session) -> None:
     """What Nsight Compute counts; where it is missing or refused, that is no failure."""
     log = fresh("gpu-counters.log")
-    process = session.start(session.command("benchmarks.counters"), log)
+    process = session.start(session.command("benchmarks.gpu_tools.counters"), log)
     code = session.wait(process, max(0.1, session.left() - MARGIN / 2 - SANITIZER))
     show(log, SHOWN_LINES[0])
     print(f"counters: exit code {code}", flush=True)
@@ -282,7 +288,7 @@ def tune(session: Session) -> int:
     """Layouts, timed for as long as there is time."""
     log, table = fresh("gpu-tune.log"), fresh("gpu-tuned.json")
     arguments = ["--budget", f"{session.left() - 2 * MARGIN:.0f}", "--out", str(table)]
-    process = session.start(session.command("benchmarks.tune", *arguments), log)
+    process = session.start(session.command("benchmarks.gpu_tools.tune", *arguments), log)
     code = session.wait(process, session.left() - MARGIN / 2)
     session.copy()
     show(log, SHOWN_LINES[1])
@@ -293,7 +299,7 @@ def tune(session: Session) -> int:
 def rows_file(session: Session) -> Path:
     """Named after the device and the date by a process that has them."""
     ask = (
-        "from benchmarks.rows import facts_of, file_name; "
+        "from benchmarks.report.rows import facts_of, file_name; "
         f"from benchmarks.device import {'Rehearsal' if session.rehearse else 'Cuda'} as Device; "
         "print(file_name(facts_of(Device())))"
     )

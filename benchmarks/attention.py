@@ -16,10 +16,10 @@ from typing import NamedTuple
 import torch
 
 from benchmarks import models
+from benchmarks.baselines.providers import Provider
+from benchmarks.baselines.runtimes import RUNTIMES
 from benchmarks.device import Device, Yardsticks
-from benchmarks.providers import Provider
-from benchmarks.rows import Book, Row, facts_of, file_name, print_table, quantiles, table_of
-from benchmarks.runtimes import RUNTIMES
+from benchmarks.report.rows import Book, Row, facts_of, file_name, print_table, quantiles, table_of
 from benchmarks.timing import (
     DIRECTIONS,
     Gate,
@@ -34,7 +34,7 @@ from benchmarks.timing import (
     reason_of,
     sample_in_turn,
 )
-from swin_kernels.demo.command import positive
+from swin_kernels.cli.command import positive
 from swin_kernels.testing import Case
 
 RESULTS = Path(__file__).with_name("results")

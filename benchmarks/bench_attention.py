@@ -15,12 +15,12 @@ from functools import lru_cache
 import pytest
 import torch
 
+from benchmarks.baselines.providers import GPU_PROVIDERS
 from benchmarks.cases import cpu_cases, other_cases, other_cpu_cases, swin_cases, toy_cases
 from benchmarks.cpu import CPU_PROVIDERS
 from benchmarks.device import Cpu, Cuda, Device, keep_freed_memory
-from benchmarks.providers import GPU_PROVIDERS
 from benchmarks.timing import Gate, Inputs, Loop, Replayed, count_of_sets, make_inputs
-from swin_kernels.demo.command import keep_compiled_apart
+from swin_kernels.cli.command import keep_compiled_apart
 
 keep_compiled_apart()
 ROUNDS = 25  # of a backward, before each of which there is a forward

@@ -21,8 +21,8 @@ import torch
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
-from swin_kernels.demo.command import processor
-from swin_kernels.kernels.native import cpu_capability
+from swin_kernels.backends.native import cpu_capability
+from swin_kernels.cli.command import processor
 
 
 class Cuda:

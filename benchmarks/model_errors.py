@@ -18,10 +18,10 @@ import re
 import torch
 
 import swin_kernels
-from swin_kernels.demo.command import processor
-from swin_kernels.demo.inputs import load_model
-from swin_kernels.demo.measure import run_once
-from swin_kernels.kernels.native import cpu_capability
+from swin_kernels.backends.native import cpu_capability
+from swin_kernels.cli.command import processor
+from swin_kernels.cli.inputs import load_model
+from swin_kernels.testing.timing import run_once
 
 MODELS = (
     "swin_tiny_patch4_window7_224",

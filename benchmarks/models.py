@@ -14,12 +14,12 @@ import torch
 from torch import Tensor, nn
 
 import swin_kernels
-from benchmarks import runtimes
+from benchmarks.baselines import runtimes
 from benchmarks.device import Device
-from benchmarks.rows import Row, quantiles
+from benchmarks.report.rows import Row, quantiles
 from benchmarks.timing import reason_of
-from swin_kernels.demo.measure import STEPS, Outcome, loss_of, run_once
 from swin_kernels.testing import FEW, LEAST_INPUTS
+from swin_kernels.testing.timing import STEPS, Outcome, loss_of, run_once
 
 GATE_IMAGES = 8
 PEER_FACTOR = 10  # of the error rule: a runtime rounds every layer its own way

@@ -10,10 +10,10 @@ import math
 import re
 from collections.abc import Sequence
 
-from benchmarks import alternatives
+from benchmarks.baselines import alternatives
+from benchmarks.baselines.providers import Attend, Provider
 from benchmarks.cases import cpu_cases
 from benchmarks.device import Device
-from benchmarks.providers import Attend, Provider
 from swin_kernels.testing import Case
 
 BATCHES = (1, 2, 4, 8, 16, 32)

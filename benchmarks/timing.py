@@ -10,8 +10,8 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor
 
+from benchmarks.baselines.providers import DIRECTIONS, Attend
 from benchmarks.device import Device, random
-from benchmarks.providers import DIRECTIONS, Attend
 from swin_kernels.position_bias import table_length
 from swin_kernels.problem import Operands
 from swin_kernels.testing import (

@@ -7,7 +7,7 @@
 #include <optional>
 #include <vector>
 
-#include "problem.h"
+#include "window_geometry.h"
 
 namespace swin_kernels {
 

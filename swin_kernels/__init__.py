@@ -4,7 +4,7 @@ Importing this imports neither triton nor any model library.
 """
 
 from swin_kernels.modules import WindowAttention, WindowAttentionV2
-from swin_kernels.ops.window_attention import (
+from swin_kernels.ops.attention import (
     ShiftedWindowAttentionFunction,
     shifted_window_attention,
     shifted_window_attention_qkvpacked,

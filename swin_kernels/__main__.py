@@ -76,9 +76,9 @@ def _joined(arguments: list[str]) -> list[str]:
 
 def _bias_figure(options: argparse.Namespace):
     """Of a block's bias in a checkpoint."""
+    from swin_kernels.cli.picture import bias_figure
     from swin_kernels.models.biases import learnt_bias
     from swin_kernels.models.checkpoints import read
-    from swin_kernels.picture import bias_figure
 
     window = None if options.window is None else _two(options.window)
     stage, block = options.block or (0, 0)
@@ -100,7 +100,7 @@ def _two(values: list[int]) -> list[int]:
 
 def _picture(options: argparse.Namespace) -> str:
     """Writes the picture; returns its path."""
-    from swin_kernels import picture
+    from swin_kernels.cli import picture
     from swin_kernels.geometry import Grid
 
     if options.bias is not None:
@@ -129,14 +129,14 @@ def _picture(options: argparse.Namespace) -> str:
 
 
 def _parser() -> _Parser:
-    from swin_kernels.demo import bench, run
+    from swin_kernels.cli import bench, demo
 
     parser = _Parser(prog="python -m swin_kernels", description="Fused shifted-window attention.")
     commands = parser.add_subparsers(title="commands", metavar="command")
 
-    demo = commands.add_parser("demo", help="a timm Swin on a photo, stock against patched")
-    run.add_options(demo)
-    demo.set_defaults(parser=demo, prepare=run.prepare, run=run.run)
+    shown = commands.add_parser("demo", help="a timm Swin on a photo, stock against patched")
+    demo.add_options(shown)
+    shown.set_defaults(parser=shown, prepare=demo.prepare, run=demo.run)
 
     times = commands.add_parser("bench", help="a model and size of your own, stock against patched")
     bench.add_options(times)

@@ -1,4 +1,4 @@
-"""Fixtures shared by the tests, and which tests each way to run them keeps (tests/modes.py)."""
+"""Fixtures shared by the tests, and which tests each way to run them keeps (support/modes.py)."""
 
 from __future__ import annotations
 
@@ -24,14 +24,14 @@ from modes import (
 from tiers import TIERS, all_but_one_dtype, left_out
 
 import swin_kernels
-from swin_kernels.demo.command import inductor_cache
-from swin_kernels.kernels.triton.backend import INTERPRETED
+from swin_kernels.backends.triton.backend import INTERPRETED
+from swin_kernels.cli.command import inductor_cache
 from swin_kernels.ops.dispatch import BACKENDS
 from swin_kernels.problem import Operands, Problem
 from swin_kernels.testing import Case
 
 PART = pytest.StashKey[slice]()
-_PLANS = Path(swin_kernels.__file__).parent / "kernels" / "triton"
+_PLANS = Path(swin_kernels.__file__).parent / "backends" / "triton"
 
 # the shapes that an op's fake gives are no part of inductor's key either
 _FAKES = zlib.crc32(b"".join(x.read_bytes() for x in sorted(_PLANS.glob("*.py"))))
@@ -53,9 +53,9 @@ def pytest_addoption(parser):
     parser.addoption(
         "--emulate-cuda",
         action="store_true",
-        help="the CUDA kernels on the host (tests/cuda/emulator.h), as under the interpreter",
+        help="the CUDA kernels on the host (support/cuda/emulator.h), as under the interpreter",
     )
-    parser.addoption("--tier", choices=TIERS, default="all", help="how much: tests/tiers.py")
+    parser.addoption("--tier", choices=TIERS, default="all", help="how much: support/tiers.py")
     parser.addoption(
         "--part",
         metavar="I/N",

@@ -3,7 +3,7 @@
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 
-#include "cuda/run.h"
+#include "cuda/host/run.h"
 #include "schemas.h"
 
 #if defined(__CUDACC__)

@@ -20,7 +20,7 @@ import timm
 import torch
 
 import swin_kernels
-from swin_kernels.kernels import native
+from swin_kernels.backends import native
 from swin_kernels.testing import FEW
 
 BACKENDS = {"cpu": ("cpu", native.CPU_OBJECT), "cuda": ("cuda", native.CUDA_OBJECT)}

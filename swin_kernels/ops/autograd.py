@@ -14,7 +14,7 @@ import torch
 import torch.autograd.forward_ad as forward_ad
 from torch import Tensor
 
-from swin_kernels.kernels.tracing import asked_while_tracing, below_autograd
+from swin_kernels.backends.tracing import asked_while_tracing, below_autograd
 from swin_kernels.ops.dispatch import BACKENDS, REFERENCE
 from swin_kernels.problem import MASK_HAS_NO_GRADIENT, Operands, Options, split_arguments
 

@@ -8,10 +8,9 @@ from typing import Protocol
 
 from torch import Tensor
 
-from swin_kernels import reference
-from swin_kernels.kernels import native
-from swin_kernels.kernels.tracing import asked_while_tracing
-from swin_kernels.kernels.triton.backend import TritonBackend
+from swin_kernels.backends import native, reference
+from swin_kernels.backends.tracing import asked_while_tracing
+from swin_kernels.backends.triton.backend import TritonBackend
 from swin_kernels.problem import Operands, Options, Problem
 
 _log = logging.getLogger("swin_kernels")

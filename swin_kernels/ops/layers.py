@@ -10,12 +10,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from swin_kernels.ops.dispatch import check_name, log_once
-from swin_kernels.ops.window_attention import (
+from swin_kernels.ops.attention import (
     shifted_window_attention,
     shifted_window_attention_qkvpacked,
     unfused_attention_qkvpacked,
 )
+from swin_kernels.ops.dispatch import check_name, log_once
 
 WATCHED = (
     "attention is not fused where a module's attn_drop or softmax has hooks, or is another module: "

@@ -10,12 +10,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from swin_kernels.kernels import native
-from swin_kernels.ops.dispatch import BACKENDS, DEFAULT_BACKEND, check_name, reasons_against
-from swin_kernels.ops.window_attention import (
+from swin_kernels.backends import native
+from swin_kernels.ops.attention import (
     shifted_window_attention,
     shifted_window_attention_qkvpacked,
 )
+from swin_kernels.ops.dispatch import BACKENDS, DEFAULT_BACKEND, check_name, reasons_against
 from swin_kernels.patch.core import STOCK_CLASSES, grouped, notes_on, survey
 from swin_kernels.problem import Operands, Problem
 

@@ -14,7 +14,7 @@ from swin_kernels.testing.cases import (
     make_grad_out,
     make_operands,
 )
-from swin_kernels.testing.rule import (
+from swin_kernels.testing.error_rule import (
     FEW,
     LEAST_INPUTS,
     Several,

@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from swin_kernels.ops.window_attention import (
+from swin_kernels.ops.attention import (
     shifted_window_attention,
     shifted_window_attention_qkvpacked,
 )

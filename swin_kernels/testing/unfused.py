@@ -9,8 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from swin_kernels.backends.reference.dropout import dropout_factor
 from swin_kernels.problem import Operands
-from swin_kernels.reference.dropout import dropout_factor
 from swin_kernels.testing.cases import Case
 
 

@@ -1,0 +1,155 @@
+"""Compiles the steps of a plan for a GPU that is not there, and reads what its machine code costs.
+
+The specialisation is the one a launch would get: integers equal to 1 are constants, and what 16
+divides is said to be so. cuobjdump comes with Triton.
+"""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from benchmarks.codegen import sass
+from swin_kernels.backends.triton.config import Gpu
+from swin_kernels.backends.triton.launch_spec import LARGEST_INT32, Step
+from swin_kernels.backends.triton.launcher import arguments_of, kernel_of
+
+CUOBJDUMP = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+_POINTER_TYPES = {
+    torch.float16: "*fp16",
+    torch.bfloat16: "*bf16",
+    torch.float32: "*fp32",
+    torch.float64: "*fp64",
+    torch.int32: "*i32",
+    torch.int64: "*i64",
+}
+# HMMA of a warp; sm_90: HGMMA of a warp group; sm_100: UTCHMMA on the tensor cores' own memory
+MATRIX = re.compile(r"^(U?T?C?[HQ]G?MMA|v_mfma|OMMA)")
+SPILLS = ("STL", "LDL")
+
+
+Histogram = tuple[tuple[str, int], ...]  # how often an instruction, with its suffixes, occurs
+
+
+@dataclass(frozen=True)
+class Code:
+    """What one compiled kernel costs."""
+
+    registers: int  # a thread
+    stack: int  # bytes a thread
+    spills: int  # instructions that bring what did not fit the registers to memory, or back
+    shared: int  # bytes a program
+    instructions: int
+    matrix: int  # matrix instructions
+    # of the loop that costs most, a warp's trip by the shortest and by the longest way
+    shortest: Histogram = ()
+    longest: Histogram = ()
+
+
+def target_of(gpu: Gpu) -> GPUTarget:
+    if gpu.arch.startswith("sm_"):
+        return GPUTarget("cuda", int(gpu.arch.removeprefix("sm_")), 32)
+    return GPUTarget("hip", gpu.arch, gpu.warp_size)
+
+
+def _specialised(value: Any, place: tuple[int, ...], constants: dict, attributes: dict) -> Any:
+    """The type of an argument that is no pointer, as Triton's own launch would take it."""
+    if isinstance(value, tuple):
+        return tuple(
+            _specialised(v, (*place, i), constants, attributes) for i, v in enumerate(value)
+        )
+    if isinstance(value, float):
+        return "fp32"
+    if value == 1:
+        constants[place] = 1
+        return "constexpr"
+    if value % 16 == 0:
+        attributes[place] = [["tt.divisibility", 16]]
+    return "i32" if -LARGEST_INT32 - 1 <= value <= LARGEST_INT32 else "i64"
+
+
+def source_of(step: Step, dtypes: dict[str, torch.dtype]) -> ASTSource:
+    """A step's kernel for tensors that are aligned to 16 bytes."""
+    kernel = kernel_of(step)
+    signature: dict[str, Any] = {}
+    constants: dict[tuple[int, ...], Any] = {}
+    attributes: dict[tuple[int, ...], Any] = {}
+    for position, ((name, value), parameter) in enumerate(
+        zip(arguments_of(step).items(), kernel.params)
+    ):
+        if parameter.is_constexpr or value is None:
+            signature[name] = "constexpr"
+            constants[(position,)] = value
+        elif name.endswith("_ptr"):
+            signature[name] = _POINTER_TYPES[dtypes[value]]
+            attributes[(position,)] = [["tt.divisibility", 16]]
+        else:
+            signature[name] = _specialised(value, (position,), constants, attributes)
+    return ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=attributes)
+
+
+def compile_step(step: Step, dtypes: dict[str, torch.dtype], gpu: Gpu) -> Any:
+    """The compiled kernel, as `triton.compile` returns it."""
+    target, options = target_of(gpu), step.config.options
+    return triton.compile(source_of(step, dtypes), target=target, options=options)
+
+
+def _read_cuda(compiled: Any) -> Code:
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(compiled.asm["cubin"])
+        file.flush()
+        # what nvdisasm warns of the format of its input is of no use here
+        usage, listing = (
+            subprocess.run(
+                [CUOBJDUMP, flag, file.name], capture_output=True, check=True, text=True
+            ).stdout
+            for flag in ("--dump-resource-usage", "--dump-sass")
+        )
+    found = re.search(r"REG:(\d+) STACK:(\d+)", usage)
+    assert found is not None, usage
+    code = sass.parse(listing)
+    names = [x.base for x in code if x.base != "NOP"]
+    trips = sass.main_loop(code) or ()
+    return Code(
+        int(found[1]),
+        int(found[2]),
+        sum(name in SPILLS for name in names),
+        compiled.metadata.shared,
+        len(names),
+        sum(bool(MATRIX.match(name)) for name in names),
+        *(trip.histogram for trip in trips),
+    )
+
+
+def _read_amd(compiled: Any) -> Code:
+    text = compiled.asm["amdgcn"]
+
+    def number(key: str) -> int:
+        found = re.search(rf"\.{key}:\s+(\d+)", text)
+        assert found is not None, key
+        return int(found[1])
+
+    body = re.findall(r"^\t([a-z]\w+)(?:[ \t]|$)", text, re.M)
+    return Code(
+        number("vgpr_count"),
+        number("private_segment_fixed_size"),
+        # scalars that overflow go to lanes of vector registers, and never to memory
+        sum(name.startswith("scratch_") for name in body),
+        number("group_segment_fixed_size") or compiled.metadata.shared,
+        len(body),
+        sum(name.startswith("v_mfma") for name in body),
+    )  # its loops are not read
+
+
+def read(compiled: Any) -> Code:
+    """What the machine code of a compiled kernel costs."""
+    return _read_cuda(compiled) if "cubin" in compiled.asm else _read_amd(compiled)

@@ -1,0 +1,262 @@
+"""What the Triton kernels compile to: registers, shared memory and instructions, without a GPU.
+
+    python -m benchmarks.codegen.machine_code                  writes docs/machine-code.md
+    python -m benchmarks.codegen.machine_code --arch sm_90 --dtype bf16 --case swin
+
+Each case is compiled as a call of it would be launched, forward and backward with every gradient.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Iterable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
+from multiprocessing import get_context
+from pathlib import Path
+
+import torch
+import triton
+
+from benchmarks.codegen import aot, predict
+from benchmarks.codegen.layouts import CASES, RARE
+from benchmarks.codegen.plans import steps_of
+from swin_kernels.backends.triton.config import KNOWN_GPUS, REGISTERS
+
+REPORT = Path(__file__).resolve().parents[2] / "docs" / "machine-code.md"
+DTYPES = {
+    "bf16": torch.bfloat16,
+    "fp16": torch.float16,
+    "fp32": torch.float32,
+    "tf32": torch.float32,  # its products rounded
+}
+RARE_ON = (("bf16", "sm_80"), ("bf16", "sm_90"), ("fp32", "sm_90"), ("bf16", "sm_100"))
+ARCHS = ("sm_80", "sm_90", "sm_100", "sm_120", "gfx942")
+# what no layout so far avoids, in instructions, by the Triton that compiled it; a test sees to it
+# that these are the very numbers
+KNOWN_SPILLS = {
+    "3.8": {
+        ("swin", "tf32", "sm_80", "_whole_window_bwd_kernel"): 40,
+        ("swin, unshifted", "tf32", "sm_80", "_whole_window_bwd_kernel"): 50,
+        ("swin, window 12", "fp32", "sm_80", "_tiled_dq_kernel"): 101,
+        ("swin v2, window 8", "tf32", "sm_80", "_whole_window_bwd_kernel"): 43,
+        ("video swin", "fp32", "sm_80", "_tiled_dq_kernel"): 103,
+        ("swin ir", "fp32", "sm_80", "_tiled_dq_kernel"): 84,
+        ("dropout", "fp32", "sm_80", "_tiled_dq_kernel"): 101,
+        ("separate, masked", "fp32", "sm_80", "_tiled_dq_kernel"): 118,
+        ("video swin, window 2", "fp32", "sm_80", "_tiled_dq_kernel"): 103,
+        ("swin", "tf32", "sm_90", "_whole_window_bwd_kernel"): 11,
+        ("swin, unshifted", "tf32", "sm_90", "_whole_window_bwd_kernel"): 9,
+        ("swin, padded", "tf32", "sm_90", "_whole_window_bwd_kernel"): 73,
+        ("swin v2, window 8", "tf32", "sm_90", "_whole_window_bwd_kernel"): 66,
+        ("swin ir", "fp32", "sm_90", "_tiled_dq_kernel"): 92,
+        ("dropout", "fp32", "sm_90", "_whole_window_fwd_kernel"): 6,
+        ("swin, padded", "bf16", "sm_100", "_whole_window_bwd_kernel"): 17,
+        ("swin, padded", "fp16", "sm_100", "_whole_window_bwd_kernel"): 17,
+        ("swin ir", "fp32", "sm_100", "_tiled_dq_kernel"): 100,
+        ("swin", "tf32", "sm_120", "_whole_window_bwd_kernel"): 34,
+        ("swin, unshifted", "tf32", "sm_120", "_whole_window_bwd_kernel"): 31,
+        ("swin, window 12", "bf16", "sm_120", "_tiled_fwd_kernel"): 8,
+        ("swin, window 12", "fp16", "sm_120", "_tiled_fwd_kernel"): 8,
+        ("swin v2, window 8", "tf32", "sm_120", "_whole_window_bwd_kernel"): 44,
+        ("video swin", "bf16", "sm_120", "_tiled_fwd_kernel"): 8,
+        ("video swin", "fp16", "sm_120", "_tiled_fwd_kernel"): 8,
+        ("swin ir", "fp32", "sm_120", "_tiled_dq_kernel"): 88,
+        ("video swin, window 2", "bf16", "sm_120", "_tiled_fwd_kernel"): 2,
+        ("video swin, window 2", "fp16", "sm_120", "_tiled_fwd_kernel"): 2,
+        ("head dim 64, strided", "bf16", "sm_90", "_whole_window_bwd_kernel"): 3,
+        ("cosine, dropout", "fp32", "sm_90", "_whole_window_fwd_kernel"): 6,
+        ("cosine, dropout", "fp32", "sm_90", "_tiled_dq_kernel"): 2,
+        ("98 tokens, strided", "fp32", "sm_90", "_tiled_dq_kernel"): 101,
+        ("head dim 30", "fp32", "sm_90", "_tiled_dq_kernel"): 90,
+        ("channels inside", "fp32", "sm_90", "_whole_window_bwd_kernel"): 11,
+        ("strided", "fp32", "sm_90", "_whole_window_bwd_kernel"): 11,
+        ("head dim 64, strided", "bf16", "sm_100", "_whole_window_bwd_kernel"): 6,
+    },
+    "3.9": {
+        ("swin", "tf32", "sm_80", "_whole_window_bwd_kernel"): 194,
+        ("swin, unshifted", "tf32", "sm_80", "_whole_window_bwd_kernel"): 210,
+        ("swin, padded", "tf32", "sm_80", "_whole_window_bwd_kernel"): 12,
+        ("swin v2, window 8", "tf32", "sm_80", "_whole_window_bwd_kernel"): 129,
+        ("swin, padded", "tf32", "sm_90", "_whole_window_bwd_kernel"): 60,
+        ("swin", "tf32", "sm_120", "_whole_window_bwd_kernel"): 128,
+        ("swin, unshifted", "tf32", "sm_120", "_whole_window_bwd_kernel"): 110,
+        ("swin v2, window 8", "tf32", "sm_120", "_whole_window_bwd_kernel"): 115,
+        ("head dim 64, strided", "bf16", "sm_90", "_whole_window_bwd_kernel"): 34,
+    },
+}
+COUNTED = tuple(KNOWN_SPILLS)
+
+
+def triton_version() -> str:
+    """Major and minor, as in `KNOWN_SPILLS`."""
+    return ".".join(triton.__version__.split(".")[:2])
+
+
+HEADER = """\
+# The machine code of the Triton kernels
+
+`make aot-report`, triton {triton}, torch {torch}: compiled ahead of time, read with cuobjdump
+(NVIDIA) and from the assembly (AMD). Nothing here was run or timed.
+
+Registers are a thread's, shared memory a program's in bytes; instructions, and matrix
+instructions among them, are those of the whole kernel. `a tile` is a trip through its loop times
+warps: what a window of one head, or a tile of a larger window, costs the issue slots, by the
+shortest way and by the longest (a window that a seam of the shift cuts). Nothing spills to memory
+unless the end of this page says so; on gfx942 scalars that overflow their registers are kept in
+lanes of vector registers.\
+"""
+
+PREDICTED = """\
+## Predicted
+
+What these kernels would take for the cases that `make gpu` times, in bf16, by
+`benchmarks.codegen.predict`: every time below is predicted, from instructions and the data sheet
+of one GPU of each architecture, nine tenths of whose memory rate a copy is taken to reach. A
+launch is bound by the longest of its columns, in µs: bytes at the rate of a copy; bytes in
+flight, at 0.7 µs from a load to its data; four instructions a clock; then what each unit does,
+where the trips through a loop tell it (products of sm_100 are not counted). Waits, bank
+conflicts, the second cache and imperfect overlap are not in it, so that the truth is longer. `off
+by` is predicted against measured.\
+"""
+
+
+@dataclass(frozen=True)
+class Row:
+    """One kernel of a case, compiled."""
+
+    case: str
+    dtype: str
+    arch: str
+    kernel: str
+    layout: str
+    num_warps: int
+    code: aot.Code
+
+    @property
+    def per_tile(self) -> tuple[int, int]:
+        """Warp-instructions of one trip through the kernel's loop, the shortest and the longest."""
+        shortest, longest = (
+            sum(count for _, count in way) * self.num_warps
+            for way in (self.code.shortest, self.code.longest)
+        )
+        return shortest, longest
+
+    def spills(self) -> list[str]:
+        """What spills, if it is not what is known of this Triton; ValueError of another Triton."""
+        version = triton_version()
+        if version not in COUNTED:
+            raise ValueError(f"Triton: expected {' or '.join(COUNTED)}, got {version}")
+        code = self.code
+        known = KNOWN_SPILLS[version].get((self.case, self.dtype, self.arch, self.kernel), 0)
+        if code.spills < known:
+            return [f"only {code.spills} spills: lower KNOWN_SPILLS, so that they stay few"]
+        if code.spills > known or (code.stack and not known):
+            return [f"{code.spills} spills, {code.stack} bytes of stack"]
+        return []
+
+    def misfits(self) -> list[str]:
+        """What no Triton may make of a shipped configuration."""
+        gpu, code = KNOWN_GPUS[self.arch], self.code
+        found = []
+        if gpu.arch.startswith("sm_"):
+            held = -(-code.registers // 8) * 8 * 32 * self.num_warps
+            if held > REGISTERS:
+                found.append(f"{held} registers a program, {REGISTERS} are there")
+        if code.shared > gpu.shared_memory:
+            found.append(f"{code.shared} bytes of shared memory, {gpu.shared_memory} are there")
+        multiplies = not self.kernel.startswith(("_spread", "_table"))
+        if multiplies and self.dtype != "fp32" and code.matrix == 0:
+            found.append("no matrix instruction")
+        return found
+
+
+def compile_case(name: str, dtype: str, arch: str) -> list[Row]:
+    """The rows of one case."""
+    gpu, rows = KNOWN_GPUS[arch], {}
+    case = (CASES | RARE)[name].but(dtype=DTYPES[dtype])
+    for step, dtypes in steps_of(case, gpu, tf32=dtype == "tf32"):
+        kernel, config = step.kernel.split(".")[1], step.config
+        block = f"{config.block_m}×{config.block_n}"
+        layout = f"{block}, {config.num_warps} warps, {config.loop_stages} stages"
+        code = aot.read(aot.compile_step(step, dtypes, gpu))
+        rows[kernel] = Row(name, dtype, arch, kernel, layout, config.num_warps, code)
+    return list(rows.values())
+
+
+def _table(rows: list[Row]) -> Iterator[str]:
+    yield "| case | dtype | kernel | layout | registers | shared | instructions | a tile | matrix |"
+    yield "|---|---|---|---|--:|--:|--:|--:|--:|"
+    dtypes: dict[tuple, list[str]] = {}  # those whose code costs the same share a line
+    for row in rows:
+        code = row.code
+        ways = [f"{n:,}" for n in dict.fromkeys(row.per_tile) if n]
+        tile = " to ".join(ways) or "–"
+        figures = (
+            f"| `{row.kernel}` | {row.layout} | {code.registers} | {code.shared:,} | "
+            f"{code.instructions:,} | {tile} | {code.matrix} |"
+        )
+        dtypes.setdefault((row.case, figures), []).append(row.dtype)
+    for (case, figures), names in dtypes.items():
+        yield f"| {case} | {', '.join(names)} {figures}"
+
+
+def report(rows: list[Row], predicted: Iterable[str] = ()) -> str:
+    """The page: one table per architecture, and what `predict` makes of such code."""
+    lines = [HEADER.format(triton=triton.__version__, torch=torch.__version__)]
+    for arch in dict.fromkeys(row.arch for row in rows):
+        lines += ["", f"## {arch}", "", *_table([row for row in rows if row.arch == arch])]
+    spilled = [
+        f"- {row.case}, {row.dtype}, {row.arch}, `{row.kernel}`: {row.code.spills} instructions"
+        for row in rows
+        if row.code.spills
+    ]
+    if spilled:
+        lines += ["", "## What spills", "", *spilled]
+    if predicted := list(predicted):
+        lines += ["", PREDICTED, *predicted]
+    return "\n".join(lines) + "\n"
+
+
+def defects_of(rows: list[Row]) -> list[str]:
+    """Every defect of every row, a line each."""
+    return [
+        f"{row.case}, {row.dtype}, {row.arch}, `{row.kernel}`: {'; '.join(found)}"
+        for row in rows
+        if (found := row.misfits() + row.spills())
+    ]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--case", action="append", choices=CASES | RARE)
+    parser.add_argument("--dtype", action="append", choices=DTYPES)
+    parser.add_argument("--arch", action="append", choices=ARCHS)
+    parser.add_argument("--jobs", type=int, default=os.cpu_count())
+    arguments = parser.parse_args()
+    whole = not (arguments.case or arguments.dtype or arguments.arch)
+    jobs = [
+        (case, dtype, arch)
+        for arch in arguments.arch or ARCHS
+        for case in arguments.case or CASES
+        for dtype in arguments.dtype or DTYPES
+    ]
+    rare = [(case, *on) for on in RARE_ON for case in RARE] if whole else []
+    # a fork of a process that runs torch's threads may hang
+    with ProcessPoolExecutor(arguments.jobs, get_context("spawn")) as pool:
+        found = list(pool.map(compile_case, *zip(*jobs, *rare)))
+    rows = [row for of_case in found[: len(jobs)] for row in of_case]
+    unseen = [row for of_case in found[len(jobs) :] for row in of_case]
+    if whole:
+        predicted = predict.tables(predict.predictions(predict.speed_cases(), predict.CHIPS))
+        REPORT.write_text(report(rows, predicted))
+        print(f"wrote {REPORT.relative_to(REPORT.parent.parent)}")
+    else:
+        print(report(rows))
+    sys.exit("\n".join(defects_of(rows + unseen)) or 0)
+
+
+if __name__ == "__main__":
+    main()

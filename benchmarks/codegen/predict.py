@@ -1,0 +1,357 @@
+"""What the Triton kernels should take on a GPU, from their machine code and the GPU's data sheet.
+
+    python -m benchmarks.codegen.predict --arch sm_90 --case "T1 shift 3"
+
+A launch takes the longest of: its bytes at the rate of a copy, what a multiprocessor can keep in
+flight of them (a loop of up to two stages loads, waits and then works), its instructions at four a
+clock, and what it asks of each unit: fp32, the other arithmetic, exp2 (the special function unit),
+shared memory, matrices. Instructions are those of the trips through its loop, by the short way for
+windows inside, by the long one for those that a seam cuts, and once a program what is outside the
+loop. Waits, bank conflicts and how well units overlap are not in it, nor is the second cache: a
+prediction is a floor of this code. Launches are those of a CUDA graph. `make aot-report` writes the
+tables for every case of the speed table to docs/machine-code.md.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import os
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+
+from benchmarks.cases import other_cases, swin_cases
+from benchmarks.codegen import aot
+from benchmarks.codegen.aot import Code, Histogram
+from benchmarks.codegen.plans import plans_of
+from benchmarks.report.rows import read
+from swin_kernels.backends.triton.config import KNOWN_GPUS
+from swin_kernels.backends.triton.launch_spec import Plan, Step
+from swin_kernels.cli.command import positive
+from swin_kernels.problem import Operands
+from swin_kernels.testing import Case, make_grad_out, make_operands
+
+RESULTS = Path(__file__).resolve().parents[1] / "results"
+SCHEDULERS, WARP, RESERVED = 4, 32, 1024  # of a multiprocessor; lanes; bytes of a program's shared
+LATENCY = 0.7e-6  # seconds from a load to its data, under load
+
+
+@dataclass(frozen=True)
+class Chip:
+    """A GPU of an architecture: NVIDIA's data sheets and the CUDA programming guide's tables."""
+
+    name: str  # part of what the driver calls it
+    arch: str
+    multiprocessors: int
+    clock: float  # Hz, under load
+    copy_rate: float  # bytes a second, read and written
+    matrix: int  # FLOP of half precision, a clock and multiprocessor
+    fp32: int  # lanes a clock and multiprocessor, of fp32
+    arithmetic: int  # of integer, logical, comparing and converting instructions
+    shared: int  # bytes that all programs of a multiprocessor have
+    warps: int
+    programs: int
+
+    special: int = 16  # lanes a clock and multiprocessor, of exp2 and the like
+
+
+# a copy is taken to reach nine tenths of the data sheet's rate (H200: 4.3 of 4.8 TB/s; A100: 80 GB)
+CHIPS = {
+    chip.arch: chip
+    for chip in (
+        Chip("A100", "sm_80", 108, 1.41e9, 0.9 * 2.04e12, 2048, 64, 64, 164 << 10, 64, 32),
+        Chip("H200", "sm_90", 132, 1.755e9, 4.3e12, 4096, 128, 64, 228 << 10, 64, 32),
+        Chip("B200", "sm_100", 148, 1.85e9, 0.9 * 8.0e12, 8192, 128, 64, 228 << 10, 64, 32),
+        Chip("RTX 5090", "sm_120", 170, 2.4e9, 0.9 * 1.79e12, 1024, 128, 64, 100 << 10, 48, 24),
+    )
+}
+
+UNITS = ("memory", "latency", "issue", "fp32", "arithmetic", "exp", "shared", "matrix")
+_FP32 = re.compile(r"^(FFMA|FADD|FMUL|HFMA2|HADD2|HMUL2)")
+_MEMORY = re.compile(r"^(LD|ST)(G|S)(TS)?|^LDSM|^STSM|^SHFL|^LDGSTS")
+_UNIFORM = re.compile(
+    r"^(U[A-Z]|BRA|BSYNC|BSSY|BAR|WARPSYNC|DEPBAR|LDGDEPBAR|SYNCS|LDC|S2|CS2|R2UR)"
+)
+
+
+def _matrix_flop(name: str) -> int:
+    """Of one instruction: HMMA.16816 of a warp, HGMMA.64x64x16 of a warp group (a quarter each)."""
+    if name.startswith("HMMA."):
+        shape = re.search(r"\.(16)(8)(4|8|16|32)\b", name)
+        return 2 * math.prod(int(x) for x in shape.groups()) if shape else 0
+    shape = re.search(r"\.(\d+)x(\d+)x(\d+)", name)
+    return 2 * math.prod(int(x) for x in shape.groups()) // 4 if shape else 0
+
+
+def _wavefronts(name: str) -> int:
+    """Clocks of the path to a multiprocessor's memory, 128 bytes each, without conflicts."""
+    if name.startswith(("LDSM", "STSM")):
+        width = re.search(r"\.([124])\b", name)
+        return int(width[1]) if width else 1
+    if not _MEMORY.match(name):
+        return 0
+    return 4 if ".128" in name else 2 if ".64" in name else 1
+
+
+def demands(instructions: Histogram, warps: int, chip: Chip) -> dict[str, float]:
+    """Clocks of a multiprocessor that each unit needs for one program's instructions, by unit."""
+    counts = dict.fromkeys(UNITS[2:], 0.0)
+    for name, count in instructions:
+        n = count * warps
+        counts["issue"] += n / SCHEDULERS
+        if name.startswith("MUFU"):
+            counts["exp"] += n * WARP / chip.special
+        elif _matrix_flop(name):
+            counts["matrix"] += n * _matrix_flop(name) / chip.matrix
+        elif _FP32.match(name):
+            counts["fp32"] += n * WARP / chip.fp32
+        elif name.startswith("IMAD"):  # in that unit, at the rate of integers
+            counts["fp32"] += n * WARP / chip.arithmetic
+        elif _MEMORY.match(name):
+            counts["shared"] += n * _wavefronts(name)
+        elif not _UNIFORM.match(name):
+            counts["arithmetic"] += n * WARP / chip.arithmetic
+    return counts
+
+
+class Launch(NamedTuple):
+    """What is predicted of one launch."""
+
+    kernel: str
+    seconds: Mapping[str, float]  # by what bounds it
+    inside: int = 0  # instructions a trip, all warps: a window that no seam cuts
+    border: int = 0
+    registers: int = 0
+    shared: int = 0  # bytes a program
+    programs: int = 0  # a multiprocessor holds at once
+    in_flight: int = 0  # bytes of tokens that a multiprocessor asks for ahead
+
+    @property
+    def bound(self) -> str:
+        return max(self.seconds, key=lambda name: self.seconds[name])
+
+    @property
+    def predicted(self) -> float:
+        return self.seconds[self.bound]
+
+
+def programs_at_once(code: Code, warps: int, chip: Chip) -> int:
+    """How many programs of a kernel a multiprocessor holds."""
+    registers = -(-code.registers // 8) * 8 * WARP * warps
+    return min(
+        65_536 // max(registers, 1),
+        chip.shared // (code.shared + RESERVED),
+        chip.warps // warps,
+        chip.programs,
+    )
+
+
+def _sizes(case: Case, plans: Iterable[Plan]) -> dict[str, int]:
+    """Bytes of every tensor that the launches of a case name."""
+    with torch.device("meta"):
+        operands, grad_out = make_operands(case), make_grad_out(case)
+    tensors = {n: x for n, x in zip(Operands._fields, operands) if x is not None}
+    sizes = {n: x.numel() * x.element_size() for n, x in (tensors | {"grad_out": grad_out}).items()}
+    for plan in plans:
+        sizes |= {n: math.prod(b.shape) * b.dtype.itemsize for n, b in plan.buffers.items()}
+    if "bias_sums" in sizes:
+        sizes["bias_grad"] = case.heads * case.grid.tokens**2 * 4
+        sizes["table_grad"] = sizes.get("bias_table", 0)
+    return sizes
+
+
+def _border(numbers: Mapping[str, Any]) -> float:
+    """The share of windows that a seam of the shift cuts."""
+    whole = ((n - 1) / n for n, cut in zip(numbers["counts"], numbers["REGIONS"]) if cut)
+    return 1 - math.prod(whole)
+
+
+def _trips(step: Step) -> tuple[int, int]:
+    """Trips of a program through its loop, and the tokens of each kind that one loads."""
+    numbers, tokens = step.numbers, math.prod(step.numbers["WINDOW"])
+    block_m, block_n = step.config.block_m, step.config.block_n
+    if "_whole_window" in step.kernel:
+        return numbers["windows_per_program"], tokens
+    if "_dbias_" in step.kernel:
+        return numbers["windows_per_program"], min(block_m, tokens) + min(block_n, tokens)
+    if "_dkv_" in step.kernel:
+        return -(-tokens // block_m), min(block_m, tokens)
+    if "_dq_" in step.kernel or "_tiled_fwd_" in step.kernel:
+        return -(-tokens // block_n), min(block_n, tokens)
+    return 0, 0  # bias and table: little beside the rest
+
+
+def predict(step: Step, code: Code, chip: Chip, sizes: Mapping[str, int], itemsize: int) -> Launch:
+    """What one launch takes, by everything that may bound it."""
+    numbers, warps = step.numbers, step.config.num_warps
+    named = {name for name in step.pointers.values() if name is not None}
+    seconds = {"memory": sum(sizes[name] for name in named) / chip.copy_rate}
+    trips, tokens = _trips(step)
+    border = _border(numbers) if trips else 0.0
+    # where the one trip was unrolled no loop tells what the units do, least of all one that waits
+    looped = any("MMA" in name for name, _ in code.longest) or not trips
+    ways = {way: demands(way, warps, chip) for way in (code.shortest, code.longest)}
+    outside = code.instructions - looped * sum(n for _, n in code.longest)
+    rounds = -(-step.grid // chip.multiprocessors)  # programs of the busiest multiprocessor
+    for unit in ways[code.shortest] if looped else ("issue",):
+        inside, cut = ways[code.shortest][unit], ways[code.longest][unit]
+        clocks = looped * max(1, trips) * ((1 - border) * inside + border * cut)
+        if unit == "issue":
+            clocks += outside * warps / SCHEDULERS
+        seconds[unit] = rounds * clocks / chip.clock
+    if any(name.startswith("UTC") for name, _ in code.longest):  # whose sizes are in descriptors
+        seconds.pop("matrix", None)
+    programs, in_flight = min(programs_at_once(code, warps, chip), rounds), 0
+    if trips:
+        channels = numbers["HEAD_DIM"] + numbers["VALUE_DIM"]
+        if "_whole_window_fwd" in step.kernel:
+            channels += numbers["HEAD_DIM"]
+        elif "_whole_window_bwd" in step.kernel:
+            channels *= 2
+        one = tokens * channels * itemsize
+        # up to two stages a trip waits for its tile as soon as that is asked for, and then works:
+        # the loop's DEPBAR leaves nothing under way
+        waits = step.config.loop_stages < 3
+        in_flight = programs * one * (1 if waits else step.config.loop_stages - 1)
+        trip = LATENCY
+        if waits:
+            trip += sum(n for _, n in code.longest) * warps / SCHEDULERS / chip.clock
+        seconds["latency"] = step.grid * trips * one * trip / in_flight / chip.multiprocessors
+    inside, cut = (looped * sum(n for _, n in w) * warps for w in (code.shortest, code.longest))
+    return Launch(
+        step.kernel.split(".")[1],
+        seconds,
+        inside,
+        cut,
+        code.registers,
+        code.shared,
+        programs,
+        in_flight,
+    )
+
+
+def launches_of(case: Case, chip: Chip) -> dict[str, list[Launch]]:
+    """The launches of the attention by direction, as `benchmarks.gpu` times it.
+
+    That is an inference's forward and a training step's backward, which sums its partial sums by
+    torch, so that they are read once more.
+    """
+    gpu = KNOWN_GPUS[chip.arch]
+    plans = plans_of(case, gpu)
+    sizes = _sizes(case, plans)
+    found: dict[str, list[Launch]] = {}
+    for direction, plan in (("forward", plans.inference), ("backward", plans.backward)):
+        found[direction] = [
+            predict(
+                step,
+                aot.read(aot.compile_step(step, plan.dtypes, gpu)),
+                chip,
+                sizes,
+                case.dtype.itemsize,
+            )
+            for step in (*plan.steps, *plan.after)
+        ]
+    if sums := plans.backward.sums:
+        summed = sum(sizes[name] for name in sums) / chip.copy_rate
+        found["backward"].append(Launch("sums by torch", {"memory": summed}))
+    return found
+
+
+def measured_seconds(case: str, chip: Chip, direction: str) -> float | None:
+    """The newest median of our kernels under a graph on this GPU, from benchmarks/results."""
+    found: dict[str, float] = {}  # by date
+    for path in RESULTS.glob("gpu-*.csv"):
+        rows, facts = read(path)
+        if not re.search(rf"\b{chip.name}\b", facts.get("machine", "")):  # a GH200 is no H200
+            continue
+        for row in rows:
+            same = (row.case, row.provider, row.direction) == (case, "ours, graph", direction)
+            if same and row.median_us is not None:
+                found[facts.get("date", "")] = row.median_us * 1e-6
+    return found[max(found)] if found else None
+
+
+def _job(name: str, arch: str) -> dict[str, list[Launch]]:
+    return launches_of(speed_cases()[name], CHIPS[arch])
+
+
+def speed_cases() -> dict[str, Case]:
+    """Those that `benchmarks.gpu` times."""
+    return swin_cases() | other_cases()
+
+
+def tables(
+    found: Mapping[tuple[str, str], Mapping[str, Sequence[Launch]]],
+) -> Iterator[str]:
+    """Markdown: two tables an architecture, of {(case, arch): launches by direction}."""
+    for arch in dict.fromkeys(arch for _, arch in found):
+        chip = CHIPS[arch]
+        yield from ("", f"### {arch}: {chip.name}", "")
+        yield (
+            f"{chip.multiprocessors} multiprocessors at {chip.clock * 1e-9:.3g} GHz; a copy moves "
+            f"{chip.copy_rate * 1e-12:.2f} TB/s."
+        )
+        here = {case: launches for (case, of), launches in found.items() if of == arch}
+        yield from ("", "| case | direction | predicted | of which memory | measured | off by |")
+        yield "|---|---|--:|--:|--:|--:|"
+        for case, directions in here.items():
+            for direction, launches in directions.items():
+                total = sum(x.predicted for x in launches)
+                memory = sum(x.seconds["memory"] for x in launches)
+                real = measured_seconds(case, chip, direction)
+                told = ("–", "–") if real is None else (_us(real), f"{total / real - 1:+.0%}")
+                cells = (case, direction, _us(total), _us(memory), *told)
+                yield f"| {' | '.join(cells)} |"
+        heads = (
+            *("case", "kernel", "instructions a tile", "registers", "shared memory", "programs"),
+            *("in flight", *(f"{unit} µs" for unit in UNITS), "bound"),
+        )
+        yield from ("", f"| {' | '.join(heads)} |")
+        yield "|---|---|" + "--:|" * (len(heads) - 3) + "---|"
+        for case, directions in here.items():
+            for launch in (x for launches in directions.values() for x in launches):
+                trips = (n for n in dict.fromkeys((launch.inside, launch.border)) if n)
+                ways = " to ".join(f"{n:,}" for n in trips) or "–"
+                units = " | ".join(_cell(launch.seconds.get(u)) for u in UNITS)
+                held = f"{launch.registers} | {launch.shared / 1024:.1f} KB | {launch.programs}"
+                held += f" | {launch.in_flight / 1024:.1f} KB"
+                yield f"| {case} | `{launch.kernel}` | {ways} | {held} | {units} | {launch.bound} |"
+
+
+def _cell(seconds: float | None) -> str:
+    return "–" if seconds is None else f"{seconds * 1e6:.1f}"
+
+
+def _us(seconds: float) -> str:
+    return f"{seconds * 1e6:.1f} µs"
+
+
+def predictions(
+    cases: Iterable[str], archs: Iterable[str], jobs: int | None = None
+) -> dict[tuple[str, str], dict[str, list[Launch]]]:
+    """{(case, arch): launches by direction}, compiled in processes."""
+    keys = [(case, arch) for arch in archs for case in cases]
+    # a fork of a process that runs torch's threads may hang
+    with ProcessPoolExecutor(jobs or os.cpu_count(), get_context("spawn")) as pool:
+        return dict(zip(keys, pool.map(_job, *zip(*keys))))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--case", action="append", choices=speed_cases())
+    parser.add_argument("--arch", action="append", choices=CHIPS)
+    parser.add_argument("--jobs", type=positive, help="processes that compile")
+    options = parser.parse_args()
+    found = predictions(options.case or speed_cases(), options.arch or CHIPS, options.jobs)
+    print("\n".join(tables(found)))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,3 @@
+from benchmarks.compare.regression import main
+
+raise SystemExit(main())

@@ -1,0 +1,3 @@
+from benchmarks.report.writer import main
+
+main()

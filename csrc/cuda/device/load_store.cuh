@@ -1,0 +1,117 @@
+// Tiles of tokens between a map in memory and shared memory, by a whole block.
+#pragma once
+
+#include "cuda/device/fragments.cuh"
+#include "cuda/device/params.cuh"
+#include "cuda/device/ptx.cuh"
+#include "cuda/device/window.cuh"
+
+namespace swin_kernels::cuda {
+
+constexpr int64_t kPadding = -1;  // in place of an offset: a token that padding added
+constexpr int64_t kNoToken = -2;  // beyond the window
+
+// Lines of `Channels` numbers and 16 bytes, so that eight lines are in eight groups of banks.
+template <class T, int Channels>
+struct TokenTile {
+  static constexpr int kPitch = Channels + 16 / int(sizeof(T));
+  static constexpr int kBytes = kTile * kPitch * int(sizeof(T));
+  static_assert(Channels * sizeof(T) % 32 == 0);
+};
+
+struct alignas(16) Piece {
+  uint32_t words[4];
+};
+
+template <class Sum>
+SWIN_DEVICE Sum read(const FloatView& view, int64_t offset) {
+  switch (view.element) {
+    case Element::kFloat:
+      return Sum(static_cast<const float*>(view.data)[offset]);
+    case Element::kDouble:
+      return Sum(static_cast<const double*>(view.data)[offset]);
+    case Element::kHalf:
+      return Sum(to_float(static_cast<const Half*>(view.data)[offset]));
+    default:
+      return Sum(to_float(static_cast<const BFloat16*>(view.data)[offset]));
+  }
+}
+
+// What a token of padding holds in channel c: rounded as a token is; 0 where `pad` is null, or of
+// none.
+template <class T, class Sum>
+SWIN_DEVICE T padding(const FloatView* pad, int64_t head, int64_t c) {
+  if (pad == nullptr || pad->data == nullptr) return rounded<T>(Sum(0));
+  return rounded<T>(read<Sum>(*pad, head * pad->stride[0] + c * pad->stride[1]));
+}
+
+// The offsets of kTile tokens of a window from token `first` on in each of some views.
+template <int Views>
+SWIN_DEVICE void place_tokens(int64_t (&offsets)[Views][kTile],
+                              const TokenView* const (&views)[Views], const Problem& p,
+                              const WindowPlace& window, int64_t head, int first) {
+  for (int row = thread_index(); row < kTile; row += block_threads()) {
+    const int token = first + row;
+    if (token >= int(p.tokens())) {
+#pragma unroll
+      for (int v = 0; v < Views; ++v) offsets[v][row] = kNoToken;
+      continue;
+    }
+    int64_t source[kAxes];
+    const bool real = source_of(p, window, TokenPlace(p, token), source);
+#pragma unroll
+    for (int v = 0; v < Views; ++v)
+      offsets[v][row] = real ? offset_of(*views[v], window.image, head, source) : kPadding;
+  }
+}
+
+// Channels [begin, begin + Channels) of the tokens at `offsets`: those that `view` has and `lines`
+// of them, the rest 0. By copies that `wait_for_copies` ends where `by_16_bytes`.
+template <class T, class Sum, int Channels>
+SWIN_DEVICE void load_tile(T* tile, const TokenView& view, const int64_t (&offsets)[kTile],
+                           int lines, int begin, int dim, const FloatView* pad, int64_t head,
+                           bool by_16_bytes) {
+  constexpr int kPitch = TokenTile<T, Channels>::kPitch;
+  constexpr int kPiece = 16 / int(sizeof(T)), kPieces = Channels / kPiece;
+  const T* data = static_cast<const T*>(view.data);
+  for (int i = thread_index(); i < lines * kPieces; i += block_threads()) {
+    const int row = i / kPieces, c = begin + i % kPieces * kPiece;
+    const int64_t offset = offsets[row];
+    T* to = tile + row * kPitch + i % kPieces * kPiece;
+    if (by_16_bytes && offset >= 0 && c < dim) {
+      copy_async(to, data + offset + c);
+      continue;
+    }
+#pragma unroll
+    for (int e = 0; e < kPiece; ++e) {
+      T x = rounded<T>(Sum(0));
+      if (c + e < dim && offset >= 0) x = data[offset + (c + e) * view.channel];
+      if (c + e < dim && offset == kPadding) x = padding<T, Sum>(pad, head, c + e);
+      to[e] = x;
+    }
+  }
+}
+
+// Rows [first, first + rows) of a tile to the tokens at `offsets`, by one warp.
+template <class T, int Channels>
+SWIN_DEVICE void store_rows(const T* tile, const TokenView& view, const int64_t (&offsets)[kTile],
+                            int first, int rows, int begin, int dim, bool by_16_bytes, int lane) {
+  constexpr int kPitch = TokenTile<T, Channels>::kPitch;
+  constexpr int kPiece = 16 / int(sizeof(T)), kPieces = Channels / kPiece;
+  T* data = static_cast<T*>(view.data);
+  for (int i = lane; i < rows * kPieces; i += kWarp) {
+    const int row = first + i / kPieces, c = begin + i % kPieces * kPiece;
+    const int64_t offset = offsets[row];
+    const T* from = tile + row * kPitch + i % kPieces * kPiece;
+    if (offset < 0) continue;
+    if (by_16_bytes && c < dim) {
+      *reinterpret_cast<Piece*>(data + offset + c) = *reinterpret_cast<const Piece*>(from);
+      continue;
+    }
+#pragma unroll
+    for (int e = 0; e < kPiece; ++e)
+      if (c + e < dim) data[offset + (c + e) * view.channel] = from[e];
+  }
+}
+
+}  // namespace swin_kernels::cuda

@@ -1,0 +1,138 @@
+// Forward of windows of up to 64 tokens: a program takes one head through a run of windows. The
+// next window is on its way to shared memory while one is computed; a warp has 16 queries and every
+// key.
+#pragma once
+
+#include "cuda/device/softmax.cuh"
+
+namespace swin_kernels::cuda {
+
+template <class P, int Channels>
+struct WholeForwardMemory {
+  using T = typename P::Element;
+
+  alignas(16) T tokens[2][3][kTile * TokenTile<T, Channels>::kPitch];  // of query, key, value
+  alignas(16) T weights[WeightTile<P>::kNumbers];
+  // of three windows: that stored, that computed, that on its way
+  int64_t offsets[3][4][kTile];  // in query, key, value and output
+  typename P::Sum norms[2][kTile];
+  TokenFacts facts;
+
+  // With an explicit mask a tile of it comes after.
+  static int64_t bytes(bool mask) {
+    return int64_t(sizeof(WholeForwardMemory) + (mask ? sizeof(LogitTile<typename P::Sum>) : 0));
+  }
+};
+
+template <class P, int Channels>
+SWIN_KERNEL(128, Channels * sizeof(typename P::Element) > 64 ? 2 : 3)
+whole_window_forward(SWIN_PARAMETER Forward call) {
+  using T = typename P::Element;
+  using Sum = typename P::Sum;
+  using Memory = WholeForwardMemory<P, Channels>;
+  constexpr int kPitch = TokenTile<T, Channels>::kPitch, kChannelTiles = Channels / kColumns;
+  Memory& memory = *reinterpret_cast<Memory*>(shared_memory());
+  auto& mask = *reinterpret_cast<LogitTile<Sum>*>(&memory + 1);  // only with an explicit mask
+  const Problem& p = call.in.problem;
+  const int lane = thread_index() % kWarp, first_row = thread_index() / kWarp * kRows;
+  const int tokens = int(p.tokens()), tiles = (tokens + kColumns - 1) / kColumns;
+  const int lines = (tokens + kRows - 1) / kRows * kRows;
+  const int head_dim = int(p.head_dim), value_dim = int(p.value_dim);
+  const int value_tiles = (value_dim + kColumns - 1) / kColumns;
+  const bool cosine = call.in.logit_scale.data != nullptr;
+
+  // heads are neighbours in launch order: they share the cache lines of a token
+  const int64_t head = block_index() % p.heads;
+  int64_t window = block_index() / p.heads * call.windows_per_program;
+  const int64_t windows = p.batch * p.windows();
+  const int64_t left = windows - window;
+  const int count = int(left < call.windows_per_program ? left : call.windows_per_program);
+
+  note_tokens(memory.facts, p, 0);
+  block_barrier();
+  const TilePlace place{0, 0, &memory.facts, &memory.facts};
+  const HeadBias<Sum> head_bias{call.in.bias, head, table_middle(p), nullptr};
+  Sum bias[kKeyTiles][4];
+  {
+    // through what tokens are to fill
+    auto& tile = *reinterpret_cast<LogitTile<Sum>*>(memory.tokens);
+    static_assert(sizeof(memory.tokens) >= sizeof(tile));
+    fill_bias<false>(tile, head_bias, place, tokens);
+    block_barrier();
+    for_each_logit(bias, first_row, tiles, lane, [&](Sum& x, int, int, int row, int column) {
+      x = tile.numbers[row * tile.kPitch + column];
+    });
+    block_barrier();
+  }
+  const Sum factor = logit_factor<Sum>(call.in, head);
+
+  const TokenView* const views[4] = {&call.in.query, &call.in.key, &call.in.value, &call.out};
+  const FloatView* const pads[3] = {nullptr, &call.in.pad_key, &call.in.pad_value};
+  const int dims[3] = {head_dim, head_dim, value_dim};
+  const auto load = [&](int step) {
+#pragma unroll
+    for (int x = 0; x < 3; ++x)
+      load_tile<T, Sum, Channels>(memory.tokens[step % 2][x], *views[x],
+                                  memory.offsets[step % 3][x], lines, 0, dims[x], pads[x], head,
+                                  call.in.by_16_bytes);
+    commit_copies();
+  };
+  WindowPlace at(p, window), ahead = at;
+  place_tokens(memory.offsets[0], views, p, at, head, 0);
+  block_barrier();
+  load(0);
+
+  for (int step = 0; step < count; ++step, ++window, at.next(p)) {
+    const bool more = step + 1 < count;
+    if (more) {
+      ahead.next(p);
+      place_tokens(memory.offsets[(step + 1) % 3], views, p, ahead, head, 0);
+    }
+    block_barrier();  // the other half of `tokens` was read, the offsets are there
+    if (more) {
+      load(step + 1);
+      wait_for_copies<1>();
+    } else {
+      wait_for_copies<0>();
+    }
+    block_barrier();
+    T *query = memory.tokens[step % 2][0], *key = memory.tokens[step % 2][1];
+    const T* value = memory.tokens[step % 2][2];
+    if (cosine) {
+      to_unit<P, Channels>(query, memory.norms[0], first_row, head_dim, lane);
+      to_unit<P, Channels>(key, memory.norms[1], first_row, head_dim, lane);
+      block_barrier();
+    }
+
+    Sum s[kKeyTiles][4];  // (16, 8·tiles)
+    clear<P>(s);
+    multiply<P, Order::kDepthLast, Order::kDepthLast>(
+        s, Operand<T>{query + first_row * kPitch, kPitch}, Operand<T>{key, kPitch}, head_dim, tiles,
+        lane);
+    for_each_logit(s, first_row, tiles, lane,
+                   [&](Sum& x, int n, int e, int, int) { x = x * factor + bias[n][e]; });
+    add_shift_mask(s, Sum(call.in.mask_value), place, at.seams(p), first_row, tiles, lane);
+    add_mask<false>(s, call.in.mask, at.number(p), mask, place, tokens, first_row, tiles, lane);
+
+    Sum total[2];
+    to_exponentials<P>(s, total, tiles, lane);
+    if (call.in.dropout_threshold != 0)
+      for_each_logit(s, first_row, tiles, lane, [&](Sum& x, int, int, int i, int j) {
+        if (!kept(call.in, window, head, i, j)) x = 0;
+      });
+
+    Sum out[kChannelTiles][4];  // (16, 8·value_tiles)
+    clear<P>(out);
+    multiply_by_weights<P>(out, s, memory.weights, first_row, Operand<T>{value, kPitch}, tiles,
+                           value_tiles, lane);
+    divide_rows<P>(out, total, Sum(call.in.kept_factor));
+    // through the warp's own queries, which nobody reads any more
+    warp_barrier();
+    put(query + first_row * kPitch, kPitch, out, value_tiles, lane);
+    warp_barrier();
+    store_rows<T, Channels>(query, call.out, memory.offsets[step % 3][3], first_row, kRows, 0,
+                            value_dim, call.in.by_16_bytes, lane);
+  }
+}
+
+}  // namespace swin_kernels::cuda

@@ -1,0 +1,87 @@
+// The backward of one precision: which kernels, the tensors that they sum to, and their launches.
+#pragma once
+
+#include "cuda/device/multi_tile_bwd.cuh"
+#include "cuda/device/single_tile_bwd.cuh"
+#include "cuda/host/partial_sums.h"
+
+namespace swin_kernels::cuda {
+
+template <class P, int Channels>
+void launch_tiled(const Device& device, const Backward& call, bool wants_bias,
+                  int64_t bias_programs) {
+  const Problem& p = call.in.problem;
+  const int64_t tiles = tiles_of(p),
+                blocks = checked_blocks(p.batch * p.windows() * p.heads * tiles);
+  const int threads = threads_for(kTile);
+  constexpr int64_t bytes = sizeof(TiledBackwardMemory<P, Channels>);
+  static_assert(bytes <= kSharedBytes);
+  device.launch(tiled_statistics<P, Channels>, call, blocks, threads, bytes);
+  device.launch(tiled_grad_query<P, Channels>, call, blocks, threads, bytes);
+  device.launch(tiled_grad_key_value<P, Channels>, call, blocks, threads, bytes);
+  if (wants_bias)
+    device.launch(tiled_grad_bias<P, Channels>, call, checked_blocks(bias_programs * tiles * tiles),
+                  threads, bytes);
+}
+
+template <class P>
+Gradients run_backward(const Device& device, const Arguments& a, const Problem& p,
+                       const Tensor& grad_out, int64_t needs) {
+  using T = typename P::Element;
+  using Sum = typename P::Sum;
+  using Wide = WideSum<P>;
+  const auto empty_like = [&](const MaybeTensor& t) {
+    return torch::stable::new_empty(a.query,
+                                    t.has_value() ? shape_of(*t) : std::vector<int64_t>{0});
+  };
+  Tensor grad_query = empty_like(a.query), grad_key = empty_like(a.key),
+         grad_value = empty_like(a.value);
+  const bool packed = a.packed();
+  Tensor& key_home = packed ? grad_query : grad_key;
+  Tensor& value_home = packed ? grad_query : grad_value;
+
+  Backward call;
+  call.in = call_of<T>(a, p);
+  call.grad_out = read_only(grad_out, -1);
+  call.grad_query = view_of(grad_query, grad_query.mutable_data_ptr(), packed ? 0 : -1);
+  call.grad_key = view_of(key_home, key_home.mutable_data_ptr(), packed ? 1 : -1);
+  call.grad_value = view_of(value_home, value_home.mutable_data_ptr(), packed ? 2 : -1);
+  call.in.by_16_bytes = call.in.by_16_bytes && by_16_bytes<T>(call.grad_out, p.value_dim) &&
+                        by_16_bytes<T>(call.grad_query, p.head_dim) &&
+                        by_16_bytes<T>(call.grad_key, p.head_dim) &&
+                        by_16_bytes<T>(call.grad_value, p.value_dim);
+  call.windows_per_program = windows_per_program(p, device);
+  const int64_t runs = runs_of(p, call.windows_per_program);
+  const int64_t channels = std::max(p.head_dim, p.value_dim);
+  constexpr bool kFits = sizeof(WholeBackwardMemory<P, kWholeChannels<P>>) <= kSharedBytes;
+  const bool whole = kFits && p.tokens() <= kTile && channels <= kWholeChannels<P>;
+  const int64_t other_rows = whole ? runs : p.batch * p.windows() * tiles_of(p);
+  Partials<Sum, Wide> partials(a, p, needs, runs, other_rows);
+  partials.hand_to(call);
+  MaybeTensor statistics;  // lives until the kernels are launched
+  if constexpr (kFits) {   // fp64 does not
+    if (whole)
+      choose_channels<P>(channels, [&](auto chosen) {
+        constexpr int kChannels = decltype(chosen)::value;
+        device.launch(whole_window_backward<P, kChannels>, call, checked_blocks(runs * p.heads),
+                      threads_for(p.tokens()), sizeof(WholeBackwardMemory<P, kChannels>));
+      });
+  }
+  if (!whole) {
+    statistics = sums_like<Sum>(a.query, {p.batch * p.windows(), p.heads, kStatistics, p.tokens()});
+    call.statistics = statistics->mutable_data_ptr();
+    launch_tiled<P, kTiledChannels<P>>(device, call, partials.bias.has_value(), runs * p.heads);
+  }
+  return {grad_query,
+          grad_key,
+          grad_value,
+          partials.of_bias(device),
+          partials.of_table(device, call.in.bias),
+          partials.of_pad_key(device),
+          partials.template summed<Wide>(device, partials.pad_value, a.pad_value, other_rows,
+                                         p.heads * p.value_dim),
+          partials.template summed<Wide>(device, partials.logit_scale, a.logit_scale, other_rows,
+                                         p.heads)};
+}
+
+}  // namespace swin_kernels::cuda

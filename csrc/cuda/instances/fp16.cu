@@ -1,0 +1,7 @@
+// The kernels of fp16 on the matrix units, summed in fp32.
+#include "cuda/host/backward.h"
+#include "cuda/host/forward.h"
+
+namespace swin_kernels::cuda {
+SWIN_COMPILE(Fp16)
+}  // namespace swin_kernels::cuda

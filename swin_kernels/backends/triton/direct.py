@@ -1,0 +1,132 @@
+"""A forward like one before, launched at once: neither checks nor torch's dispatcher.
+
+What a launch depends on of its operands is their facts; where those, and the options, are what a
+call had that was checked and ran, the same launch is right. Only in plain eager calls on a GPU that
+want no gradient: nothing there would see the op (no mode, transform, autocast, profiler, trace).
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Hashable, Mapping
+from operator import itemgetter
+from typing import Any
+
+import torch
+import torch.autograd.forward_ad as forward_ad
+from torch import Tensor, nn
+from torch._C import (
+    _are_functorch_transforms_active,
+    _is_any_autocast_enabled,
+    _is_tracing,
+    _len_torch_dispatch_stack,
+    _len_torch_function_stack,
+)
+from torch.autograd import _profiler_enabled
+
+from swin_kernels.backends.triton.calls import forward_run
+from swin_kernels.backends.triton.launch_spec import STRIDED
+from swin_kernels.backends.triton.launcher import Launch, Run, current_stream, on_device
+from swin_kernels.problem import Operands, Options
+
+DEVICES = ("cuda",)
+_MOST = 1024  # as many as the cache of plans
+_PER_AXIS = ("window_size", "shift_size", "periodic")
+_PLAIN = (Tensor, nn.Parameter)  # a subclass may want to see every op
+
+_ready: dict[Hashable, Direct] = {}
+
+
+class Direct:
+    """The launches of a forward, on operands of the same facts again and again."""
+
+    def __init__(self, run: Run, device: torch.device) -> None:
+        self.device = device
+        self.buffers = tuple(run.plan.buffers.values())
+        places = (*Operands._fields, *run.plan.buffers, None)  # a tensor that there is not
+        self.out = places.index("out")
+        self.launches: list[tuple[Launch, Callable]] = [
+            (step, itemgetter(*(places.index(name) for name in step.tensors))) for step in run.steps
+        ]
+
+    def __call__(self, operands: Operands) -> Tensor:
+        made = [torch.empty(x, dtype=dtype, device=self.device) for x, dtype in self.buffers]
+        tensors: tuple[Any, ...] = (*operands, *made, None)
+        with on_device(self.device):
+            stream = current_stream(self.device)
+            for launch, pointers in self.launches:
+                launch.start(pointers(tensors), stream)
+        return tensors[self.out]
+
+
+def _types_within(option: object) -> tuple[type, ...] | None:
+    return tuple(map(type, option)) if type(option) is tuple else None
+
+
+def key_of(operands: Operands, backend: str | None, options: Mapping[str, Any]) -> Hashable | None:
+    """What tells a call from others; None where it has to go the long way."""
+    # first what tracing folds to a constant
+    if torch.compiler.is_compiling() or not isinstance(operands.query, Tensor):
+        return None
+    if (
+        operands.query.device.type not in DEVICES
+        or _is_any_autocast_enabled()
+        or _len_torch_dispatch_stack()
+        or _len_torch_function_stack()
+        or _is_tracing()
+        or _are_functorch_transforms_active()
+        or forward_ad._current_level >= 0
+        or _profiler_enabled()
+    ):
+        return None
+    if type(options["dropout_p"]) is not float or options["dropout_p"] > 0:  # it draws a seed
+        return None
+    grad = torch.is_grad_enabled()
+    facts: list[Hashable] = []
+    for x in operands:
+        if x is None:
+            facts.append(None)
+            continue
+        # a view that negates is none of its memory: the dispatcher writes it out
+        if type(x) not in _PLAIN or (grad and x.requires_grad) or x.is_neg():
+            return None
+        try:
+            start = x.data_ptr()
+            facts.append((x.shape, x.stride(), x.dtype, x.device, start % 16))
+        except RuntimeError:  # a sparse tensor
+            return None
+        if not start:  # zeros without memory
+            return None
+    precision = None
+    if operands.query.dtype == torch.float32:
+        precision = torch.backends.cuda.matmul.fp32_precision
+    given = (backend, *options.values())
+    kinds = tuple(map(type, given))  # in a key 2, 2.0 and True are the same
+    if list in kinds:  # no key
+        return None
+    window, shift, periodic = map(_types_within, map(options.get, _PER_AXIS))
+    return (*facts, precision, *given, *kinds, window, shift, periodic)
+
+
+def find(key: Hashable) -> Direct | None:
+    """The launches of a call like this one, if there was any."""
+    try:
+        return _ready.get(key)
+    except TypeError:  # an option that no dict takes
+        return None
+
+
+def remember(key: Hashable, operands: Operands, options: Options) -> None:
+    """Keeps the launches of a call that ran on operands as they are."""
+    small = [x for name, x in zip(Operands._fields, operands) if name not in STRIDED]
+    if not all(x is None or x.is_contiguous() for x in small):
+        return
+    run = forward_run(operands, options, False)
+    if len(_ready) >= _MOST:
+        _ready.clear()
+    with contextlib.suppress(TypeError):  # as in `find`
+        _ready[key] = Direct(run, operands.query.device)
+
+
+def forget() -> None:
+    _ready.clear()

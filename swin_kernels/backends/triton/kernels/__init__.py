@@ -1,0 +1,1 @@
+"""Device code alone: `@triton.jit` functions."""

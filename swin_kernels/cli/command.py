@@ -1,0 +1,240 @@
+"""What the commands that measure share: checks of options, the machine in words, a progress bar."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import importlib.util
+import os
+import platform
+import re
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+import swin_kernels
+from swin_kernels.backends import native
+from swin_kernels.testing import timing
+
+if TYPE_CHECKING:
+    from rich.console import Console
+    from rich.table import Table
+
+
+_ACTIVATIONS = 10  # times the images, at the least: the first MLP of a Swin-T alone makes it 8
+_FIRST_LINE = 30.0  # s; the next comes after three times as long
+
+
+def positive(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"expected a whole number of at least 1, got {text!r}")
+    return int(text)
+
+
+def threads(text: str) -> int:
+    # OpenMP crashes the process when the system refuses it a thread
+    count, most = positive(text), os.cpu_count() or 1
+    if count > most:
+        raise argparse.ArgumentTypeError(
+            f"expected at most {most}, the CPUs of this machine, got {text!r}"
+        )
+    return count
+
+
+def add_options(parser: argparse.ArgumentParser, more_models: str = "") -> None:
+    """Those that the commands have in common."""
+    model = "swin_tiny_patch4_window7_224"
+    parser.add_argument(
+        "--model", default=model, help=f"name of a Swin in timm{more_models} (default: {model})"
+    )
+    parser.add_argument(
+        "--batch", type=positive, metavar="B", default=4, help="images in a batch (default: 4)"
+    )
+    parser.add_argument(
+        "--rounds", type=positive, metavar="N", default=7, help="timed calls of each (default: 7)"
+    )
+    parser.add_argument(
+        "--threads", type=threads, metavar="N", help="CPU threads (default: torch's)"
+    )
+    parser.add_argument(
+        "--device", metavar="NAME", default="cpu", help="cpu, cuda or cuda:N (default: cpu)"
+    )
+
+
+def check_packages(needs: Mapping[str, str], command: str) -> None:
+    """ImportError says which of `needs`, pip's names by what is imported, are missing."""
+    missing = [pip for name, pip in needs.items() if importlib.util.find_spec(name) is None]
+    if missing:
+        raise ImportError(f"{command} needs {', '.join(missing)}: pip install {' '.join(missing)}")
+
+
+def inductor_cache(*more: str) -> str:
+    """A folder for what torch.compile makes, by vector code and torch's version.
+
+    Inductor's own key leaves the vector code out: it would run here what it made for others, with
+    wrong results and broken memory.
+    """
+    parts = (torch.backends.cpu.get_cpu_capability(), torch.__version__, *more)
+    return os.path.join(tempfile.gettempdir(), "_".join(("swin_kernels_inductor", *parts)))
+
+
+def keep_compiled_apart() -> None:
+    """Has torch.compile use `inductor_cache`, where the user named no folder."""
+    os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", inductor_cache())
+
+
+def usable_device(name: str) -> torch.device:
+    if not re.fullmatch(r"cpu|cuda(:\d+)?", name):
+        raise ValueError(f"--device: cannot use {name!r}: expected cpu, cuda or cuda:N")
+    try:
+        torch.zeros(1, device=name)
+    except (RuntimeError, AssertionError) as error:
+        cause = re.split(r"\. |\n", str(error))[0]
+        raise ValueError(f"--device: cannot use {name!r}: {cause}; --device cpu can run") from error
+    return torch.device(name)
+
+
+def check_batch(batch: int, height: int, width: int, device: torch.device) -> None:
+    """ValueError for a batch that is sure not to fit: the activations are larger than the images.
+
+    What passes may still be too large for a model.
+    """
+    image = 3 * height * width * 4
+    if device.type == "cuda":
+        memory = torch.cuda.get_device_properties(device).total_memory
+    else:
+        memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    most = memory // (_ACTIVATIONS * image)
+    if batch > most:
+        raise ValueError(
+            f"--batch: {batch} images of {height}×{width} do not fit into {memory / 1e9:.0f} GB of "
+            f"memory; expected at most {most}"
+        )
+
+
+def processor() -> str:
+    """The name of the CPU, as the system tells it."""
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.exists():
+        for line in cpuinfo.read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()
+
+
+def machine(images: Tensor, backend: str) -> str:
+    """What the figures were measured with, in a line; `backend` is the one that ran."""
+    threads = torch.get_num_threads()
+    where = [f"{processor()}, {os.cpu_count()} CPUs"]
+    if images.is_cuda:
+        where.append(torch.cuda.get_device_name(images.device))
+    vector = f" ({native.cpu_capability()})" if backend == "cpu" else ""
+    return " · ".join(
+        [
+            *where,
+            f"{threads} thread{'s' if threads > 1 else ''}",
+            f"torch {torch.__version__}",
+            f"swin_kernels {swin_kernels.__version__}",
+            f"backend {backend}{vector}",
+        ]
+    )
+
+
+def three_digits(x: float) -> str:
+    return f"{x:.0f}" if x >= 100 else f"{x:#.3g}"
+
+
+def make_console() -> Console:
+    """As wide as the tables where the output is a file."""
+    from rich.console import Console
+
+    width = None if sys.stdout.isatty() else 120
+    return Console(width=width, highlight=False, markup=False)
+
+
+class Bar:
+    """A progress bar drawn when told to: a thread would take time from what is measured.
+
+    Without a terminal it is a line after 30 s, 90 s, 270 s, ….
+    """
+
+    def __init__(self, console: Console, steps: int) -> None:
+        from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+
+        columns = (TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn())
+        self.progress = Progress(
+            *columns,
+            console=console,
+            transient=True,
+            auto_refresh=False,
+            disable=not console.is_terminal,
+        )
+        self.task = self.progress.add_task("", total=steps)
+        self.start, self.due = time.monotonic(), _FIRST_LINE
+
+    def say(self, what: str) -> None:
+        self.progress.update(self.task, description=f"{what:<26}")
+        self._show()
+
+    def tick(self) -> None:
+        self.progress.advance(self.task)
+        self._show()
+
+    @contextlib.contextmanager
+    def untimed(self, what: str) -> Iterator[None]:
+        """One step, in which nothing is timed: the clock goes on."""
+        done = threading.Event()
+
+        def show() -> None:
+            while not done.wait(0.5):
+                self._show()
+
+        self.say(what)
+        thread = threading.Thread(target=show, daemon=True)
+        thread.start()
+        try:
+            yield
+        finally:
+            done.set()
+            thread.join()
+        self.tick()
+
+    def _show(self) -> None:
+        self.progress.refresh()
+        seconds = time.monotonic() - self.start
+        if self.progress.disable and seconds > self.due:
+            task = self.progress.tasks[0]
+            what = f"{task.description.strip()}, step {task.completed:.0f} of {task.total:.0f}"
+            self.progress.console.print(f"{what}, {seconds:.0f} s")
+            self.due *= 3
+
+
+@contextlib.contextmanager
+def progress(console: Console, steps: int) -> Iterator[Bar]:
+    bar = Bar(console, steps)
+    with bar.progress:
+        yield bar
+
+
+def numbers_table(differences: list[timing.Difference]) -> Table:
+    from rich import box
+    from rich.table import Table
+
+    table = Table(box=box.MARKDOWN)
+    table.add_column("max. difference")
+    for title in ("patched − stock", "stock − float64", "patched − float64"):
+        table.add_column(title, justify="right")
+    for d in differences:
+        values = (d.patched_stock, d.stock_exact, d.patched_exact)
+        cells = [
+            f"{x:.1e}" if d.largest == 1.0 else f"{x:.1e} ({x / d.largest:.1e})" for x in values
+        ]
+        table.add_row(d.name, *cells, style="red" if d.complaint else None)
+    return table

@@ -1,6 +1,0 @@
-"""The contract in plain PyTorch: any device, any dtype, one to three axes."""
-
-from swin_kernels.reference.backward import backward
-from swin_kernels.reference.forward import forward, forward_through
-
-__all__ = ["backward", "forward", "forward_through"]

@@ -1,0 +1,307 @@
+"""What the demo measures: errors against float64, times in turn, peak memory in a fresh process."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import json
+import math
+import os
+import subprocess
+import sys
+import time
+import warnings
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from swin_kernels.ops.dispatch import BACKENDS
+from swin_kernels.patch import PatchReport, patch
+from swin_kernels.testing import Several, assert_no_worse_than_eager
+
+
+class Outcome(NamedTuple):
+    """Logits (B, classes) of a model and the gradient of each of its parameters."""
+
+    logits: Tensor
+    grads: dict[str, Tensor]
+
+
+class Difference(NamedTuple):
+    """Largest absolute differences in one quantity, and the largest value they are relative to."""
+
+    name: str
+    patched_stock: float
+    stock_exact: float
+    patched_exact: float
+    largest: float
+    complaint: str | None  # how it breaks the error rule, None if it keeps it
+
+
+def loss_of(logits: Tensor) -> Tensor:
+    """Cross-entropy against fixed classes, so that every run has the same gradients."""
+    target = torch.arange(logits.shape[0], device=logits.device) * 7 % logits.shape[1]
+    return F.cross_entropy(logits, target)
+
+
+def run_once(module: nn.Module, images: Tensor) -> Outcome:
+    """Forward and backward in the dtype of the module; its gradients are cleared afterwards."""
+    dtype = next(module.parameters()).dtype
+    logits = module(images.to(dtype))
+    loss_of(logits).backward()
+    grads = {name: p.grad for name, p in module.named_parameters() if p.grad is not None}
+    module.zero_grad(set_to_none=True)
+    return Outcome(logits.detach(), grads)
+
+
+@contextlib.contextmanager
+def counted_backends() -> Iterator[Counter[str]]:
+    """Counts the calls that reach each backend while it is open."""
+    calls: Counter[str] = Counter()
+
+    def counting(name: str, forward: Callable) -> Callable:
+        def counted(*args: object) -> object:
+            calls[name] += 1
+            return forward(*args)
+
+        return counted
+
+    for name, backend in BACKENDS.items():
+        backend.__dict__["forward"] = counting(name, backend.forward)
+    try:
+        yield calls
+    finally:
+        for backend in BACKENDS.values():
+            del backend.__dict__["forward"]
+
+
+def _largest(x: Tensor) -> float:
+    return float(x.abs().max())
+
+
+def _complaint(name: str, patched: Several, stock: Several, exact: Several) -> str | None:
+    try:
+        assert_no_worse_than_eager(patched, stock, exact, name=name)
+    except AssertionError as error:
+        return str(error)
+    return None
+
+
+def _difference(
+    name: str, patched: Tensor, stock: Tensor, exact: Tensor, *, by_image: bool = False
+) -> Difference:
+    return Difference(
+        name,
+        _largest(patched.double() - stock.double()),
+        _largest(stock.double() - exact),
+        _largest(patched.double() - exact),
+        _largest(exact),
+        _complaint(name, *(list(x) if by_image else x for x in (patched, stock, exact))),
+    )
+
+
+def _flat(grads: Mapping[str, Tensor], scales: Mapping[str, float]) -> Tensor:
+    return torch.cat([grads[name].flatten() * scale for name, scale in scales.items()])
+
+
+def _relative(patched: Outcome, stock: Outcome, exact: Outcome) -> Difference:
+    """Differences of each gradient relative to the largest value of that gradient."""
+    sizes = {name: _largest(grad) for name, grad in exact.grads.items()}
+    floor = 1e-12 * max(sizes.values())
+    sizes = {name: size for name, size in sizes.items() if size > floor}  # others are exactly zero
+
+    def worst(a: Outcome, b: Outcome) -> float:
+        return max(
+            _largest(a.grads[name].double() - b.grads[name].double()) / size
+            for name, size in sizes.items()
+        )
+
+    # powers of two, so that scaling rounds nothing
+    scales = {name: 2.0 ** -math.frexp(size)[1] for name, size in sizes.items()}
+    name = "each gradient"
+    flat = (_flat(outcome.grads, scales) for outcome in (patched, stock, exact))
+    return Difference(
+        name,
+        worst(patched, stock),
+        worst(stock, exact),
+        worst(patched, exact),
+        1.0,
+        _complaint(name, *flat),
+    )
+
+
+def compare(patched: Outcome, stock: Outcome, exact: Outcome) -> list[Difference]:
+    """Differences of the logits, of all gradients, and of each gradient on its own scale.
+
+    The last finds an error in a parameter whose gradients are small beside the others'.
+    """
+    grads = (_flat(x.grads, dict.fromkeys(exact.grads, 1.0)) for x in (patched, stock, exact))
+    return [
+        compare_logits("logits", patched.logits, stock.logits, exact.logits),
+        _difference("gradients", *grads),
+        _relative(patched, stock, exact),
+    ]
+
+
+def compare_logits(name: str, patched: Tensor, stock: Tensor, exact: Tensor) -> Difference:
+    """Differences of logits alone."""
+    return _difference(name, patched, stock, exact, by_image=True)
+
+
+def patched_copy(module: nn.Module, images: Tensor) -> tuple[nn.Module, PatchReport, str]:
+    """A patched copy, its report and the name of the backend that ran when it saw the images."""
+    patched = copy.deepcopy(module)
+    with warnings.catch_warnings():  # the report says what the warning does
+        warnings.simplefilter("ignore", UserWarning)
+        report = patch(patched)
+    with counted_backends() as calls:
+        inference_step(patched, images)
+    return patched, report, " and ".join(calls) or "none"
+
+
+def inference_step(module: nn.Module, images: Tensor) -> Any:
+    with torch.inference_mode():
+        return module(images)
+
+
+def check_logits(out: Any, model: str) -> None:
+    """ValueError if what a model gave are no logits, (B, classes)."""
+    if not isinstance(out, Tensor) or out.ndim != 2:
+        came = f"shape {tuple(out.shape)}" if isinstance(out, Tensor) else type(out).__name__
+        raise ValueError(f"{model}: expected a model that gives logits (B, classes), got {came}")
+
+
+def training_step(module: nn.Module, images: Tensor) -> None:
+    """Forward, loss and backward; what the optimiser adds is the same for every model."""
+    loss_of(module(images)).backward()
+    module.zero_grad(set_to_none=True)
+
+
+STEPS: dict[str, Callable[[nn.Module, Tensor], Any]] = {
+    "inference": inference_step,
+    "training step": training_step,
+}
+
+
+def _seconds(step: Callable[[nn.Module, Tensor], Any], module: nn.Module, images: Tensor) -> float:
+    if images.is_cuda:
+        torch.cuda.synchronize(images.device)
+    start = time.perf_counter()
+    step(module, images)
+    if images.is_cuda:
+        torch.cuda.synchronize(images.device)
+    return time.perf_counter() - start
+
+
+def time_in_turn(
+    step: str,
+    modules: Mapping[str, nn.Module],
+    images: Tensor,
+    rounds: int,
+    tick: Callable[[], None],
+) -> dict[str, list[float]]:
+    """Seconds of each call of a step, by module: A B A B …, after one call of each to warm up."""
+    times: dict[str, list[float]] = {name: [] for name in modules}
+    for module in modules.values():
+        module.train(step == "training step")
+    for turn in range(rounds + 1):
+        for name, module in modules.items():
+            seconds = _seconds(STEPS[step], module, images)
+            if turn > 0:
+                times[name].append(seconds)
+            tick()
+    for module in modules.values():
+        module.eval()
+    return times
+
+
+@contextlib.contextmanager
+def attention_clock(module: nn.Module) -> Iterator[list[float]]:
+    """Seconds that each forward pass on a CPU spends in window attention, while it is open.
+
+    That is what the blocks do before their first residual addition, without norm, qkv and proj:
+    shift, padding, partition, attention, and what undoes them.
+    """
+    seconds: list[float] = []
+
+    def clock(sign: int) -> Callable[..., None]:
+        def add(*_: object) -> None:
+            seconds[-1] += sign * time.perf_counter()
+
+        return add
+
+    hooks = [module.register_forward_pre_hook(lambda *_: seconds.append(0.0))]
+    block: Any
+    for block in module.modules():
+        if hasattr(block, "attn") and hasattr(block, "drop_path1"):
+            hooks.append(block.register_forward_pre_hook(clock(-1)))
+            hooks.append(block.drop_path1.register_forward_pre_hook(clock(+1)))
+            for part in (block.norm1, block.attn.qkv, block.attn.proj):
+                hooks.append(part.register_forward_pre_hook(clock(+1)))
+                hooks.append(part.register_forward_hook(clock(-1)))
+    try:
+        yield seconds
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+class Spec(NamedTuple):
+    """What another process needs to take the same steps."""
+
+    model: str  # by timm's name
+    size: tuple[int, int] | None  # height and width that it is made for; None: its own
+    batch: int
+    threads: int
+    device: str
+    dtype: str
+    compiled: bool
+
+    @classmethod
+    def of(
+        cls,
+        model: str,
+        images: Tensor,
+        size: tuple[int, int] | None = None,
+        compiled: bool = False,
+    ) -> Spec:
+        dtype = str(images.dtype).removeprefix("torch.")
+        where = torch.get_num_threads(), str(images.device)
+        return cls(model, size, len(images), *where, dtype, compiled)
+
+
+def peak_memory(spec: Spec, variants: Sequence[str]) -> dict[str, dict[str, int]]:
+    """Bytes that each step of each variant adds, at its peak, to what its process held before.
+
+    Each variant in a process of its own: what this one has freed and kept would hide part of the
+    peak. RuntimeError with the last words of a process that failed.
+    """
+    root = str(Path(__file__).resolve().parents[2])
+    environment = {
+        **os.environ,
+        "PYTHONPATH": os.pathsep.join([root, *filter(None, [os.environ.get("PYTHONPATH")])]),
+        # freed blocks go back to the system, so that the high-water mark is what was in use
+        "MALLOC_MMAP_THRESHOLD_": "65536",
+        "MALLOC_TRIM_THRESHOLD_": "65536",
+        "OMP_WAIT_POLICY": "PASSIVE",  # they share the CPUs, and nothing is timed
+    }
+    children = {}
+    for variant in variants:
+        wanted = json.dumps([variant, *spec])
+        command = [sys.executable, "-m", "swin_kernels.cli.memory", wanted]
+        pipe = subprocess.PIPE
+        children[variant] = subprocess.Popen(
+            command, stdout=pipe, stderr=pipe, text=True, env=environment
+        )
+    # all are waited for before one is judged
+    words = {variant: child.communicate() for variant, child in children.items()}
+    for variant, child in children.items():
+        if child.returncode != 0:
+            last = words[variant][1].strip().splitlines() or [f"exit code {child.returncode}"]
+            raise RuntimeError(f"{variant}: {last[-1]}")
+    return {variant: json.loads(out.splitlines()[-1]) for variant, (out, _) in words.items()}

@@ -1,0 +1,73 @@
+"""The built object `_C_cuda`, without a GPU: that it loads, and what its machine code is."""
+
+from __future__ import annotations
+
+import os
+
+import pytest
+import torch
+
+pytest.importorskip("triton", reason="the tool that reads machine code comes with Triton")
+
+from tiers import thorough
+
+from benchmarks.codegen import cuda_object
+from swin_kernels import shifted_window_attention_qkvpacked
+from swin_kernels.backends import native
+
+BUILT_FOR = (  # by `make test` the one, by `make cuda` both
+    "sm_90",
+    pytest.param(
+        "sm_80",
+        marks=thorough(
+            "test_cuda_object.py::test_kernels_spill_nothing_and_use_matrix_units_where_they_should"
+        ),
+    ),
+)
+pytestmark = pytest.mark.skipif(
+    native.CUDA_OBJECT.path is None,
+    reason=f"{native.CUDA_OBJECT.error}, for which a CUDA toolkit is needed",
+)
+
+
+@pytest.fixture(scope="module")
+def kernels():
+    assert native.CUDA_OBJECT.path is not None
+    return cuda_object.kernels_of(native.CUDA_OBJECT.path)
+
+
+def test_the_object_loads_and_registers_kernels_for_cuda_alone():
+    assert native.CUDA_OBJECT.error is None
+    for name in ("swin_kernels::cuda_forward", "swin_kernels::cuda_backward"):
+        has = torch._C._dispatch_has_kernel_for_dispatch_key
+        assert has(name, "CUDA")
+        assert not has(name, "CPU")
+
+
+def test_the_backend_says_what_it_runs_on():
+    with pytest.raises(NotImplementedError, match="runs on CUDA tensors, got cpu"):
+        shifted_window_attention_qkvpacked(torch.zeros(1, 4, 3, 1, 8), 2, backend="cuda")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("arch", BUILT_FOR)
+def test_kernels_spill_nothing_and_use_matrix_units_where_they_should(arch, kernels):
+    found = [k for k in kernels if k.arch == arch]
+    if not found and "TORCH_CUDA_ARCH_LIST" in os.environ:
+        pytest.skip(f"the object was built for {', '.join(sorted({k.arch for k in kernels}))}")
+    tiled = 5  # forward, statistics, gradients of queries, of keys and values, of the bias
+    count = {p: sum(k.precision == p for k in found) for p in cuda_object.PRECISIONS.values()}
+    # two widths of whole windows in half precision; fp64 has no whole-window backward
+    half, single, double = tiled + 4, tiled + 2, tiled + 1
+    assert count == {"fp16": half, "bf16": half, "tf32": single, "fp32": single, "fp64": double}
+    defects = {(k.name, k.precision, k.channels): k.defects() for k in found}
+    assert not any(defects.values()), {k: v for k, v in defects.items() if v}
+
+
+def test_every_kernel_has_room_in_the_shared_memory_of_every_gpu(kernels):
+    shared = cuda_object.shared_memory()
+    sizes = {k: shared[k.name, k.precision, k.channels] for k in kernels}
+    assert max(sizes.values()) <= cuda_object.SHARED
+    page = cuda_object.report(kernels, shared, "13.0")
+    for kernel, size in sizes.items():
+        assert f"`{kernel.name}` | {kernel.channels} | {kernel.registers} | {size:,} |" in page

@@ -1,0 +1,274 @@
+"""Every shipped layout, compiled for GPUs that are not there: no spill, room, matrix units."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+
+triton = pytest.importorskip(
+    "triton", reason="the Triton kernels cannot be compiled without Triton"
+)
+
+from tiers import thorough
+
+from benchmarks.cases import swin_cases
+from benchmarks.codegen import aot, machine_code, predict
+from benchmarks.codegen.layouts import CASES, RARE
+from benchmarks.codegen.machine_code import (
+    ARCHS,
+    COUNTED,
+    DTYPES,
+    RARE_ON,
+    Row,
+    compile_case,
+    report,
+    triton_version,
+)
+from benchmarks.codegen.plans import plans_of, steps_of
+from benchmarks.codegen.predict import CHIPS
+from swin_kernels.backends.triton.config import KNOWN_GPUS
+
+pytestmark = pytest.mark.slow
+
+NOT_COUNTED = f"counted with Triton {{}}, this is {triton.__version__}"
+
+
+def counted_with(*versions: str) -> pytest.MarkDecorator:
+    """What was counted in the code of some Tritons is no claim about that of others."""
+    return pytest.mark.skipif(
+        triton_version() not in versions, reason=NOT_COUNTED.format(" and ".join(versions))
+    )
+
+
+# each kind of kernel and each architecture once; all layouts are in `make test-rest`
+CHOSEN = {
+    ("swin", "bf16", "sm_90"),
+    ("swin, window 12", "bf16", "sm_90"),
+    ("swin v2, window 8", "bf16", "sm_80"),
+    ("swin", "fp32", "sm_90"),
+    ("swin", "bf16", "sm_100"),
+    ("swin", "bf16", "sm_120"),
+    ("swin", "fp16", "gfx942"),
+}
+JOBS = [(case, dtype, arch) for arch in ARCHS for case in CASES for dtype in DTYPES]
+JOBS += [(case, *on) for on in RARE_ON for case in RARE]
+over_jobs = pytest.mark.parametrize(
+    "job",
+    [
+        pytest.param(
+            job,
+            id=name,
+            marks=[]
+            if job in CHOSEN
+            else [thorough("test_machine_code.py::test_every_layout_fits_and_spills_nothing")],
+        )
+        for job in JOBS
+        for name in ["-".join(job).replace(", ", "-")]
+    ],
+)
+
+
+@over_jobs
+def test_every_layout_fits_and_spills_nothing(job):
+    rows = compile_case(*job)
+    kernels = {row.kernel for row in rows}
+    assert any(kernel.endswith("fwd_kernel") for kernel in kernels)
+    assert kernels & {"_whole_window_bwd_kernel", "_tiled_dkv_kernel"}
+    misfits = {row.kernel: row.misfits() for row in rows}
+    assert not any(misfits.values()), misfits
+    if triton_version() not in COUNTED:
+        pytest.skip(f"all fits; {NOT_COUNTED.format(' and '.join(COUNTED))}")
+    spills = {row.kernel: row.spills() for row in rows}
+    assert not any(spills.values()), spills
+
+
+# warp-instructions a tile of window 7, head dim 32, shifted: forward of a window that no seam cuts,
+# forward of one that two cut, backward with the gradient of the bias. What keeps an H200 below what
+# its schedulers issue while the bytes move is 2,703 forward and 4,731 backward
+BUDGETS = {"sm_80": (1_750, 2_150, 3_400), "sm_90": (1_750, 2_150, 3_400)}
+# what was reached elsewhere: to be lowered, never raised
+REACHED = {
+    "3.8": {"sm_100": (1_328, 1_768, 2_840), "sm_120": (1_592, 2_000, 3_272)},
+    "3.9": {"sm_100": (1_304, 1_720, 2_888), "sm_120": (1_592, 2_000, 3_276)},
+}.get(triton_version(), {"sm_100": (0, 0, 0), "sm_120": (0, 0, 0)})
+# the same of a forward without grad, which keeps no statistics: ptxas copies S in that of sm_100
+REACHED_INFERENCE = {
+    "3.8": {"sm_100": (1_440, 2_000), "sm_120": (1_608, 2_000)},
+    "3.9": {"sm_100": (1_416, 1_952), "sm_120": (1_592, 2_000)},
+}.get(triton_version(), {})
+
+
+@counted_with("3.8", "3.9")
+@pytest.mark.parametrize("arch", [*BUDGETS, *REACHED])
+def test_instructions_of_a_tile_stay_within_their_budget(arch):
+    inside, border, backward = (BUDGETS | REACHED)[arch]
+    ways = {row.kernel: row.per_tile for row in compile_case("swin", "bf16", arch)}
+    found = (*ways["_whole_window_fwd_kernel"], ways["_whole_window_bwd_kernel"][1])
+    assert found[0] <= inside
+    assert found[1] <= border
+    assert found[2] <= backward
+    if arch in REACHED:
+        assert found == REACHED[arch], "lower REACHED, so that it stays so"
+
+
+@counted_with("3.8", "3.9")
+@pytest.mark.parametrize("arch", [*BUDGETS, *REACHED])
+def test_instructions_of_a_tile_without_grad_stay_within_their_budget(arch):
+    plan = plans_of(CASES["swin"].but(dtype=DTYPES["bf16"]), KNOWN_GPUS[arch]).inference
+    step = plan.steps[0]
+    code = aot.read(aot.compile_step(step, plan.dtypes, KNOWN_GPUS[arch]))
+    row = Row("swin", "bf16", arch, step.kernel, "", step.config.num_warps, code)
+    inside, border, *_ = (BUDGETS | REACHED_INFERENCE)[arch]
+    assert row.per_tile[0] <= inside
+    assert row.per_tile[1] <= border
+    assert row.misfits() + row.spills() == []
+    if arch in REACHED_INFERENCE:
+        assert row.per_tile == REACHED_INFERENCE[arch], "lower it, so that it stays so"
+
+
+# the others of the speed table, whose heads and maps give other numbers; as many windows a program
+SHIFTED = [name for name in swin_cases() if name.endswith("shift 3") and name != "T1 shift 3"]
+
+
+@counted_with("3.8", "3.9")
+@thorough("test_machine_code.py::test_instructions_of_a_tile_stay_within_their_budget")
+@pytest.mark.parametrize("arch", BUDGETS)
+def test_every_shifted_case_of_the_speed_table_is_within_the_budget(arch):
+    inside, border, backward = BUDGETS[arch]
+    seen = {}
+    for name in SHIFTED:
+        for direction, launches in predict.launches_of(swin_cases()[name], CHIPS[arch]).items():
+            seen[name, direction] = launches[0]
+    over = {
+        key: (launch.inside, launch.border, launch.in_flight)
+        for key, launch in seen.items()
+        if launch.inside > (inside if key[1] == "forward" else backward)
+        or launch.border > (border if key[1] == "forward" else backward)
+    }
+    assert len(seen) == 2 * len(SHIFTED) == 16
+    assert not over
+
+
+# bytes of tokens on their way, forward without grad and backward; what was reached elsewhere: to be
+# raised, never lowered
+ENOUGH = {"sm_80": (23 * 1024, 23 * 1024), "sm_90": (23 * 1024, 23 * 1024)}
+REACHED_BYTES = {"sm_100": (18_816, 25_088), "sm_120": (18_816, 25_088)}
+
+
+@counted_with("3.8", "3.9")
+@pytest.mark.parametrize("arch", [*ENOUGH, *REACHED_BYTES])
+def test_enough_bytes_are_in_flight_to_keep_memory_busy(arch):
+    """4.3 TB/s for 0.7 µs are 23 KB on each of 132 multiprocessors."""
+    found = predict.launches_of(swin_cases()["T1 shift 3"], CHIPS[arch])
+    for launches, least in zip(found.values(), (ENOUGH | REACHED_BYTES)[arch]):
+        assert launches[0].in_flight >= least
+
+
+CODE = aot.Code(168, 0, 0, 28672, 1000, 6, (("FFMA", 300),), (("FFMA", 400),))
+
+
+def _row(arch: str = "sm_90", dtype: str = "bf16", warps: int = 4, **changes) -> Row:
+    code = aot.Code(**{**CODE.__dict__, **changes})
+    return Row("swin", dtype, arch, "_whole_window_fwd_kernel", "64×64", warps, code)
+
+
+@pytest.fixture
+def known(monkeypatch):
+    """The spills that are known of the Triton that is here: none."""
+    spills: dict[tuple[str, ...], int] = {}
+    monkeypatch.setattr(machine_code, "COUNTED", (triton_version(),))
+    monkeypatch.setattr(machine_code, "KNOWN_SPILLS", {triton_version(): spills})
+    return spills
+
+
+@pytest.mark.parametrize(
+    ("row", "defect"),
+    [
+        (_row(spills=2), "2 spills"),
+        (_row(stack=8), "8 bytes of stack"),
+        (_row(registers=255, warps=16), "131072 registers a program"),
+        (_row("sm_120", shared=100 * 1024), "shared memory"),
+        (_row(matrix=0), "no matrix instruction"),
+    ],
+    ids=["spill", "stack", "registers", "shared", "matrix"],
+)
+def test_a_defect_is_named(row, defect, known):
+    assert defect in "; ".join(row.misfits() + row.spills())
+
+
+def test_a_sound_row_has_no_defect_and_exact_fp32_needs_no_matrix_unit(known):
+    assert _row().misfits() + _row().spills() == []
+    assert _row(dtype="fp32", matrix=0).misfits() == []
+
+
+def test_known_spills_are_no_defect_until_they_change_and_are_in_the_report(known):
+    known["swin", "bf16", "sm_90", "_whole_window_fwd_kernel"] = 2
+    assert _row(spills=2, stack=8).spills() == []
+    assert "3 spills" in _row(spills=3, stack=8).spills()[0]
+    assert "lower KNOWN_SPILLS" in _row(spills=1, stack=8).spills()[0]
+    assert "swin, bf16, sm_90, `_whole_window_fwd_kernel`: 2 inst" in report([_row(spills=2)])
+
+
+def test_spills_of_a_triton_that_was_not_counted_are_refused(monkeypatch):
+    monkeypatch.setattr(machine_code, "COUNTED", ("2.0",))
+    with pytest.raises(ValueError, match=r"expected 2\.0, got"):
+        _row().spills()
+
+
+def test_the_report_has_a_table_for_each_architecture():
+    page = report([_row("sm_80"), _row("sm_90")])
+    assert page.index("## sm_80") < page.index("## sm_90")
+    assert "| 168 | 28,672 | 1,000 | 1,200 to 1,600 | 6 |" in page
+    assert "Nothing here was run or timed" in page
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("arch", ARCHS)
+def test_every_case_has_launches_for_every_architecture(arch, dtype):
+    gpu = KNOWN_GPUS[arch]
+    for case in (CASES | RARE).values():
+        launches = steps_of(case.but(dtype=DTYPES[dtype]), gpu, tf32=dtype == "tf32")
+        steps = [step for step, _ in launches]
+        assert len(steps) >= 2
+        for step in steps:
+            assert 0 < step.grid < 2**31
+            assert step.config.num_warps * gpu.warp_size <= 1024
+
+
+def test_one_kernel_compiles_for_every_architecture():
+    for arch in ARCHS:
+        gpu = KNOWN_GPUS[arch]
+        step, dtypes = next(steps_of(CASES["window 4"].but(dtype=DTYPES["fp16"]), gpu))
+        code = aot.read(aot.compile_step(step, dtypes, gpu))
+        assert code.registers > 0
+        assert code.matrix > 0
+        assert code.spills == code.stack == 0
+
+
+@pytest.mark.parametrize("arch", ["sm_80", "sm_90", "gfx942"])
+def test_what_does_not_fit_the_registers_is_seen(arch):
+    gpu = KNOWN_GPUS[arch]
+    step, dtypes = next(steps_of(CASES["head dim 128"].but(dtype=DTYPES["bf16"]), gpu))
+    crowded = replace(step, config=replace(step.config, num_warps=1))
+    code = aot.read(aot.compile_step(crowded, dtypes, gpu))
+    assert code.spills > 10
+    assert code.stack > 0
+
+
+@pytest.mark.parametrize("arch", ["sm_89", "sm_120"])
+def test_wide_heads_fit_where_shared_memory_is_small(arch):
+    gpu = KNOWN_GPUS[arch]
+    assert gpu.shared_memory < 100 * 1024
+    case = CASES["swin, window 12"].but(
+        head_dim=128, mask="soft", pads=True, size=(100, 100), dtype=DTYPES["bf16"]
+    )
+    for step, dtypes in steps_of(case, gpu):
+        assert aot.compile_step(step, dtypes, gpu).metadata.shared <= gpu.shared_memory
+
+
+def test_every_known_gpu_has_a_target():
+    for gpu in KNOWN_GPUS.values():
+        target = aot.target_of(gpu)
+        assert target.backend == ("hip" if gpu.arch.startswith("gfx") else "cuda")
+        assert target.warp_size == gpu.warp_size

@@ -1,0 +1,148 @@
+"""What the Triton kernels should take: the model, on machine code made up and compiled."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+
+pytest.importorskip("triton", reason="the Triton kernels cannot be compiled without Triton")
+
+from benchmarks.cases import swin_cases
+from benchmarks.codegen import predict
+from benchmarks.codegen.aot import Code
+from benchmarks.codegen.plans import plans_of
+from benchmarks.codegen.predict import CHIPS, Launch, demands, programs_at_once, tables
+from benchmarks.report.rows import Book, Row
+from swin_kernels.backends.triton.config import KNOWN_GPUS
+
+pytestmark = pytest.mark.slow
+
+H200 = CHIPS["sm_90"]
+CASE = swin_cases()["T1 shift 3"]
+TILES = 128 * 64 * 3  # windows, heads
+
+
+def test_each_instruction_is_charged_to_its_unit():
+    code = (
+        ("FFMA", 8),
+        ("LOP3.LUT", 4),
+        ("MUFU.EX2", 2),
+        ("LDS.128", 3),
+        ("LDSM.16.M88.4", 1),
+        ("HGMMA.64x64x16.F32.BF16", 1),
+        ("UMOV", 5),
+    )
+    found = demands(code, 4, H200)
+    assert found["issue"] == 24  # 96 instructions at four a clock
+    assert found["fp32"] == 4 * 8 * 32 / 128
+    assert found["arithmetic"] == 4 * 4 * 32 / 64
+    assert found["exp"] == 4 * 2 * 32 / 16
+    assert found["shared"] == 4 * (3 * 4 + 4)  # 128 bytes a clock
+    assert found["matrix"] == 2 * 64 * 64 * 16 / 4096  # four warps share an instruction
+    assert demands((("IMAD.WIDE", 8),), 4, H200)["fp32"] == 4 * 8 * 32 / 64  # half as fast
+    assert demands((("HMMA.16816.F32.BF16", 1),), 1, H200)["matrix"] == 2 * 16 * 8 * 16 / 4096
+
+
+@pytest.mark.parametrize(
+    ("registers", "shared", "warps", "programs"),
+    [(128, 28_672, 4, 4), (129, 28_672, 4, 3), (32, 100_000, 4, 2), (32, 0, 8, 8), (16, 0, 1, 32)],
+    ids=["registers", "registers are given out by eight", "shared memory", "warps", "programs"],
+)
+def test_programs_at_once_are_bound_by_what_runs_out_first(registers, shared, warps, programs):
+    code = Code(registers, 0, 0, shared, 1000, 6)
+    assert programs_at_once(code, warps, H200) == programs
+
+
+PRODUCT = ("HGMMA.64x64x16.F32.BF16", 1)
+
+
+def launch(code: Code, kernel: str) -> Launch:
+    plans = plans_of(CASE, KNOWN_GPUS["sm_90"])
+    step = next(s for plan in plans for s in plan.steps if kernel in s.kernel)
+    return predict.predict(step, code, H200, predict._sizes(CASE, plans), 2)
+
+
+def test_memory_is_every_tensor_once_and_seams_cut_their_share_of_windows():
+    trip = (("MUFU.EX2", 32), PRODUCT), (("MUFU.EX2", 64), PRODUCT)
+    found = launch(Code(128, 0, 0, 28_672, 65, 6, *trip), "_fwd_")
+    tokens = 128 * 56 * 56 * 96 * 2
+    read_and_written = 4 * tokens + 169 * 3 * 2  # map and table
+    assert found.seconds["memory"] == pytest.approx(read_and_written / 4.3e12)
+    border = 1 - (7 / 8) ** 2
+    clocks = TILES / 132 * 4 * 2 * (32 * (1 - border) + 64 * border)
+    assert found.seconds["exp"] == pytest.approx(clocks / 1.755e9, rel=0.05)  # programs are whole
+    assert found.in_flight == 4 * 49 * 32 * 2 * 3  # programs, tokens of q, k and v of one window
+    assert (found.inside, found.border) == (132, 260)
+
+
+def test_a_loop_of_two_stages_waits_for_each_of_its_loads():
+    plans = plans_of(CASE, KNOWN_GPUS["sm_90"])
+    step, sizes = plans.inference.steps[0], predict._sizes(CASE, plans)
+    trip = ("FADD", 1755), PRODUCT
+    code = Code(128, 0, 0, 28_672, 1756, 6, trip, trip)
+    found = {}
+    for stages in (1, 2, 3):
+        config = replace(step.config, loop_stages=stages)
+        found[stages] = predict.predict(replace(step, config=config), code, H200, sizes, 2)
+    assert found[1] == found[2]
+    assert found[3].in_flight == 2 * found[2].in_flight
+    waits = found[2].seconds["latency"] / found[3].seconds["latency"]
+    assert waits == pytest.approx(2 * (0.7e-6 + 1756 / 1.755e9) / 0.7e-6)
+
+
+def test_no_more_programs_are_in_flight_than_there_are():
+    few = CASE.but(batch=1, size=(7, 7), shift=(0, 0))
+    plans = plans_of(few, KNOWN_GPUS["sm_90"])
+    code = Code(128, 0, 0, 28_672, 65, 6, (PRODUCT,), (PRODUCT,))
+    sizes = predict._sizes(few, plans)
+    found = predict.predict(plans.inference.steps[0], code, H200, sizes, 2)
+    assert found.programs == 1
+    assert found.in_flight == 49 * 32 * 2 * 3
+
+
+def test_the_bound_is_what_takes_longest():
+    trip = ("FADD", 9000), PRODUCT
+    found = launch(Code(250, 0, 0, 28_672, 9001, 6, trip, trip), "_bwd_")
+    assert found.bound == "issue"
+    assert found.predicted == found.seconds["issue"] > found.seconds["memory"]
+
+
+@pytest.mark.parametrize("trip", [(), (("SYNCS", 6),)], ids=["unrolled", "a loop that waits"])
+def test_what_no_loop_tells_is_left_out(trip):
+    found = launch(Code(128, 0, 0, 28_672, 500, 6, trip, trip), "_fwd_")
+    assert found.seconds.keys() == {"memory", "issue", "latency"}
+    assert (found.inside, found.border) == (0, 0)
+    assert found.seconds["issue"] > 0
+    page = "\n".join(tables({("T1 shift 3", "sm_90"): {"forward": [found]}}))
+    assert "| – | – | – | – | – | memory |" in page
+
+
+def test_measured_medians_stand_beside_what_was_predicted(tmp_path, monkeypatch):
+    monkeypatch.setattr(predict, "RESULTS", tmp_path)
+    found = launch(Code(128, 0, 0, 28_672, 64, 6), "_fwd_")
+    key = ("T1 shift 3", "sm_90")
+    assert "| – | – |" in "\n".join(tables({key: {"forward": [found]}}))
+    book = Book(tmp_path / "gpu-h200.csv", {"machine": "NVIDIA H200"})
+    book.add(Row("T1 shift 3", "ours", "forward", 500.0))
+    book.add(Row("T1 shift 3", "ours, graph", "forward", found.predicted * 2e6))
+    page = "\n".join(tables({key: {"forward": [found]}}))
+    assert "| -50% |" in page
+    for name, machine, date in (
+        ("gpu-a.csv", "NVIDIA H200", "2027-01-01"),
+        ("gpu-z.csv", "NVIDIA H200", "2026-01-01"),
+        ("gpu-gh200.csv", "NVIDIA GH200 480GB", "2028-01-01"),
+    ):
+        other = Book(tmp_path / name, {"machine": machine, "date": date})
+        other.add(Row("T1 shift 3", "ours, graph", "forward", float(date[:4])))
+    assert predict.measured_seconds("T1 shift 3", H200, "forward") == pytest.approx(2027e-6)
+    other = "\n".join(tables({("T1 shift 3", "sm_80"): {"forward": [found]}}))
+    assert "| – | – |" in other  # another GPU's
+
+
+def test_the_first_stage_is_predicted_from_compiled_code(capsys, monkeypatch):
+    monkeypatch.setattr("sys.argv", ["predict", "--arch", "sm_90", "--case", "T1 shift 3"])
+    predict.main()
+    page = capsys.readouterr().out
+    assert "### sm_90: H200" in page
+    assert page.count("_whole_window_") == 2

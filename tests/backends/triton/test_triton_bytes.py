@@ -1,0 +1,184 @@
+"""Bytes that the Triton kernels load and store, counted lane by lane under the interpreter.
+
+C is the channels of all heads, N the tokens of a window, T the tiles that N takes. In half
+precision a pass over a map of C channels is 2C bytes a token.
+"""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+
+pytest.importorskip("triton")
+
+from triton_memory import guarded_launches
+
+from swin_kernels.backends.triton.config import INTERPRETER, Shape, config_for
+from swin_kernels.testing import Case, make_grad_out, make_operands, run
+
+pytestmark = pytest.mark.interpreted
+
+SHIFTS = pytest.mark.parametrize("shift", [(0, 0), (3, 3)], ids=["unshifted", "shifted"])
+HEADS, DIM = 2, 32
+PASS = 2 * HEADS * DIM  # bytes a token
+
+
+def _moved(counted):
+    return sum(counted.distinct_loaded.values()) + sum(counted.stored.values())
+
+
+def _traffic(case):
+    """Traffic by kernel, of a forward and a backward."""
+    traffic = {}
+    operands, grad_out = make_operands(case), make_grad_out(case)
+    with guarded_launches(traffic):
+        run(case, operands, grad_out, "triton")
+    return traffic
+
+
+def _runs(case, kernel):
+    shape = Shape(case.grid.tokens, DIM, DIM, case.dtype, case.batch * case.grid.windows, HEADS)
+    return math.ceil(
+        shape.windows
+        / config_for(kernel, shape, INTERPRETER).windows_per_program(shape, INTERPRETER)
+    )
+
+
+def _swin(shift, **changes):
+    case = Case(1, (28, 28), (7, 7), shift, HEADS, DIM, dtype=torch.float16, packed=True)
+    return case.but(bias="dense", layout="contiguous", **changes)
+
+
+@SHIFTS
+def test_whole_windows_move_8_bytes_a_channel_forward_and_14_backward(shift):
+    case = _swin(shift)
+    tokens, pairs = case.batch * math.prod(case.size), case.grid.tokens**2
+    # what the forward leaves: bias and mask for each of the ways that the shift cuts a window
+    tiles = HEADS * (4 if any(shift) else 1) * 64 * 64 * 4
+    traffic = _traffic(case)
+    forward, backward = (traffic[f"_whole_window_{name}_kernel"] for name in ("fwd", "bwd"))
+    biases = {name: _runs(case, name) * HEADS * pairs for name in ("forward", "backward")}
+    for counted, a_channel, shared in (
+        (forward, 8, HEADS * pairs * 2 + tiles),
+        (backward, 14, tiles + biases["backward"] * 4),  # partial sums are fp32
+    ):
+        expected = a_channel * HEADS * DIM * tokens + shared
+        assert abs(_moved(counted) - expected) <= 0.05 * expected
+        # no token is read or written twice
+        assert counted.loaded["query"] == counted.distinct_loaded["query"] == 3 * PASS * tokens
+        assert counted.stored == counted.distinct_stored
+    assert forward.stored["out"] == PASS * tokens
+    assert backward.loaded["grad_out"] == backward.distinct_loaded["grad_out"] == PASS * tokens
+    assert backward.stored["grad_query"] == 3 * PASS * tokens
+    # a head's bias is read once a run of windows, and its partial sum written once
+    assert forward.loaded["bias"] == biases["forward"] * 2
+    assert backward.stored["bias_sums"] == biases["backward"] * 4
+    # the backward reads a tile again for each window, from a cache
+    assert forward.stored["tiles"] == tiles
+    assert backward.distinct_loaded["tiles"] == tiles
+    assert backward.loaded["tiles"] == case.batch * case.grid.windows * HEADS * 64 * 64 * 4
+
+
+def test_128_tokens_move_8_bytes_a_channel_forward():
+    case = Case(1, (4, 14, 14), (2, 7, 7), (1, 3, 3), HEADS, DIM, dtype=torch.float16, packed=True)
+    case = case.but(bias="dense", layout="contiguous")
+    tokens, pairs = math.prod(case.size), case.grid.tokens**2
+    traffic = _traffic(case)
+    forward = traffic["_whole_window_fwd_kernel"]
+    expected = 8 * HEADS * DIM * tokens + 2 * HEADS * pairs + 8 * HEADS * tokens  # and `stats`
+    assert abs(_moved(forward) - expected) <= 0.05 * expected
+    assert forward.loaded["query"] == forward.distinct_loaded["query"] == 3 * PASS * tokens
+    assert "_tiled_dkv_kernel" in traffic
+
+
+def test_heads_of_64_channels_move_14_bytes_a_channel_backward():
+    case = _swin((0, 0)).but(head_dim=64)
+    tokens, pairs = math.prod(case.size), case.grid.tokens**2
+    counted = _traffic(case)["_whole_window_bwd_kernel"]
+    shared = HEADS * 64 * 64 * 4 + _runs(case, "backward") * HEADS * pairs * 4
+    expected = 14 * HEADS * 64 * tokens + shared
+    assert abs(_moved(counted) - expected) <= 0.05 * expected
+
+
+def test_padding_moves_nothing():
+    case = _swin((3, 3), pads=True).but(size=(26, 23))
+    tokens = case.batch * math.prod(case.size)
+    traffic = _traffic(case)
+    assert traffic["_whole_window_fwd_kernel"].loaded["query"] == 3 * PASS * tokens
+    assert traffic["_whole_window_fwd_kernel"].stored["out"] == PASS * tokens
+    assert traffic["_whole_window_bwd_kernel"].stored["grad_query"] == 3 * PASS * tokens
+
+
+@SHIFTS
+def test_tiles_read_the_other_side_once_a_tile(shift):
+    case = Case(1, (24, 12), (12, 12), (shift[0], 0), HEADS, DIM, dtype=torch.float16)
+    case = case.but(bias="dense", layout="contiguous")
+    n, tokens, windows = case.grid.tokens, math.prod(case.size), case.grid.windows
+    shape = Shape(n, DIM, DIM, case.dtype, windows, HEADS)
+    blocks = {
+        kernel: config_for(kernel, shape, INTERPRETER)
+        for kernel in ("tiled_forward", "dq", "dkv", "dbias")
+    }
+    tiles = {kernel: math.ceil(n / config.block_m) for kernel, config in blocks.items()}
+    assert set(tiles.values()) == {3}
+    a_pass, rows = PASS * tokens, 4 * HEADS * tokens  # rows: an fp32 number a token and head
+    # of the bias, spread once in fp32 to whole tiles of 64, a program reads those that it needs
+    assert {c.block_n for c in blocks.values()} == {64}
+    biases = windows * HEADS * 192 * 192 * 4
+    # only the one window that the seam cuts reads on which sides of it the tokens of a tile lie
+    sides = {"sides": HEADS * 3 * 3 * (64 + 64) * 4} if any(shift) else {}
+    traffic = _traffic(case)
+
+    # each tile of queries reads all keys and values
+    forward, t = traffic["_tiled_fwd_kernel"], tiles["tiled_forward"]
+    assert forward.loaded == {
+        "query": a_pass,
+        "key": t * a_pass,
+        "value": t * a_pass,
+        "spread_bias": biases,
+        **sides,
+    }
+    assert forward.stored == {"out": a_pass, "stats": 2 * rows}
+
+    dq, t = traffic["_tiled_dq_kernel"], tiles["dq"]
+    assert dq.loaded == {
+        "query": a_pass,
+        "grad_out": a_pass,
+        "out": a_pass,
+        "stats": 2 * rows,
+        "key": t * a_pass,
+        "value": t * a_pass,
+        "spread_bias": biases,
+        **sides,
+    }
+    assert dq.stored == {"grad_query": a_pass, "delta": rows}
+
+    # each tile of keys reads all queries, and what is saved of their rows
+    dkv, t = traffic["_tiled_dkv_kernel"], tiles["dkv"]
+    assert dkv.loaded == {
+        "key": a_pass,
+        "value": a_pass,
+        "query": t * a_pass,
+        "grad_out": t * a_pass,
+        "stats": 2 * t * rows,
+        "delta": t * rows,
+        "spread_bias": biases,
+        **sides,
+    }
+    assert dkv.stored == {"grad_key": a_pass, "grad_value": a_pass}
+
+    # each tile of the bias reads its queries and its keys of all windows
+    dbias, t = traffic["_tiled_dbias_kernel"], tiles["dbias"]
+    for name in ("query", "key", "value", "grad_out"):
+        assert dbias.loaded[name] == t * a_pass
+    assert dbias.loaded["stats"] == 2 * t * rows
+    assert dbias.loaded["delta"] == t * rows
+    assert dbias.stored["bias_sums"] == dbias.distinct_stored["bias_sums"]
+    assert dbias.stored["bias_sums"] % (HEADS * n * n * 4) == 0
+
+    for counted in (forward, dq, dkv, dbias):  # distinct, it is one pass each
+        for name in counted.loaded.keys() & {"query", "key", "value", "grad_out", "out"}:
+            assert counted.distinct_loaded[name] == a_pass
+        assert counted.stored == counted.distinct_stored

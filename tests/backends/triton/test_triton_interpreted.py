@@ -1,0 +1,330 @@
+"""What only Triton's interpreter lets one see of the kernels: every store, every saved bit."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from swin_kernels import shifted_window_attention
+from swin_kernels.backends.reference.dropout import dropout_factor
+from swin_kernels.backends.triton.config import INTERPRETER, Config, Shape, config_for
+from swin_kernels.ops.dispatch import BACKENDS
+from swin_kernels.problem import Operands, Problem
+from swin_kernels.testing import Case, call, check, make_grad_out, make_operands, run, with_grad
+
+pytest.importorskip("triton")
+
+from triton_interpreter import fast_interpreter
+
+from swin_kernels.backends.triton import kernel_args
+from swin_kernels.backends.triton.kernels import common
+
+pytestmark = pytest.mark.interpreted
+
+WHOLE = Case(2, (7, 5), (4, 4), (2, 2), heads=2, head_dim=16, bias="table", pads=True)
+TILES = Case(2, (90,), (70,), (20,), heads=1, head_dim=16, bias="table", pads=True, cosine=True)
+REGIMES = pytest.mark.parametrize("case", [WHOLE, TILES], ids=["whole", "tiles"])
+DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=["fp32", "fp16"])
+
+
+def _run(case):
+    return run(case, make_operands(case), make_grad_out(case), "triton")
+
+
+def _assert_same_bits(first, second, names=None):
+    assert torch.equal(first.out, second.out)
+    for name in names or first.grads:
+        assert torch.equal(first.grads[name], second.grads[name]), name
+
+
+@REGIMES
+@DTYPES
+def test_two_calls_give_the_same_bits(case, dtype):
+    case = case.but(dtype=dtype, dropout_p=0.2)
+    _assert_same_bits(_run(case), _run(case))
+
+
+@pytest.fixture
+def windows_a_program(monkeypatch):
+    """Sets how many windows a program takes, whatever the problem."""
+    from swin_kernels.backends.triton import calls
+
+    def forget():
+        calls._forward_run.cache_clear()
+        calls._backward_run.cache_clear()
+
+    def set_to(number):
+        monkeypatch.setattr(Config, "windows_per_program", lambda *args: number)
+        forget()
+
+    yield set_to
+    forget()
+
+
+@REGIMES
+@DTYPES
+def test_windows_do_not_depend_on_the_run_they_are_in(case, dtype, windows_a_program):
+    results = []
+    for number in (1, 3, 100):  # 3 divides neither number of windows
+        windows_a_program(number)
+        results.append(_run(case.but(dtype=dtype)))
+    for other in results[1:]:
+        _assert_same_bits(results[0], other, ("query", "key", "value"))
+        # sums over windows are cut elsewhere, and so rounded otherwise
+        torch.testing.assert_close(other.grads, results[0].grads, rtol=2e-3, atol=2e-3)
+
+
+@pytest.mark.parametrize("number", [1, 3, 100])
+def test_tiles_do_not_depend_on_the_windows_worked_on_at_once(number, monkeypatch):
+    """Every tile of every head and window has its program, also where the last ones are fewer."""
+    from swin_kernels.backends.triton import calls, plan_backward, plan_forward
+
+    def forget():
+        calls._forward_run.cache_clear()
+        calls._backward_run.cache_clear()
+
+    case = TILES.but(heads=2)  # 4 windows
+    usual = _run(case)
+    for module in (plan_forward, plan_backward):
+        monkeypatch.setattr(module, "at_once", lambda *args: {"windows_at_once": number})
+    forget()
+    _assert_same_bits(usual, _run(case))
+    forget()
+
+
+@pytest.mark.parametrize("axes", [1, 3])
+def test_seams_cut_windows_in_tiles_that_have_no_bias(axes):
+    shapes = {1: ((150,), (75,), (30,)), 3: ((4, 6, 6), (4, 6, 3), (1, 2, 1))}
+    case = Case(1, *shapes[axes], heads=1, head_dim=16, bias="none", layout="contiguous")
+    check(case, "triton")
+
+
+def test_a_forward_takes_128_queries_at_once():
+    case = Case(1, (16, 20), (16, 16), (0, 8), heads=1, head_dim=16, dtype=torch.float16)
+    case = case.but(bias="table", layout="contiguous")
+    shape = Shape(256, 16, 16, case.dtype, 2, 1)
+    assert config_for("tiled_forward", shape, INTERPRETER).block_m == 128
+    check(case, "triton")
+
+
+def test_numbers_of_plans_are_those_of_the_kernels():
+    assert common.LARGEST_LOGIT.value == kernel_args.LARGEST_LOGIT
+    kinds = (common.NO_BIAS, common.DENSE_BIAS, common.TABLE_BIAS, common.INDEXED_BIAS)
+    assert [kind.value for kind in kinds] == list(kernel_args.BIAS_KINDS.values())
+
+
+def test_backward_bias_sums_what_each_image_gives():
+    """`backward_bias`, of a run that ends within an image, against a call for each image."""
+    case = TILES.but(batch=3, bias="dense", cosine=False, pads=False, layout="contiguous")
+    operands, grad_out = make_operands(case), make_grad_out(case)
+    whole = run(case, operands, grad_out, "triton").grads["bias"]
+    parts = []
+    for image in range(3):
+        one = [x[image : image + 1] for x in operands[:3]]
+        few = operands._replace(query=one[0], key=one[1], value=one[2])
+        parts.append(run(case.but(batch=1), few, grad_out[image : image + 1], "triton").grads)
+    torch.testing.assert_close(whole, sum(p["bias"] for p in parts), rtol=1e-4, atol=1e-5)
+
+
+def test_channels_more_than_32_bits_apart_are_found():
+    apart = 2**24 + 2**20
+    memory = torch.empty(127 * apart + 16, dtype=torch.float16)  # its pages come only when touched
+    x = memory.as_strided((1, 16, 1, 128), (16, 1, 16, apart))
+    x.copy_(torch.randn(1, 16, 1, 128, generator=torch.Generator().manual_seed(0)))
+    out = shifted_window_attention(x, x, x, 16, backend="triton")
+    near = x.contiguous()
+    assert torch.equal(out, shifted_window_attention(near, near, near, 16, backend="triton"))
+
+
+def test_an_index_beyond_32_bits_is_not_taken_for_a_row():
+    x, table = torch.randn(1, 4, 1, 16), torch.randn(3, 1)
+    index = torch.zeros(4, 4, dtype=torch.int64)
+    index[2, 1] = 2**32 + 1
+    operands = Operands(x, x, x, bias_table=table, bias_index=index)
+    options = Problem.checked(operands._replace(bias_index=index * 0), 4).options
+    out, _ = BACKENDS["triton"].forward(operands, options, False)
+    assert out[0, 2].isnan().all()
+    assert not out[0, [0, 1, 3]].isnan().any()
+
+
+@REGIMES
+@pytest.mark.parametrize("layout", ["strided", "channels-inside"])
+def test_operands_are_left_as_they_were(case, layout):
+    case = case.but(layout=layout, mask="soft")
+    operands, grad_out = make_operands(case), make_grad_out(case)
+    given = [x for x in (*operands, grad_out) if x is not None]
+    # of the whole storage: what lies between the rows of a strided tensor is another's
+    whole = [x.new_empty(0).set_(x.untyped_storage()) for x in given]
+    before = [x.clone() for x in whole]
+    run(case, operands, grad_out, "triton")
+    assert all(map(torch.equal, whole, before))
+
+
+@REGIMES
+def test_no_buffer_is_read_before_it_is_written(case, monkeypatch):
+    filled_with_nan = _run(case)  # as all are in this session
+    empty, empty_like = torch.empty, torch.empty_like
+    monkeypatch.setattr(torch, "empty", lambda *a, **k: empty(*a, **k).fill_(7))
+    monkeypatch.setattr(torch, "empty_like", lambda *a, **k: empty_like(*a, **k).fill_(7))
+    filled_with_numbers = _run(case)
+    monkeypatch.undo()
+    _assert_same_bits(filled_with_nan, filled_with_numbers)
+    assert all(grad.isfinite().all() for grad in filled_with_nan.grads.values())
+
+
+@pytest.fixture
+def tensors_of_launches(monkeypatch):
+    """The tensors that the launches of a call were given, as they were before the first."""
+    from swin_kernels.backends.triton import calls
+    from swin_kernels.backends.triton.launcher import Run
+
+    seen, launch = [], Run.launch
+
+    def looked_at(launches, tensors, device):
+        seen.append({name: x.clone() for name, x in tensors.items()})
+        launch(launches, tensors, device)
+
+    monkeypatch.setattr(Run, "launch", staticmethod(looked_at))
+    calls._forward_run.cache_clear()
+    return seen
+
+
+def test_fresh_buffers_of_this_session_hold_nan(tensors_of_launches):
+    out = call(WHOLE, make_operands(WHOLE), "triton")
+    assert tensors_of_launches[0]["out"].isnan().all()
+    assert out.isfinite().all()
+
+
+@pytest.mark.parametrize("tokens", [9, 70], ids=["whole", "tiles"])
+@pytest.mark.parametrize("p", [0.1, 0.7])
+def test_dropped_probabilities_are_exactly_the_reference_s(tokens, p):
+    batch, windows, heads = 2, 2, 2
+    # equal logits, and values and gradients that are unit vectors: out is P, dV its transpose
+    query = torch.zeros(batch, windows * tokens, heads, tokens)
+    unit = torch.eye(tokens)[None, None, :, None].expand(batch, windows, -1, heads, -1)
+    value = unit.reshape(query.shape).clone().requires_grad_()
+    torch.manual_seed(2**40 + 3)
+    out = shifted_window_attention(query, query, value, tokens, dropout_p=p, backend="triton")
+    (d_value,) = torch.autograd.grad(out, value, value.detach())
+    torch.manual_seed(2**40 + 3)
+    seed = torch.randint(2**63 - 1, (1,), dtype=torch.int64)
+    kept = dropout_factor(seed, p, batch, windows, heads, tokens) > 0  # (B, nW, H, N, N)
+
+    def rows(x):
+        return x.detach().view(batch, windows, tokens, heads, tokens).transpose(2, 3)
+
+    assert torch.equal(rows(out) > 0, kept)
+    assert torch.equal(rows(d_value).mT > 0, kept)
+
+
+@REGIMES
+def test_a_few_tiles_are_saved_or_two_numbers_a_row_with_the_output(case):
+    operands, saved = with_grad(make_operands(case)), []
+    with torch.autograd.graph.saved_tensors_hooks(lambda x: saved.append(x) or x, lambda x: x):
+        out = call(case, operands, "triton")
+    given = {x.data_ptr() for x in operands if x is not None}
+    more = [x for x in saved if x.data_ptr() not in given]
+    if case is WHOLE:  # bias and mask of a head, for each of four ways that the shift cuts windows
+        assert [tuple(x.shape) for x in more] == [(2, 4, 16, 16)]
+    else:
+        assert [tuple(x.shape) for x in more] == [tuple(out.shape), (4, 1, 2 * 70)]
+        assert more[0].data_ptr() == out.data_ptr()
+    assert more[-1].dtype == torch.float32
+
+
+def test_whole_windows_without_bias_mask_or_idle_lanes_save_nothing():
+    case = Case(1, (8, 8), (4, 4))
+    operands, saved = with_grad(make_operands(case)), []
+    with torch.autograd.graph.saved_tensors_hooks(lambda x: saved.append(x) or x, lambda x: x):
+        call(case, operands, "triton")
+    assert {x.data_ptr() for x in saved} == {x.data_ptr() for x in operands[:3]}
+
+
+@REGIMES
+@pytest.mark.parametrize("packed", [False, True], ids=["separate", "packed"])
+def test_no_product_or_sum_of_integers_overflows(case, packed):
+    with fast_interpreter(overflow_checked=True):
+        _run(case.but(packed=packed, mask="soft", dropout_p=0.2))
+
+
+@REGIMES
+def test_without_gradients_nothing_is_kept(case, tensors_of_launches):
+    with torch.no_grad():
+        call(case, make_operands(case), "triton")
+    (tensors,) = tensors_of_launches
+    assert tensors.keys() & {"out", "stats", "tiles"} == {"out"}
+
+
+class TestGuard:
+    """The guard itself: what it must let pass, and what it must not."""
+
+    @staticmethod
+    def _launch(kernel, readable, writable, *arguments):
+        from triton_memory import Traffic, guarded
+
+        traffic = Traffic()
+        with guarded(readable, writable, traffic):
+            kernel[(1,)](*arguments)
+        return traffic
+
+    def test_active_lanes_inside_are_counted(self):
+        from triton_probes import copy_kernel
+
+        x, y = torch.arange(8.0), torch.empty(8)
+        traffic = self._launch(copy_kernel, {"x": x}, {"y": y}, x, y, 6, 1)
+        assert torch.equal(y[:6], x[:6])
+        assert traffic.loaded == {"x": 24}
+        assert traffic.stored == {"y": 24}
+
+    def test_a_second_read_is_not_distinct(self):
+        from triton_probes import copy_kernel
+
+        x, y = torch.arange(8.0), torch.empty(8)
+        traffic = self._launch(copy_kernel, {"x": x}, {"y": y}, x, y, 8, 0)
+        assert traffic.loaded == {"x": 32}
+        assert traffic.distinct_loaded == {"x": 4}
+
+    @pytest.mark.parametrize(
+        ("length", "step", "count", "message"),
+        [
+            (8, 1, 9, "outside of all tensors"),
+            (8, 2, 8, "outside of all tensors"),
+            (8, -1, 2, "outside of all tensors"),
+        ],
+    )
+    def test_a_lane_outside_raises(self, length, step, count, message):
+        from triton_probes import copy_kernel
+
+        x, y = torch.arange(float(length)), torch.empty(16)
+        with pytest.raises(Exception, match=message):
+            self._launch(copy_kernel, {"x": x}, {"y": y}, x, y, count, step)
+
+    def test_a_lane_between_the_rows_of_a_strided_tensor_raises(self):
+        from triton_probes import copy_kernel
+
+        x, y = torch.zeros(4, 5)[:, :3], torch.empty(16)
+        with pytest.raises(Exception, match="between the elements of"):
+            self._launch(copy_kernel, {"x": x}, {"y": y}, x, y, 4, 1)
+
+    def test_a_store_to_an_operand_raises(self):
+        from triton_probes import copy_kernel
+
+        x, y = torch.arange(8.0), torch.zeros(8)
+        with pytest.raises(Exception, match="store to y, which is read only"):
+            self._launch(copy_kernel, {"x": x, "y": y}, {}, x, y, 8, 1)
+        assert not y.any()
+
+    def test_an_atomic_raises(self):
+        from triton_probes import atomic_kernel
+
+        x = torch.zeros(8)
+        with pytest.raises(Exception, match="an atomic"):
+            self._launch(atomic_kernel, {}, {"x": x}, x)
+
+    def test_afterwards_the_interpreter_is_as_it_was(self):
+        from triton.runtime.interpreter import interpreter_builder
+        from triton_memory import guarded
+
+        with guarded({}, {}):
+            assert "create_masked_load" in vars(interpreter_builder)
+        assert "create_masked_load" not in vars(interpreter_builder)

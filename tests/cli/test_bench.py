@@ -1,0 +1,237 @@
+"""`python -m swin_kernels bench`: a model at a size of the user's, checked before it is timed."""
+
+from __future__ import annotations
+
+import os
+
+import pytest
+import torch
+from tiers import thorough
+from torch import nn
+
+pytest.importorskip("rich")
+timm = pytest.importorskip("timm")
+
+from swin_kernels.__main__ import main
+from swin_kernels.cli import bench, inputs
+from swin_kernels.testing import timing
+
+NAME = "swin_tiny_patch4_window7_224"
+
+
+@pytest.fixture
+def small(monkeypatch):
+    """A Swin of one stage in the place of every model, and peaks without other processes."""
+
+    def create(name, size=None):
+        size = size or (24, 24)
+        module = timm.models.swin_transformer.SwinTransformer(
+            img_size=size,
+            patch_size=2,
+            window_size=3,
+            embed_dim=16,
+            depths=(2,),
+            num_heads=(1,),
+            num_classes=10,
+        )
+        module.pretrained_cfg = {"input_size": (3, *size)}
+        return module
+
+    def peak_memory(spec, variants):
+        return {variant: dict.fromkeys(timing.STEPS, 3_000_000) for variant in variants}
+
+    monkeypatch.setattr(inputs, "create", create)
+    monkeypatch.setattr(timing, "peak_memory", peak_memory)
+
+
+def _rows(text: str) -> dict[str, list[str]]:
+    lines = (line.strip("| ").split("|") for line in text.splitlines() if line.count("|") > 3)
+    return {cells[0].strip(): [cell.strip() for cell in cells[1:]] for cells in lines}
+
+
+@pytest.mark.slow
+def test_model_at_a_size_is_checked_and_timed(cpu_kernels, capsys):
+    arguments = ["--size", "32x64", "--batch", "1", "--rounds", "2", "--threads", "1"]
+    assert main(["bench", "--model", NAME, *arguments]) == 0
+    out = capsys.readouterr().out
+    assert "batch of 1, 32×64, float32" in out
+    assert "backend cpu" in out
+    assert "replaced in 12 of 12 blocks" in out
+    assert "Within the error rule" in out
+    rows = _rows(out)
+    assert {"logits", "gradients", "each gradient", *timing.STEPS} <= rows.keys()
+    for step in timing.STEPS:
+        stock, patched, ratio, *peaks = rows[step]
+        assert float(stock.split()[0]) / float(patched.split()[0]) == pytest.approx(
+            float(ratio), abs=0.02
+        )
+        assert all(float(peak) > 0 for peak in peaks)
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_dtype_is_that_of_what_is_checked_and_timed(cpu_kernels, small, monkeypatch, dtype, capsys):
+    seen = set()
+    step = timing.STEPS["inference"]
+
+    def inference(module: nn.Module, images: torch.Tensor) -> None:
+        seen.add((images.dtype, next(module.parameters()).dtype))
+        step(module, images)
+
+    monkeypatch.setitem(timing.STEPS, "inference", inference)
+    assert main(["bench", "--dtype", dtype, "--batch", "6", "--rounds", "1"]) == 0
+    assert seen == {(getattr(torch, dtype),) * 2}
+    assert f"batch of 6, 24×24, {dtype}" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "compiler",
+    [
+        "eager",
+        pytest.param(
+            "inductor",
+            marks=thorough(
+                "test_bench.py::test_compiled_models_are_judged_by_their_logits_and_timed",
+                "test_patch_timm_running.py::test_compile_with_inductor_trains_as_eager",
+            ),
+        ),
+    ],
+)
+def test_compiled_models_are_judged_by_their_logits_and_timed(
+    compiler, cpu_kernels, small, monkeypatch, capsys
+):
+    compiling = torch.compile
+    monkeypatch.setattr(torch, "compile", lambda module: compiling(module, backend=compiler))
+    arguments = ["bench", "--compile", "--batch", "2", "--rounds", "1"]
+    assert main(arguments) == 0
+    out = capsys.readouterr().out
+    assert "float32, compiled" in out
+    assert "logits, compiled" in _rows(out)
+
+
+def test_wrong_results_are_not_timed_and_are_the_exit_code(cpu_kernels, small, monkeypatch, capsys):
+    make = timing.patched_copy
+
+    def wrong(module, images):
+        patched, report, backend = make(module, images)
+        with torch.no_grad():
+            patched.head.fc.bias += 1
+        return patched, report, backend
+
+    monkeypatch.setattr(timing, "patched_copy", wrong)
+    monkeypatch.setattr(timing, "time_in_turn", lambda *_: pytest.fail("was timed"))
+    assert main(["bench", "--rounds", "1"]) == 1
+    out = capsys.readouterr().out
+    assert "beyond the error rule: logits: largest error" in out
+    assert "÷ patched" not in out
+
+
+def test_without_a_known_peak_the_times_are_told(cpu_kernels, small, monkeypatch, capsys):
+    def failing(spec, variants):
+        raise RuntimeError("stock: out of memory")
+
+    monkeypatch.setattr(timing, "peak_memory", failing)
+    assert main(["bench", "--rounds", "1", "--batch", "1"]) == 0
+    out = capsys.readouterr().out
+    assert _rows(out)["inference"][-2:] == ["–", "–"]
+    assert "Peak memory could not be measured: stock: out of memory" in out
+
+
+def test_calls_alternate_and_few_images_are_checked(cpu_kernels, small, monkeypatch):
+    options = bench.argparse.ArgumentParser()
+    bench.add_options(options)
+    prepared = bench.prepare(options.parse_args(["--batch", "6", "--rounds", "2"]))
+    counts, run_once = [], timing.run_once
+    monkeypatch.setattr(timing, "run_once", lambda m, x: (counts.append(len(x)), run_once(m, x))[1])
+    assert bench.run(prepared) == 0
+    assert counts == [bench.CHECKED] * 3
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ("--model swin_tinyy", "nearest are swin_tiny_patch4_window7_224"),
+        ("--model resnet18", "no window attention found"),
+        ("--model resnet18 --size 64", "--size: resnet18 cannot be made for 64×64"),
+        ("--size 0", "argument --size: expected N or HxW, whole numbers of at least 1, got '0'"),
+        (
+            "--size 32xwide",
+            "argument --size: expected N or HxW, whole numbers of at least 1, got '32xwide'",
+        ),
+        ("--size 1", "cannot run on 4×3×1×1 float32"),
+        ("--model swinv2_tiny_window8_256 --size 1", "cannot be made for 1×1"),
+        (
+            "--model nowhere:make --size 24",
+            "--model: cannot call 'nowhere:make': ModuleNotFoundError",
+        ),
+        ("--model math:pi --size 24", "--model: cannot call 'math:pi': TypeError"),
+        ("--model builtins:list --size 24", "'builtins:list' returned list, no torch.nn.Module"),
+        ("--model somewhere:make", "--size: expected one, N or HxW, with a model of your own"),
+        ("--dtype int8", "invalid choice: 'int8'"),
+        ("--device foo", "--device: cannot use 'foo'"),
+        ("--batch 0", "whole number of at least 1, got '0'"),
+    ],
+)
+@pytest.mark.filterwarnings("ignore:swin_kernels.patch")
+def test_bad_input_gets_one_line_and_exit_code_2(arguments, message, capsys):
+    with pytest.raises(SystemExit) as stop:
+        main(["bench", *arguments.split()])
+    assert stop.value.code == 2
+    error = capsys.readouterr().err
+    assert message in error
+    assert error.count("\n") == 1
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="is about machines without one")
+def test_missing_cuda_device_is_named(capsys):
+    with pytest.raises(SystemExit) as stop:
+        main(["bench", "--device", "cuda"])
+    assert stop.value.code == 2
+    assert "--device: cannot use 'cuda'" in capsys.readouterr().err
+
+
+def test_models_without_a_working_kernel_say_so(small, monkeypatch, capsys):
+    make = timing.patched_copy
+    monkeypatch.setattr(timing, "patched_copy", lambda *x: (*make(*x)[:2], "none"))
+    with pytest.raises(SystemExit) as stop:
+        main(["bench"])
+    assert stop.value.code == 2
+    assert "no window of" in capsys.readouterr().err
+
+
+OWN = """
+import timm
+
+def make():
+    model = timm.models.swin_transformer.SwinTransformer(
+        img_size=24, patch_size=2, window_size=3, embed_dim=16, depths=(2,), num_heads=(1,),
+        num_classes=10)
+    model.head.fc.bias.data.fill_(3.0)
+    return model
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:swin_kernels.patch")
+def test_a_model_of_the_users_own_keeps_its_weights(cpu_kernels, tmp_path, monkeypatch, capsys):
+    (tmp_path / "own_swin.py").write_text(OWN)
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path), prepend=os.pathsep)  # of the peaks' processes
+    seen, prepare = [], bench.prepare
+
+    def prepared(options):
+        seen.append(prepare(options))
+        return seen[-1]
+
+    monkeypatch.setattr(bench, "prepare", prepared)
+    arguments = ["--size", "24", "--batch", "1", "--rounds", "2", "--threads", "1"]
+    assert main(["bench", "--model", "own_swin:make", *arguments]) == 0
+    out = capsys.readouterr().out
+    assert "own_swin:make" in out
+    assert "replaced in 2 of 2 blocks" in out
+    assert "Within the error rule" in out
+    assert all(
+        len(row) == 5 and "–" not in row[4]
+        for step, row in _rows(out).items()
+        if step in timing.STEPS
+    )
+    assert (seen[0].stock.head.fc.bias == 3).all()

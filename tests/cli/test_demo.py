@@ -1,0 +1,393 @@
+"""The demo: once whole, in a process of its own; its parts on a small model; what it refuses."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+pytest.importorskip("rich")
+pytest.importorskip("matplotlib")
+timm = pytest.importorskip("timm")
+
+from swin_kernels.__main__ import main
+from swin_kernels.backends import native
+from swin_kernels.cli import command, demo, inputs
+from swin_kernels.ops.dispatch import BACKENDS
+from swin_kernels.patch import patch
+from swin_kernels.testing import timing
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+@pytest.fixture(autouse=True)
+def offline(monkeypatch):
+    """No test waits for a connection."""
+    hub = pytest.importorskip("huggingface_hub.constants")
+    monkeypatch.setattr(hub, "HF_HUB_OFFLINE", True)
+
+
+@pytest.fixture(scope="module")
+def small():
+    """A Swin of two stages, 4×4 windows on 16×16 and 8×8 maps, as the demo holds it."""
+    torch.manual_seed(0)
+    module = timm.models.swin_transformer.SwinTransformer(
+        img_size=32,
+        patch_size=2,
+        window_size=4,
+        embed_dim=16,
+        depths=(2, 2),
+        num_heads=(2, 4),
+        num_classes=10,
+    )
+    inputs.spread_out(module)
+    weights = "random weights"
+    return inputs.Model(module.eval(), 32, 32, (0.5,) * 3, (0.5,) * 3, 0.9, False, weights)
+
+
+@pytest.fixture
+def prepared(small, tmp_path):
+    photo = torch.rand(3, 40, 50, generator=torch.Generator().manual_seed(1))
+    patched = copy.deepcopy(small.module)
+    report = patch(patched)
+    images = inputs.make_batch(photo, small, 3)
+    picture = tmp_path / "small.png"
+    return demo.Prepared(
+        "small", Path("photo.png"), photo, images, small, patched, report, "cpu", 2, picture
+    )
+
+
+def _outcomes(prepared):
+    exact = copy.deepcopy(prepared.model.module).double()
+    modules = (prepared.patched, prepared.model.module, exact)
+    return [timing.run_once(module, prepared.images) for module in modules]
+
+
+@pytest.mark.slow
+def test_whole_demo_prints_its_tables_and_writes_the_picture(tmp_path):
+    command = [sys.executable, "-m", "swin_kernels", "demo", "--rounds", "1", "--batch", "1"]
+    done = subprocess.run(
+        [*command, "--threads", "1", "--out", str(tmp_path)],
+        check=False,
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+        env={**os.environ, "HF_HUB_OFFLINE": "1"},
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    rows = {line.split("|")[1].strip() for line in done.stdout.splitlines() if line.count("|") > 3}
+    assert {
+        "logits",
+        "gradients",
+        "each gradient",
+        "inference",
+        "attention alone",
+        "training step",
+        "peak memory, inference",
+        "peak memory, training step",
+    } <= rows
+    first = done.stdout.splitlines()[0]
+    assert f"torch {torch.__version__}" in first
+    assert "1 thread " in first
+    assert "backend " in first
+    assert "replaced in 12 of 12 blocks" in done.stdout
+    assert "173 parameters" in done.stdout
+    assert "Within the error rule" in done.stdout
+    assert done.stdout.count("\n") <= 33  # with what `make` prints before it at most 40
+    assert "Traceback" not in done.stderr
+    (picture,) = tmp_path.iterdir()
+    assert picture.name == "swin_tiny_patch4_window7_224.png"
+    assert picture.read_bytes().startswith(b"\x89PNG")
+
+
+def test_counted_backends_sees_the_path_and_leaves_no_trace(prepared):
+    expected = "cpu" if native.CPU_OBJECT.error is None else "reference"
+    with timing.counted_backends() as calls:
+        timing.inference_step(prepared.patched, prepared.images)
+    assert dict(calls) == {expected: 4}
+    timing.inference_step(prepared.patched, prepared.images)
+    assert dict(calls) == {expected: 4}
+    assert all("forward" not in vars(backend) for backend in BACKENDS.values())
+
+
+def test_spread_out_weights_give_every_bias_table_a_gradient(prepared):
+    grads = timing.run_once(prepared.model.module, prepared.images).grads
+    tables = [grad for name, grad in grads.items() if name.endswith("bias_table")]
+    assert len(tables) == 4
+    assert all(grad.abs().max() > 1e-6 for grad in tables)
+
+
+def test_patched_keeps_the_error_rule(prepared):
+    differences = timing.compare(*_outcomes(prepared))
+    assert [d.complaint for d in differences] == [None] * 3
+
+
+def test_wrong_gradient_of_one_small_parameter_is_found(prepared):
+    patched, stock, exact = _outcomes(prepared)
+    name = "layers.0.blocks.0.attn.relative_position_bias_table"
+    assert exact.grads[name].abs().max() < 1e-2 * max(g.abs().max() for g in exact.grads.values())
+    patched.grads[name].mul_(1.001)
+    logits, _, relative = timing.compare(patched, stock, exact)
+    assert logits.complaint is None
+    assert relative.complaint is not None
+    assert relative.patched_exact == pytest.approx(1e-3, rel=0.1)
+
+
+def test_nan_is_beyond_the_error_rule(prepared):
+    patched, stock, exact = _outcomes(prepared)
+    patched.logits[0, 0] = float("nan")
+    assert timing.compare(patched, stock, exact)[0].complaint is not None
+
+
+def _run_with(monkeypatch, prepared, complaint: str | None) -> int:
+    differences = [timing.Difference("logits", 1e-7, 1e-7, 1e-7, 2.0, complaint)]
+    results = demo.Results(differences, {"inference": {"stock": 0.2, "patched": 0.1}}, ["a remark"])
+    monkeypatch.setattr(demo, "_measure", lambda p, console: results)
+    return demo.run(prepared)
+
+
+def test_run_returns_1_and_says_so_beyond_the_error_rule(monkeypatch, prepared, capsys):
+    assert _run_with(monkeypatch, prepared, "error=1 exceeds") == 1
+    out = capsys.readouterr().out
+    assert "beyond the error rule: error=1 exceeds" in out
+    assert "Within the error rule" not in out
+
+
+def test_run_says_that_the_reference_backend_is_not_faster(monkeypatch, prepared, capsys):
+    assert _run_with(monkeypatch, prepared._replace(backend="reference"), None) == 0
+    out = capsys.readouterr().out
+    assert "backend reference" in out
+    assert "is not faster" in out
+    assert "| 200 ms |  100 ms |            2.00 |" in out
+    assert "a remark" in out
+
+
+def test_picture_shows_the_last_shifted_block(prepared):
+    name, grid = inputs.last_shifted_grid(prepared.model.module)
+    assert name == "layers.1.blocks.1"
+    assert (grid.size, grid.window, grid.shift) == ((8, 8), (4, 4), (2, 2))
+    assert str(prepared.picture) in demo._draw(prepared)
+    assert prepared.picture.stat().st_size > 0
+
+
+def test_times_are_taken_in_turn_and_modules_left_in_evaluation_mode(prepared):
+    modules, ticks = {"stock": prepared.model.module, "patched": prepared.patched}, []
+    times = timing.time_in_turn(
+        "training step", modules, prepared.images, 2, lambda: ticks.append(1)
+    )
+    assert set(times) == set(modules)
+    assert all(len(x) == 2 and min(x) > 0 for x in times.values())
+    assert len(ticks) == 6
+    assert not any(
+        m.training or any(p.grad is not None for p in m.parameters()) for m in modules.values()
+    )
+
+
+def test_process_that_measures_memory_and_fails_gives_its_last_words():
+    with pytest.raises(RuntimeError, match="no_such_model"):
+        timing.peak_memory(timing.Spec.of("no_such_model", torch.zeros(1)), ("stock",))
+
+
+@pytest.mark.parametrize("size", [(32, 32), (32, 48), (301, 200)])
+def test_crop_has_the_size_asked_for(size):
+    assert inputs.central_crop(torch.rand(3, 37, 61), *size, 0.9).shape == (3, *size)
+
+
+def test_photo_is_a_file_that_a_package_ships():
+    photo = inputs.find_photo()
+    pixels = inputs.read_photo(photo)
+    assert pixels.shape[0] == 3
+    assert 0 <= pixels.min() < pixels.max() <= 1
+
+
+def test_without_a_photo_the_error_says_what_to_install(monkeypatch):
+    monkeypatch.setattr(inputs, "SHIPPED", {"no_such_package_here": ("x.png",)})
+    with pytest.raises(FileNotFoundError, match="pip install scikit-image"):
+        inputs.find_photo()
+
+
+def test_without_a_package_the_error_says_what_to_install():
+    needs = {"torch": "torch", "no_such_package_here": "some-package"}
+    with pytest.raises(ImportError, match="the demo needs some-package: pip install some-package"):
+        command.check_packages(needs, "the demo")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ("--model swin_tinyy", "nearest are swin_tiny_patch4_window7_224"),
+        ("--model swin_tiny_patch4_window7_224.bogus", "expected one of ms_in1k, ms_in22k"),
+        ("--model swin_base_patch4_window7_224_in22k.bogus", "no pretrained tag 'bogus'"),
+        ("--model resnet18", "no window attention found"),
+        ("--image no/such.jpg", "--image: expected a photo, but there is no file 'no/such.jpg'"),
+        ("--image tests", "--image: expected a photo, but there is no file 'tests'"),
+        (f"--image {__file__}", "is not an image; expected a PNG or JPEG"),
+        ("--batch 0", "whole number of at least 1, got '0'"),
+        ("--batch 2.5", "whole number of at least 1, got '2.5'"),
+        ("--batch", "expected one argument"),
+        ("--batch 99999999999999999999", "of memory; expected at most"),
+        ("--rounds many", "whole number of at least 1, got 'many'"),
+        ("--threads -1", "whole number of at least 1, got '-1'"),
+        ("--threads 100000", f"expected at most {os.cpu_count()}, the CPUs of this machine"),
+        ("--device foo", "--device: cannot use 'foo': expected cpu, cuda or cuda:N"),
+        ("--device mps", "--device: cannot use 'mps': expected cpu, cuda or cuda:N"),
+        ("--device cuda:99", "--device: cannot use 'cuda:99': "),
+        ("--out setup.py/x", "--out: cannot write into 'setup.py/x': Not a directory"),
+        ("--out setup.py", "--out: cannot write into 'setup.py': File exists"),
+        (
+            "--no-such-option",
+            "--no-such-option; `python -m swin_kernels demo --help` lists the options",
+        ),
+        ("photo.jpg", "unrecognized arguments: photo.jpg"),
+    ],
+)
+def test_bad_input_gets_one_line_and_exit_code_2(arguments, message, monkeypatch, capsys):
+    monkeypatch.chdir(ROOT)
+    _refused(["demo", *arguments.split()], message, capsys)
+
+
+def _refused(arguments: list[str], message: str, capsys) -> None:
+    with pytest.raises(SystemExit) as stop:
+        main(arguments)
+    assert stop.value.code == 2
+    error = capsys.readouterr().err
+    assert message in error
+    assert error.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ("", "expected a command: demo, bench, explain or picture"),
+        ("paint", "invalid choice: 'paint'"),
+        ("--wat", "unrecognized arguments: --wat"),
+        ("explain demo", "unrecognized arguments: demo"),
+        ("explain --device cpu", "unrecognized arguments: --device cpu"),
+        ("bench --batch 99999999999999", "--batch: 99999999999999 images of 224×224 do not fit"),
+        ("bench --size 224x", "--size: expected N or HxW, whole numbers of at least 1, got '224x'"),
+        ("bench --size 1x2x3", "whole numbers of at least 1, got '1x2x3'"),
+        ("bench --size 100000 --batch 1", "--batch: 1 images of 100000×100000 do not fit"),
+        ("picture --size six 6", "argument --size: expected a whole number, got 'six'"),
+        ("picture --size 6", "argument --size: expected 2 arguments"),
+        ("picture --out setup.py/x.png", "--out: cannot write 'setup.py/x.png': "),
+    ],
+)
+def test_bad_command_lines_get_one_line_and_exit_code_2(arguments, message, monkeypatch, capsys):
+    monkeypatch.chdir(ROOT)
+    _refused(arguments.split(), message, capsys)
+
+
+def test_cut_photo_is_named(tmp_path, capsys):
+    (tmp_path / "cut.png").write_bytes(inputs.find_photo().read_bytes()[:2000])
+    _refused(["demo", "--image", str(tmp_path / "cut.png")], "that cannot be read", capsys)
+
+
+def test_picture_is_not_written_into_an_unnamed_folder(capsys):
+    _refused(["demo", "--out", ""], "--out: expected a folder, got an empty name", capsys)
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "message"),
+    [
+        (KeyboardInterrupt(), 130, "interrupted"),
+        (OSError(28, "No space left on device", "x.png"), 1, "x.png: No space left on device"),
+        (
+            RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: 99 bytes"),
+            2,
+            "not enough memory: expected a smaller --batch or --size",
+        ),
+    ],
+    ids=["interrupt", "disk", "memory"],
+)
+def test_what_stops_a_run_gets_one_line(monkeypatch, capsys, error, code, message):
+    def stopped(prepared):
+        raise error
+
+    monkeypatch.setattr(demo, "prepare", lambda options: None)
+    monkeypatch.setattr(demo, "run", stopped)
+    with pytest.raises(SystemExit) as stop:
+        main(["demo"])
+    assert stop.value.code == code
+    said = capsys.readouterr().err
+    assert message in said
+    assert said.count("\n") == 1
+
+
+def test_errors_of_ours_keep_their_traceback(monkeypatch):
+    def broken(prepared):
+        raise RuntimeError("an index is out of range")
+
+    monkeypatch.setattr(demo, "prepare", lambda options: None)
+    monkeypatch.setattr(demo, "run", broken)
+    with pytest.raises(RuntimeError, match="out of range"):
+        main(["demo"])
+
+
+def test_attention_clock_sees_part_of_every_pass_and_leaves_no_trace(prepared):
+    modules = [prepared.model.module, prepared.patched]
+    with contextlib.ExitStack() as stack:
+        clocks = [stack.enter_context(timing.attention_clock(module)) for module in modules]
+        with timing.counted_backends() as calls:
+            times = timing.time_in_turn(
+                "inference", dict(zip("ab", modules)), prepared.images, 2, lambda: None
+            )
+    assert sum(calls.values()) == 4 * 3  # the patched model stays on its kernels
+    for seconds, attention in zip(times.values(), clocks):
+        assert len(attention) == 3
+        assert all(0 < part < whole for part, whole in zip(attention[1:], seconds))
+    for module in modules:
+        assert not any(m._forward_hooks or m._forward_pre_hooks for m in module.modules())
+
+
+@pytest.mark.parametrize(("slowest", "unreliable"), [(1.2, False), (1.5, True)])
+def test_times_that_vary_are_said_to_be_unreliable(monkeypatch, prepared, slowest, unreliable):
+    samples = {name: [1.0, 1.0, 1.0, slowest, slowest] for name in ("stock", "patched")}
+    monkeypatch.setattr(timing, "time_in_turn", lambda *_: samples)
+    monkeypatch.setattr(timing, "attention_clock", lambda _: contextlib.nullcontext([9.0, 0.5]))
+    monkeypatch.setattr(
+        timing, "peak_memory", lambda *_: {x: dict.fromkeys(timing.STEPS, 1) for x in samples}
+    )
+    results = demo._measure(prepared, command.make_console())
+    assert results.costs["inference"] == {"stock": 1.0, "patched": 1.0}
+    assert results.costs["attention alone"] == {"stock": 0.5, "patched": 0.5}
+    assert any("Unreliable times" in remark for remark in results.remarks) is unreliable
+
+
+def test_progress_without_a_terminal_is_a_line_now_and_then(monkeypatch, capsys):
+    monkeypatch.setattr(command, "_FIRST_LINE", -1.0)
+    console = command.make_console()
+    with command.progress(console, 4) as bar:
+        bar.say("time, inference")
+        monkeypatch.setattr(bar, "due", 1e9)
+        bar.tick()
+    assert capsys.readouterr().out == "time, inference, step 0 of 4, 0 s\n"
+
+
+@pytest.mark.parametrize("tag", ["", ".ms_in22k"])
+def test_known_pretrained_tag_is_accepted(tag):
+    inputs.check_name(f"swin_tiny_patch4_window7_224{tag}")
+
+
+def test_unknown_pretrained_tag_is_refused_before_anything_is_done(monkeypatch, tmp_path):
+    monkeypatch.setattr(inputs, "read_photo", lambda path: pytest.fail("a photo was read"))
+    out = tmp_path / "new"
+    with pytest.raises(SystemExit):
+        main(["demo", "--model", "swin_tiny_patch4_window7_224.bogus", "--out", str(out)])
+    assert not out.exists()
+
+
+def test_as_many_threads_as_cpus_are_accepted():
+    assert command.threads(str(os.cpu_count())) == os.cpu_count()
+
+
+def test_explain_command_prints_what_explain_says(capsys):
+    import swin_kernels
+
+    assert main(["explain"]) == 0
+    assert capsys.readouterr().out == swin_kernels.explain() + "\n"

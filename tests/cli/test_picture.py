@@ -1,0 +1,299 @@
+"""The pictures: what they draw of a grid, that they can be saved, and what they refuse."""
+
+from __future__ import annotations
+
+import re
+import sys
+
+import pytest
+import torch
+
+from swin_kernels.__main__ import main
+from swin_kernels.geometry import Grid
+from swin_kernels.models import SwinTransformer, SwinTransformerV2, state_dict_for
+from swin_kernels.models.biases import learnt_bias
+from swin_kernels.position_bias import bias_from_table, relative_position_index
+
+pytest.importorskip("matplotlib")
+
+from swin_kernels.cli import picture
+
+CLASSIC = Grid.checked((6, 6), 3, 2)
+# the nine regions of a 6×6 map, window 3, shift 2, after the roll
+CLASSIC_REGIONS = [
+    [0, 0, 0, 1, 2, 2],
+    [0, 0, 0, 1, 2, 2],
+    [0, 0, 0, 1, 2, 2],
+    [3, 3, 3, 4, 5, 5],
+    [6, 6, 6, 7, 8, 8],
+    [6, 6, 6, 7, 8, 8],
+]
+PNG_MAGIC = b"\x89PNG\r\n\x1a\n"
+
+GRIDS = {
+    "6x6-w3-s2": CLASSIC,
+    "14x14-w7-s3": Grid.checked((14, 14), 7, 3),
+    "10x12-w4-s2-padded": Grid.checked((10, 12), 4, 2, pad_order="roll-pad"),
+    "8x8-w4-s2-periodic": Grid.checked((8, 8), 4, 2, periodic=(False, True)),
+    "8x8-w4-unshifted": Grid.checked((8, 8), 4, 0),
+}
+
+
+def _drawn_numbers(ax) -> list[list[int]]:
+    """The digits that an axes shows, by row."""
+    places = {(t.get_position()[1], t.get_position()[0]): int(t.get_text()) for t in ax.texts}
+    rows = sorted({row for row, _ in places})
+    return [[places[p] for p in sorted(places) if p[0] == row] for row in rows]
+
+
+def _saved(figure, path) -> bytes:
+    figure.savefig(path)
+    return path.read_bytes()
+
+
+def test_classic_regions_are_the_nine_of_the_paper():
+    assert CLASSIC.region_map().tolist() == CLASSIC_REGIONS
+    before, after = picture.region_figure(CLASSIC).axes
+    assert _drawn_numbers(after) == CLASSIC_REGIONS
+    # rolling the map as it is by −2 gives the same
+    assert torch.tensor(_drawn_numbers(before)).roll((-2, -2), (0, 1)).tolist() == CLASSIC_REGIONS
+
+
+def test_padding_gets_no_region_number():
+    grid = GRIDS["10x12-w4-s2-padded"]
+    before, after = picture.region_figure(grid).axes
+    assert len(before.texts) == 10 * 12
+    assert len(after.texts) == 10 * 12  # of 12 × 12 tokens
+
+
+@pytest.mark.parametrize("grid", GRIDS.values(), ids=GRIDS)
+@pytest.mark.parametrize("draw", [picture.region_figure, picture.mask_figure, picture.shift_figure])
+def test_figures_of_a_grid_are_written_as_png(draw, grid, tmp_path):
+    assert _saved(draw(grid), tmp_path / "x.png").startswith(PNG_MAGIC)
+
+
+def test_mask_figure_draws_each_distinct_mask_once_and_counts_it():
+    titles = [ax.get_title() for ax in picture.mask_figure(Grid.checked((28, 28), 7, 3)).axes]
+    assert titles == [
+        "window 0, 8 more alike",
+        "window 3, 2 more alike",
+        "window 12, 2 more alike",
+        "window 15",
+    ]
+
+
+def test_mask_panel_is_dark_exactly_where_the_mask_is():
+    from matplotlib.colors import to_rgb
+
+    panels = picture.mask_figure(CLASSIC).axes
+    dark = torch.tensor(to_rgb(picture.MASKED_COLOUR))
+    for ax, mask in zip(panels, CLASSIC.shift_mask(), strict=True):
+        image = torch.as_tensor(ax.images[0].get_array()).float()
+        assert torch.equal((image - dark).abs().amax(-1) < 1e-6, mask != 0)
+
+
+def test_photo_figure_is_written_and_shows_three_panels(tmp_path):
+    grid = Grid.checked((14, 10), 7, 3, pad_order="roll-pad")
+    photo = torch.randint(256, (14 * 8 + 3, 10 * 8, 3), dtype=torch.uint8).numpy()
+    figure = picture.photo_figure(photo, grid, "a model")
+    assert len(figure.axes) == 3
+    assert _saved(figure, tmp_path / "x.png").startswith(PNG_MAGIC)
+
+
+def test_rolled_photo_is_the_photo_rolled():
+    grid = Grid.checked((4, 6), 2, 1)
+    photo = torch.arange(8 * 18 * 3).view(8, 18, 3)
+    rolled = picture._rolled(photo, grid, (2, 3))
+    assert torch.equal(rolled, photo.roll((-2, -3), (0, 1)))
+
+
+@pytest.mark.parametrize("heads", [1, 3, 12])
+def test_bias_figure_has_a_panel_a_head_on_one_scale(heads, tmp_path):
+    figure = picture.bias_figure(torch.randn(heads, 9, 9, requires_grad=True))
+    limits = {ax.images[0].get_clim() for ax in figure.axes if ax.get_title().startswith("head")}
+    panels = [ax for ax in figure.axes if ax.get_title().startswith("head")]
+    assert len(panels) == heads
+    assert len(limits) == 1
+    assert _saved(figure, tmp_path / "x.png").startswith(PNG_MAGIC)
+
+
+def test_bias_of_another_shape_is_refused():
+    with pytest.raises(ValueError, match=r"expected \(H, N, N\), got \(4, 9\)"):
+        picture.bias_figure(torch.zeros(4, 9))
+
+
+@pytest.mark.parametrize("size", [(8,), (4, 4, 4)], ids=["1d", "3d"])
+def test_other_than_two_axes_are_refused(size):
+    with pytest.raises(ValueError, match="expected a grid of 2 axes"):
+        picture.shift_figure(Grid.checked(size, 4, 2))
+
+
+def test_photo_of_too_few_pixels_is_refused():
+    with pytest.raises(ValueError, match="at least"):
+        picture.photo_figure(torch.zeros(4, 4, 3, dtype=torch.uint8).numpy(), CLASSIC)
+
+
+def test_without_matplotlib_the_error_says_what_to_install(monkeypatch):
+    for name in [n for n in sys.modules if n.partition(".")[0] == "matplotlib"]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    with pytest.raises(ImportError, match="pip install matplotlib"):
+        picture.region_figure(CLASSIC)
+
+
+def test_picture_command_writes_the_classic(tmp_path, capsys):
+    path = tmp_path / "new" / "x.png"
+    command = ["picture", "--size", "6", "6", "--window", "3", "--shift", "2", "--out"]
+    assert main([*command, str(path)]) == 0
+    assert path.read_bytes().startswith(PNG_MAGIC)
+    assert capsys.readouterr().out == f"{path}\n"
+
+
+@pytest.mark.parametrize(("only", "panels"), [("regions", 2), ("masks", 4)])
+def test_picture_command_draws_one_of_the_two_as_svg(only, panels, tmp_path):
+    path = tmp_path / "x.svg"
+    assert main(["picture", "--only", only, "--out", str(path)]) == 0
+    text = path.read_text()
+    assert "<svg" in text
+    assert len(re.findall(r'id="axes_\d+"', text)) == panels
+
+
+BIASES = {
+    "table": (SwinTransformer, "timm", None),
+    "network": (SwinTransformerV2, "authors", None),
+    "network, window given": (SwinTransformerV2, "transformers-old", 4),
+}
+
+
+@pytest.mark.parametrize("kind", BIASES)
+def test_picture_command_draws_the_bias_of_a_checkpoint(kind, tmp_path, monkeypatch, capsys):
+    cls, layout, window = BIASES[kind]
+    torch.manual_seed(0)
+    model = cls(embed_dim=16, depths=(2, 2), num_heads=(2, 4), window_size=4, img_size=32)
+    file = tmp_path / "weights.pt"
+    torch.save({"model": state_dict_for(model, layout)}, file)
+    drawn = []
+    bias_figure = picture.bias_figure
+    monkeypatch.setattr(picture, "bias_figure", lambda *a: drawn.append(a) or bias_figure(*a))
+    command = [
+        "picture",
+        "--bias",
+        str(file),
+        "--block",
+        "1",
+        "1",
+        "--out",
+        str(tmp_path / "x.png"),
+    ]
+    if window:
+        with pytest.raises(SystemExit):
+            main(command)
+        assert "does not tell the window of its bias" in capsys.readouterr().err
+        command += ["--window", str(window)]
+    assert main(command) == 0
+    attention = model.layers[1].blocks[1].attn
+    if cls is SwinTransformer:
+        table = attention.relative_position_bias_table
+    else:
+        table = 16 * torch.sigmoid(attention.cpb_mlp(attention.relative_coords_table))
+    ((bias, title),) = drawn
+    expected = bias_from_table(table, relative_position_index((4, 4)))
+    torch.testing.assert_close(bias, expected.detach())
+    assert title == "Stage 1, block 1 of weights.pt"
+    command[command.index("--block") + 1] = "7"
+    with pytest.raises(SystemExit):
+        main(command)
+    assert "block 1 of stage 7" in capsys.readouterr().err
+
+
+def test_a_table_of_no_square_window_asks_for_its_window(tmp_path):
+    name = "layers.0.blocks.0.attn.relative_position_bias_table"
+    state = {"patch_embed.proj.weight": torch.zeros(8, 3, 4, 4), name: torch.randn(7 * 13, 2)}
+    with pytest.raises(ValueError, match="table of 91 rows"):
+        learnt_bias(state, 0, 0)
+    with pytest.raises(ValueError, match="table of 91 rows"):
+        learnt_bias(state, 0, 0, (5, 5))
+    expected = bias_from_table(state[name], relative_position_index((4, 7)))
+    assert torch.equal(learnt_bias(state, 0, 0, (4, 7)), expected)
+
+
+@pytest.mark.parametrize("name", ["x", ".png", "x.PNG", "x.y.png"])
+def test_picture_command_writes_the_file_it_names(name, tmp_path, capsys):
+    path = tmp_path / name
+    assert main(["picture", "--out", str(path)]) == 0
+    assert capsys.readouterr().out == f"{path}\n"
+    assert [x.name for x in tmp_path.iterdir()] == [name]
+    assert path.read_bytes().startswith(PNG_MAGIC)
+
+
+@pytest.mark.parametrize(
+    ("out", "got"),
+    [("", "an empty name"), (".", "the directory '.'"), ("new/", "the directory 'new/'")],
+)
+def test_picture_command_refuses_what_is_no_file(out, got, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit) as stop:
+        main(["picture", "--out", out])
+    assert stop.value.code == 2
+    error = capsys.readouterr().err
+    assert f"--out: expected a file to write, such as x.png, got {got}" in error
+    assert error.count("\n") == 1
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        ("--mask-value -inf", float("-inf")),
+        ("--mask-value=-inf", float("-inf")),
+        ("--mask -Infinity", float("-inf")),
+        ("--mask-value -1e3", -1000.0),
+        ("--mask-value -5", -5.0),
+        ("--mask-value 0", 0.0),
+    ],
+)
+def test_picture_command_draws_any_number_and_minus_infinity(
+    arguments, expected, tmp_path, monkeypatch
+):
+    drawn = []
+    shift_figure = picture.shift_figure
+
+    def seen(grid, mask_value=None):
+        drawn.append(mask_value)
+        return shift_figure(grid, mask_value)
+
+    monkeypatch.setattr(picture, "shift_figure", seen)
+    path = tmp_path / "x.png"
+    assert main(["picture", *arguments.split(), "--out", str(path)]) == 0
+    assert drawn == [expected]
+    assert path.read_bytes().startswith(PNG_MAGIC)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ("--shift 3", "expected 0 <= shift < window"),
+        ("--window 3 3 3", "window_size"),
+        ("--size 6", "--size"),
+        ("--only biases", "--only"),
+        ("--bias nowhere.pt", ": nowhere.pt: No such file or directory"),
+        ("--bias nowhere.pt --size 8 8", "--size has no meaning with --bias"),
+        ("--bias nowhere.pt --mask-value 3", "--mask-value has no meaning with --bias"),
+        ("--block 0 1", "--block has no meaning with no --bias"),
+        ("--mask-value nan", "--mask-value: expected a float32 number or -inf, got 'nan'"),
+        ("--mask-value -nan", "--mask-value: expected a float32 number or -inf, got '-nan'"),
+        ("--mask-value inf", "--mask-value: expected a float32 number or -inf, got 'inf'"),
+        ("--mask-value=+inf", "--mask-value: expected a float32 number or -inf, got '+inf'"),
+        ("--mask-value -1e39", "--mask-value: expected a float32 number or -inf, got '-1e39'"),
+        ("--mask-value x", "--mask-value: expected a float32 number or -inf, got 'x'"),
+        ("--mask-value", "--mask-value: expected one argument"),
+    ],
+)
+def test_picture_command_refuses_in_one_line(arguments, message, tmp_path, capsys):
+    with pytest.raises(SystemExit) as stop:
+        main(["picture", "--out", str(tmp_path / "x.png"), *arguments.split()])
+    assert stop.value.code == 2
+    error = capsys.readouterr().err
+    assert message in error
+    assert error.count("\n") == 1
+    assert not (tmp_path / "x.png").exists()

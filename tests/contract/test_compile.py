@@ -1,0 +1,284 @@
+"""The op under opcheck, torch.compile, export and ahead-of-time compilation."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.autograd.forward_ad as forward_ad
+from modes import cut
+from tiers import thorough
+from torch._dynamo.testing import CompileCounter, CompileCounterWithBackend
+
+from swin_kernels import shifted_window_attention, shifted_window_attention_qkvpacked
+from swin_kernels.backends import native
+from swin_kernels.backends.triton import backend as triton_backend
+from swin_kernels.ops.dispatch import BACKENDS
+from swin_kernels.problem import Operands, Options, Problem
+from swin_kernels.testing import (
+    Case,
+    call,
+    differentiate,
+    make_grad_out,
+    make_operands,
+    run,
+    with_grad,
+)
+
+PLANE = cut(Case(2, (11, 9), (4, 4), (2, 2), bias="table", pads=True))
+CASES = (
+    PLANE,
+    PLANE.but(packed=True, bias="none", pads=False),
+    PLANE.but(packed=True, pad_order="roll-pad", layout="channels-inside", dtype=torch.float64),
+    PLANE.but(bias="dense", mask="soft", value_dim=24),
+    PLANE.but(bias="table+index", cosine=True, dtype=torch.bfloat16, extras_dtype=torch.float32),
+    Case(1, (7,), (4,), (1,), bias="dense", layout="contiguous"),
+    Case(1, (3, 4, 5), (2, 2, 2), (1, 0, 1), cosine=True, packed=True, dropout_p=0.2),
+    # of more than 64 tokens: here Triton's backward works in tiles, from other things kept
+    Case(1, (90,), (81,), (40,), bias="table", pads=True, dtype=torch.float16),
+)
+pytestmark = pytest.mark.usefixtures("fresh_dynamo", "fused")
+over_cases = pytest.mark.parametrize("case", CASES, ids=str)
+
+
+def _arguments(case):
+    operands = make_operands(case)
+    if case.dropout_p > 0:
+        operands = operands._replace(dropout_seed=torch.tensor([11]))
+    return (*operands, *Problem.checked(operands, **case.options).options)
+
+
+def _forward_op(fused, case):
+    """The forward op of a backend and its arguments."""
+    if fused == "triton":
+        return triton_backend.FORWARD, (*_arguments(case), True)
+    backend = BACKENDS[fused]
+    arguments = _arguments(case)
+    return backend.ops.forward, (*arguments, *backend._extra_arguments(arguments[0]))
+
+
+def _backward_op(fused, case, all_needed):
+    """The backward op of a backend and its arguments."""
+    operands = make_operands(case)
+    present = [n for n in native.NEEDS if getattr(operands, n) is not None and all_needed]
+    arguments = _arguments(case)
+    if fused != "triton":
+        backend, needs = BACKENDS[fused], sum(native.NEEDS[name] for name in present)
+        more = (*backend._extra_arguments(arguments[0]), needs)
+        return backend.ops.backward, (make_grad_out(case), *arguments, *more)
+    given, options = Operands(*arguments[: len(operands)]), Options(*arguments[len(operands) :])
+    _, saved = triton_backend.TritonBackend().forward(given, options, True)
+    saved = (None, None, *saved)[-2:]
+    needed = [n in (*present, "query", "key", "value") for n in Operands._fields]
+    return triton_backend.BACKWARD, (make_grad_out(case), *saved, *arguments, needed)
+
+
+@over_cases
+def test_opcheck_passes_for_the_forward_op(case, fused):
+    torch.library.opcheck(*_forward_op(fused, case))
+
+
+@over_cases
+@pytest.mark.parametrize("all_needed", [True, False], ids=["all", "tokens"])
+def test_opcheck_passes_for_the_backward_op(case, all_needed, fused):
+    torch.library.opcheck(*_backward_op(fused, case, all_needed))
+
+
+@over_cases
+@pytest.mark.parametrize("compiler", ["aot_eager", "inductor"])
+def test_compiled_training_step_equals_eager(case, compiler, fused):
+    case = case.but(dropout_p=0.0)  # under inductor the seeds are drawn by another generator
+    operands, grad_out = make_operands(case), make_grad_out(case)
+    expected = run(case, operands, grad_out, fused)
+    compiled = torch.compile(
+        lambda leaves: call(case, leaves, fused), fullgraph=True, backend=compiler
+    )
+    actual = differentiate(compiled, operands, grad_out)
+    assert torch.equal(actual.out, expected.out)
+    for name, grad in expected.grads.items():
+        assert torch.equal(actual.grads[name], grad), name
+
+
+def test_compiled_reference_equals_eager():
+    operands, grad_out = make_operands(PLANE), make_grad_out(PLANE)
+    expected = run(PLANE, operands, grad_out, "reference")
+    compiled = torch.compile(
+        lambda leaves: call(PLANE, leaves, "reference"), fullgraph=True, backend="aot_eager"
+    )
+    actual = differentiate(compiled, operands, grad_out)
+    torch.testing.assert_close(actual.out, expected.out)
+    torch.testing.assert_close(actual.grads, expected.grads, rtol=1e-4, atol=1e-5)
+
+
+def test_compiled_inference_equals_eager(fused):
+    operands = make_operands(PLANE)
+    with torch.no_grad():
+        compiled = torch.compile(
+            lambda x: call(PLANE, x, fused), fullgraph=True, backend="aot_eager"
+        )
+        assert torch.equal(compiled(operands), call(PLANE, operands, fused))
+
+
+def test_compiled_dropout_is_reproducible(fused):
+    case = PLANE.but(dropout_p=0.4)
+    operands = make_operands(case)
+    compiled = torch.compile(
+        lambda leaves: call(case, leaves, fused), fullgraph=True, backend="aot_eager"
+    )
+    outs = []
+    for seed in (1, 1, 2):
+        torch.manual_seed(seed)
+        outs.append(compiled(operands))
+    assert torch.equal(outs[0], outs[1])
+    assert not torch.equal(outs[0], outs[2])
+
+
+def test_autocast_inside_a_compiled_region_equals_eager(fused, mode):
+    operands = with_grad(make_operands(PLANE))
+    device = operands.query.device.type
+    dtype = torch.bfloat16 if torch.bfloat16 in mode.dtypes else torch.float16
+
+    def step(operands):
+        with torch.autocast(device, dtype):
+            return call(PLANE, operands, fused)
+
+    compiled = torch.compile(step, fullgraph=True, backend="aot_eager")
+    out = compiled(operands)
+    assert out.dtype == dtype
+    assert torch.equal(out, step(operands))
+    out.sum().backward()
+    assert operands.query.grad.dtype == torch.float32
+
+
+@pytest.mark.costly
+def test_other_sizes_of_a_dynamic_graph_compile_nothing_more(fused):
+    def step(qkv, table):
+        return shifted_window_attention_qkvpacked(
+            qkv, (4, 4), (2, 2), bias_table=table, backend=fused
+        )
+
+    counter = CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(step, fullgraph=True, dynamic=True, backend=counter)
+    table, first = torch.randn(49, 2, requires_grad=True), None
+    for batch, height, width in ((5, 10, 12), (3, 16, 8), (4, 9, 13), (2, 11, 30), (7, 24, 17)):
+        qkv = torch.randn(batch, height, width, 3, 2, 16, requires_grad=True)
+        out = compiled(qkv, table)
+        grads = torch.autograd.grad(out.square().sum(), (qkv, table))
+        eager = step(qkv, table)
+        expected = torch.autograd.grad(eager.square().sum(), (qkv, table))
+        assert torch.equal(out, eager)
+        for a, b in zip(grads, expected):
+            assert torch.equal(a, b)
+        first = first or counter.frame_count
+    assert counter.frame_count == first
+
+
+def test_changing_sizes_without_asking_compile_at_most_four_times(fused):
+    def step(q, k, v):
+        return shifted_window_attention(q, k, v, 4, 1, backend=fused)
+
+    counter = CompileCounter()
+    compiled = torch.compile(step, fullgraph=True, backend=counter)
+    for batch, length in ((1, 8), (2, 12), (3, 15), (4, 33), (5, 9), (6, 41)):
+        q, k, v = torch.randn(3, batch, length, 2, 8).unbind()
+        assert torch.equal(compiled(q, k, v), step(q, k, v))
+    assert counter.frame_count <= 4
+
+
+class _Layer(torch.nn.Module):
+    def __init__(self, backend):
+        super().__init__()
+        self.backend = backend
+        self.qkv = torch.nn.Linear(32, 96)
+        self.table = torch.nn.Parameter(torch.randn(49, 2))
+
+    def forward(self, x):
+        qkv = self.qkv(x).unflatten(-1, (3, 2, 16))
+        _, pad_key, pad_value = self.qkv.bias.unflatten(0, (3, 2, 16))
+        out = shifted_window_attention_qkvpacked(
+            qkv,
+            4,
+            2,
+            bias_table=self.table,
+            pad_key=pad_key,
+            pad_value=pad_value,
+            backend=self.backend,
+        )
+        return out.flatten(-2)
+
+
+def _exported(layer, x):
+    batch = torch.export.Dim("batch", min=1, max=64)
+    with torch.no_grad():
+        return torch.export.export(layer, (x,), dynamic_shapes=({0: batch},))
+
+
+def test_exported_inference_equals_eager(fused):
+    layer, x = _Layer(fused).eval(), torch.randn(2, 11, 9, 32)
+    program = _exported(layer, x)
+    targets = [str(node.target) for node in program.graph.nodes]
+    assert str(_forward_op(fused, PLANE)[0]) in targets
+    for batch in (2, 5):
+        x = torch.randn(batch, 11, 9, 32)
+        with torch.no_grad():
+            assert torch.equal(program.module()(x), layer(x))
+
+
+@pytest.mark.costly
+@thorough("test_examples_cpp.py::test_a_patched_swin_runs_from_cpp_without_python")
+def test_ahead_of_time_compiled_package_equals_eager(tmp_path, fused):
+    layer, x = _Layer(fused).eval(), torch.randn(2, 11, 9, 32)
+    path = torch._inductor.aoti_compile_and_package(
+        _exported(layer, x), package_path=str(tmp_path / "layer.pt2")
+    )
+    package = torch._inductor.aoti_load_package(path)
+    x = torch.randn(3, 11, 9, 32)
+    with torch.no_grad():
+        torch.testing.assert_close(package(x), layer(x))
+
+
+@over_cases
+def test_fakes_have_the_shapes_strides_and_dtypes_of_the_kernels(case, fused):
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    op, arguments = _forward_op(fused, case)
+    reals = op(*arguments)
+    with FakeTensorMode() as fake_mode:
+        fakes = [fake_mode.from_tensor(x) if torch.is_tensor(x) else x for x in arguments]
+        fakes = op(*fakes)
+    if torch.is_tensor(reals):
+        reals, fakes = [reals], [fakes]
+    for real, fake in zip(reals, fakes):
+        assert (fake.shape, fake.dtype, fake.stride()) == (real.shape, real.dtype, real.stride())
+
+
+def test_operands_are_the_leading_arguments_of_both_schemas(fused):
+    forward = [a.name for a in _forward_op(fused, PLANE)[0]._schema.arguments]
+    backward = [a.name for a in _backward_op(fused, PLANE, True)[0]._schema.arguments]
+    names = list(Operands._fields)
+    saved = ["out", "kept"] if fused == "triton" else []
+    assert forward[: len(names)] == names
+    assert backward[: 1 + len(saved) + len(names)] == ["grad_out", *saved, *names]
+
+
+@pytest.mark.float64
+@pytest.mark.parametrize("compiler", ["eager", "aot_eager"])
+def test_forward_mode_under_compile_is_not_zero(compiler):
+    """The silent error: a raw op has no tangent, and a compiled call would answer zeros."""
+    x = torch.randn(1, 4, 3, 1, 8, dtype=torch.float64)
+    v = torch.randn_like(x)
+
+    def attend(y):
+        return shifted_window_attention_qkvpacked(y, 2, 1)
+
+    def tangent(x, v):
+        return torch.func.jvp(attend, (x,), (v,))[1]
+
+    expected = tangent(x, v)
+    assert expected.abs().max() > 0
+    compiled = torch.compile(tangent, backend=compiler, fullgraph=True)
+    torch.testing.assert_close(compiled(x, v), expected)
+    compiled = torch.compile(attend, backend=compiler)  # newer torch breaks the graph at a dual
+    compiled(x)  # traced outside of forward-mode AD first
+    with forward_ad.dual_level():
+        dual = compiled(forward_ad.make_dual(x, v))
+        torch.testing.assert_close(forward_ad.unpack_dual(dual).tangent, expected)

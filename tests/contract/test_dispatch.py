@@ -1,0 +1,213 @@
+"""Which backend runs, and what is said when one cannot."""
+
+from __future__ import annotations
+
+import logging
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from swin_kernels import shifted_window_attention, shifted_window_attention_qkvpacked
+from swin_kernels.backends import native
+from swin_kernels.ops import dispatch
+from swin_kernels.ops.dispatch import BACKENDS, REFERENCE, choose, reasons_against
+from swin_kernels.problem import Operands, Problem
+
+ROOT = Path(__file__).resolve().parents[2]
+QKV = torch.randn(1, 8, 8, 3, 2, 8)
+
+
+def _problem(**options):
+    return Problem.checked(Operands(QKV), **{"window_size": 4, **options})
+
+
+@pytest.fixture(autouse=True)
+def _no_default(monkeypatch):
+    monkeypatch.setattr(dispatch, "DEFAULT_BACKEND", None)
+    monkeypatch.setattr(dispatch, "_already_logged", set())
+
+
+def _refuse(monkeypatch, *names, reason="it is Sunday"):
+    for name in names:
+        monkeypatch.setattr(BACKENDS[name], "why_not", lambda problem: reason)
+
+
+def test_backends_stand_in_order_of_preference():
+    assert list(BACKENDS)[-1] == "reference"
+    assert {"cpu", "reference"} <= set(BACKENDS)
+    assert all(name == backend.name for name, backend in BACKENDS.items())
+
+
+def test_none_takes_the_fused_kernels_for_cpu_tensors(cpu_kernels):
+    assert choose(_problem()).name == "cpu"
+
+
+def test_name_takes_that_backend(backend_name):
+    assert choose(_problem(), backend_name).name == backend_name
+
+
+@pytest.mark.parametrize("grad", [False, True])
+def test_named_backend_alone_is_called(backend_name, grad, monkeypatch):
+    called = []
+    for name, backend in BACKENDS.items():
+        for method in ("forward", "backward"):
+            original = getattr(backend, method)
+
+            def recorded(*args, _name=name, _method=method, _original=original):
+                called.append((_name, _method))
+                return _original(*args)
+
+            monkeypatch.setattr(backend, method, recorded)
+    qkv = QKV.clone().requires_grad_(grad)
+    out = shifted_window_attention_qkvpacked(qkv, 4, backend=backend_name)
+    if grad:
+        out.sum().backward()
+    assert {name for name, _ in called} == {backend_name}
+    if backend_name == "cpu":
+        assert [method for _, method in called] == ["forward", "backward"][: 1 + grad]
+
+
+def test_unknown_name_is_a_value_error_that_lists_the_known():
+    with pytest.raises(ValueError, match=r"expected one of cpu, .*reference or None, got 'gpu'"):
+        shifted_window_attention_qkvpacked(QKV, 4, backend="gpu")
+
+
+def test_name_that_cannot_run_raises_with_its_reason_and_never_falls_back(monkeypatch):
+    _refuse(monkeypatch, "cpu")
+    with pytest.raises(NotImplementedError, match=r"'cpu' cannot run B=1 map=8×8 .*\n.*Sunday"):
+        shifted_window_attention_qkvpacked(QKV, 4, backend="cpu")
+
+
+def test_no_backend_raises_with_every_reason(monkeypatch):
+    _refuse(monkeypatch, *BACKENDS)
+    with pytest.raises(NotImplementedError) as caught:
+        shifted_window_attention_qkvpacked(QKV, 4)
+    for name in BACKENDS:
+        assert f"{name}: it is Sunday" in str(caught.value)
+
+
+def test_reasons_name_every_backend(monkeypatch):
+    _refuse(monkeypatch, "cpu")
+    reasons = reasons_against(_problem())
+    assert list(reasons) == list(BACKENDS) == ["cpu", "triton", "cuda", "reference"]
+    assert reasons["cpu"] == "it is Sunday"
+    assert "_C_cuda is not built" in reasons["cuda"] or "got cpu" in reasons["cuda"]
+    assert "triton is not installed" in reasons["triton"] or "got cpu" in reasons["triton"]
+    assert reasons["reference"] is None
+
+
+def test_choice_of_the_reference_is_logged_once_with_the_reasons(monkeypatch, caplog):
+    _refuse(monkeypatch, "cpu")
+    with caplog.at_level(logging.WARNING, logger="swin_kernels"):
+        for _ in range(3):
+            out = shifted_window_attention_qkvpacked(QKV, 4)
+    assert len(caplog.records) == 1
+    assert "reference" in caplog.text
+    assert "cpu: it is Sunday" in caplog.text
+    assert torch.equal(out, shifted_window_attention_qkvpacked(QKV, 4, backend="reference"))
+
+
+def test_reference_asked_for_by_name_is_not_logged(caplog):
+    with caplog.at_level(logging.DEBUG, logger="swin_kernels"):
+        shifted_window_attention_qkvpacked(QKV, 4, backend="reference")
+    assert not caplog.records
+
+
+def test_default_name_is_used_and_a_given_one_goes_first(monkeypatch, cpu_kernels):
+    monkeypatch.setattr(dispatch, "DEFAULT_BACKEND", "reference")
+    assert choose(_problem()) is REFERENCE
+    assert choose(_problem(), "cpu").name == "cpu"
+
+
+def _with_environment(value: str, program: str) -> subprocess.CompletedProcess:
+    return subprocess.run(
+        [sys.executable, "-c", program],
+        cwd=ROOT,
+        env={**os.environ, "PYTHONPATH": str(ROOT), "SWIN_KERNELS_BACKEND": value},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+
+_WHICH = """
+import torch
+from swin_kernels import shifted_window_attention_qkvpacked
+out = shifted_window_attention_qkvpacked(torch.randn(1, 4, 3, 1, 8, requires_grad=True), 4)
+print(type(out.grad_fn).__name__)
+"""
+
+
+@pytest.mark.parametrize("value", ["", "cpu", "reference"])
+def test_environment_variable_sets_the_default(value, cpu_kernels):
+    done = _with_environment(value, _WHICH)
+    assert done.returncode == 0, done.stderr
+    fused = "ShiftedWindowAttentionFunction" in done.stdout
+    assert fused == (value != "reference")
+
+
+def test_unknown_name_in_the_environment_is_a_value_error():
+    done = _with_environment("tpu", _WHICH)
+    assert done.returncode != 0
+    assert "ValueError: backend: expected one of" in done.stderr
+    assert "got 'tpu'" in done.stderr
+
+
+def test_cpu_kernels_refuse_other_devices():
+    operands = Operands(QKV.to("meta"))
+    problem = Problem.checked(operands, 4)
+    assert "CPU tensors, got meta" in BACKENDS["cpu"].why_not(problem)
+
+
+def test_meta_tensors_give_shapes():
+    q, k, v = torch.empty(3, 2, 7, 7, 2, 8, device="meta").unbind()
+    out = shifted_window_attention(q, k, v, 4, 2)
+    assert out.device.type == "meta"
+    assert out.shape == (2, 7, 7, 2, 8)
+
+
+def test_missing_object_keeps_its_reason():
+    loaded = native._load("_C_absent")
+    assert loaded.path is None
+    assert "_C_absent is not built" in loaded.error
+    assert "build_ext" in loaded.error
+
+
+def test_object_that_does_not_load_keeps_its_reason(tmp_path, monkeypatch):
+    (tmp_path / "_C_broken.abi3.so").write_bytes(b"not an object")
+    monkeypatch.setattr(native, "_PACKAGE", tmp_path)
+    loaded = native._load("_C_broken")
+    assert loaded.path == tmp_path / "_C_broken.abi3.so"
+    assert "_C_broken.abi3.so did not load" in loaded.error
+
+
+def test_object_without_its_operations_keeps_its_reason(tmp_path, monkeypatch):
+    """One of other sources: it loads, and registers something else or nothing."""
+    empty = tmp_path / "empty.c"
+    empty.write_text("int nothing;\n")
+    made = tmp_path / "_C_stale.abi3.so"
+    subprocess.run(["cc", "-shared", "-fPIC", empty, "-o", made], check=True)
+    monkeypatch.setattr(native, "_PACKAGE", tmp_path)
+    loaded = native._load("_C_stale", "no_such_operation")
+    assert loaded.path == made
+    assert "_C_stale.abi3.so lacks swin_kernels::no_such_operation" in loaded.error
+
+
+def test_choice_of_the_reference_is_logged_under_compile(monkeypatch, caplog):
+    monkeypatch.setattr(native.CpuBackend, "why_not", lambda self, problem: "not today")
+    monkeypatch.setattr(dispatch, "_already_logged", set())
+    x = torch.randn(1, 4, 3, 1, 8)
+    torch._dynamo.reset()
+    with caplog.at_level(logging.WARNING, logger="swin_kernels"):
+        compiled = torch.compile(
+            lambda x: shifted_window_attention_qkvpacked(x, 2), backend="eager", fullgraph=True
+        )
+        compiled(x)
+    torch._dynamo.reset()
+    assert [
+        r.getMessage().count("not today") for r in caplog.records if r.name == "swin_kernels"
+    ] == [1]

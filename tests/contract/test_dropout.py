@@ -1,0 +1,112 @@
+"""Dropout: one mask for all backends, regenerated in backward, drawn from torch's generator."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from contract_cases import over_dtypes
+from modes import cut, sized
+
+from swin_kernels import shifted_window_attention
+from swin_kernels.backends.reference.dropout import dropout_factor
+from swin_kernels.testing import Case, call, check, make_grad_out, make_operands, run
+
+PLANE = cut(Case(2, (11, 9), (4, 4), (2, 2), bias="table", pads=True, dropout_p=0.3))
+
+
+@pytest.mark.in_pairs
+@over_dtypes
+@pytest.mark.parametrize(
+    "case",
+    [
+        PLANE,
+        PLANE.but(packed=True, pad_order="roll-pad", cosine=True, dropout_p=0.7),
+        PLANE.but(mask="dead", bias="dense"),
+        Case(2, (5, 6, 7), (2, 3, 4), (1, 0, 2), heads=3, value_dim=24, dropout_p=0.1),
+    ],
+    ids=str,
+)
+def test_dropout_matches_the_reference_of_the_same_seed(case, dtype, backend):
+    check(sized(case.but(dtype=dtype)), backend)
+
+
+def _identity_probes(window):
+    """Equal logits and unit values, so that the output is the row of probabilities itself."""
+    tokens = window * window
+    query = torch.zeros(2, 2 * window, 2 * window, 3, tokens)
+    value = torch.zeros_like(query)
+    case = Case(2, (2 * window, 2 * window), (window, window), heads=3, head_dim=tokens)
+    windows = torch.eye(tokens).view(1, 1, tokens, 1, tokens).expand(2, 4, -1, 3, -1)
+    value.copy_(case.grid.merge(windows))
+    return case, query, value
+
+
+@pytest.mark.parametrize("p", [0.1, 0.5, 0.9])
+def test_dropped_probabilities_are_those_of_the_definition(p, backend):
+    case, query, value = _identity_probes(4)
+    torch.manual_seed(5)
+    out = shifted_window_attention(query, query, value, 4, dropout_p=p, backend=backend)
+    torch.manual_seed(5)
+    seed = torch.randint(2**63 - 1, (1,), dtype=torch.int64)
+    factor = dropout_factor(seed, p, 2, 4, 3, 16)  # (B, nW, H, N, N)
+    weights = case.grid.split(out).transpose(2, 3)
+    torch.testing.assert_close(weights, (factor / 16).float(), rtol=1e-5, atol=1e-7)
+
+
+def test_windows_heads_and_images_are_dropped_apart(backend):
+    case, query, value = _identity_probes(4)
+    out = shifted_window_attention(query, query, value, 4, dropout_p=0.5, backend=backend)
+    masks = case.grid.split(out).transpose(2, 3).reshape(2 * 4 * 3, -1) > 0
+    assert len({tuple(row.tolist()) for row in masks}) == 2 * 4 * 3
+
+
+def test_one_torch_seed_gives_one_result(backend):
+    operands, grad_out = make_operands(PLANE), make_grad_out(PLANE)
+    first, again, other = (run(PLANE, operands, grad_out, backend, seed) for seed in (3, 3, 4))
+    assert torch.equal(first.out, again.out)
+    assert all(torch.equal(first.grads[name], again.grads[name]) for name in first.grads)
+    assert not torch.equal(first.out, other.out)
+
+
+def test_successive_calls_draw_successive_masks(backend):
+    operands = make_operands(PLANE)
+    assert not torch.equal(call(PLANE, operands, backend), call(PLANE, operands, backend))
+
+
+def _generator_states():
+    return [torch.get_rng_state(), *torch.cuda.get_rng_state_all()]
+
+
+def test_without_dropout_the_generator_is_left_alone(backend):
+    case = PLANE.but(dropout_p=0.0)
+    operands, before = make_operands(case), _generator_states()
+    call(case, operands, backend)
+    assert all(map(torch.equal, _generator_states(), before))
+
+
+@over_dtypes
+def test_everything_dropped_gives_zeros_and_zero_gradients(dtype, backend):
+    case = PLANE.but(dropout_p=1.0, dtype=dtype, cosine=True)
+    actual = run(case, make_operands(case), make_grad_out(case), backend)
+    assert not actual.out.any()
+    for name, grad in actual.grads.items():
+        assert not grad.any(), name
+
+
+def test_almost_nothing_dropped_is_almost_no_dropout(backend):
+    case = PLANE.but(dropout_p=1e-12)
+    operands = make_operands(case)
+    expected = call(case.but(dropout_p=0.0), operands, backend)
+    torch.testing.assert_close(call(case, operands, backend), expected)
+
+
+@pytest.mark.costly
+def test_the_mean_over_seeds_is_the_result_without_dropout(backend):
+    operands = make_operands(PLANE)
+    expected = call(PLANE.but(dropout_p=0.0), operands, backend)
+    torch.manual_seed(0)
+    draws = torch.stack([call(PLANE, operands, backend) for _ in range(128)])
+    spread = draws.std(0) / 128**0.5 + 1e-6
+    deviations = (draws.mean(0) - expected) / spread
+    assert deviations.abs().mean() < 1.0  # 0.8 for a normal distribution
+    assert deviations.mean().abs() < 0.1

@@ -1,0 +1,294 @@
+"""The reference against loops, its backward against autograd, Philox against its authors."""
+
+from __future__ import annotations
+
+import itertools
+import math
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from swin_kernels.backends import reference
+from swin_kernels.backends.reference.dropout import dropout_factor, philox_first_word
+from swin_kernels.backends.reference.windows import from_windows, padding_of, to_windows
+from swin_kernels.problem import Operands, Problem
+from swin_kernels.testing import DIFFERENTIABLE, Case, make_grad_out, make_operands, with_grad
+
+PLANE = Case(
+    2, (5, 4), (3, 2), (1, 1), 2, 4, dtype=torch.float64, bias="table", pads=True, value_dim=3
+)
+LINE = PLANE.but(size=(7,), window=(4,), shift=(1,))
+SPACE = PLANE.but(size=(3, 2, 4), window=(2, 2, 3), shift=(1, 0, 2), heads=1)
+CASES = (
+    PLANE,
+    PLANE.but(shift=(0, 0)),
+    PLANE.but(pad_order="roll-pad"),
+    PLANE.but(pad_order="roll-pad", packed=True, value_dim=None, pads=False),
+    PLANE.but(bias="none", pads=False, scale=0.7),
+    PLANE.but(bias="dense", mask="soft", mask_value=-1.5),
+    PLANE.but(bias="table+index", mask="holes", mask_value=-math.inf),
+    PLANE.but(mask="dead", shift=(0, 1)),
+    PLANE.but(cosine=True),
+    PLANE.but(cosine=True, packed=True, value_dim=None, pad_order="roll-pad", mask="soft"),
+    PLANE.but(periodic=(True, False), mask_value=-3.0),
+    PLANE.but(size=(2, 1), pad_order="roll-pad"),
+    PLANE.but(dropout_p=0.4),
+    PLANE.but(dropout_p=0.4, cosine=True, bias="dense", mask="dead"),
+    LINE,
+    LINE.but(pad_order="roll-pad", mask_value=-2.0),
+    SPACE,
+    SPACE.but(cosine=True, pad_order="roll-pad", mask_value=-2.0, periodic=(True, False, False)),
+)
+over_cases = pytest.mark.parametrize("case", CASES, ids=str)
+
+
+def _operands(case):
+    operands = make_operands(case)
+    if case.dropout_p > 0:
+        operands = operands._replace(dropout_seed=torch.tensor([1234567890123456789]))
+    return operands
+
+
+def _place(rolled, size, padded, shift, pad_order):
+    """Where the token at position `rolled` of an axis comes from; None for padding."""
+    if pad_order == "pad-roll":
+        place = (rolled + shift) % padded
+        return place if place < size else None
+    return (rolled + shift) % size if rolled < size else None
+
+
+def _philox(counter, seed):
+    """One block of Philox4x32-10 in Python integers, its first word."""
+    low, c, k = 0xFFFFFFFF, list(counter), [seed & 0xFFFFFFFF, seed >> 32]
+    for _ in range(10):
+        p0, p1 = c[0] * 0xD2511F53, c[2] * 0xCD9E8D57
+        c = [(p1 >> 32) ^ c[1] ^ k[0], p1 & low, (p0 >> 32) ^ c[3] ^ k[1], p0 & low]
+        k = [(k[0] + 0x9E3779B9) & low, (k[1] + 0xBB67AE85) & low]
+    return c[0]
+
+
+def _attend_by_loops(case, operands):
+    """The contract, one number at a time."""
+    q, k, v = (x.tolist() for x in operands.unpacked())
+    axes, tokens = range(len(case.size)), math.prod(case.window)
+    padded = [-(-s // w) * w for s, w in zip(case.size, case.window)]
+    counts = [p // w for p, w in zip(padded, case.window)]
+    wraps = case.periodic or (False,) * len(case.size)
+    index = None if operands.bias_index is None else operands.bias_index.tolist()
+    out = torch.full((case.batch, *case.size, case.heads, case.dv), torch.nan).double()
+
+    def fetch(x, image, place, head, filler, width):
+        if None in place:
+            return [0.0] * width if filler is None else filler[head].tolist()
+        for step in (image, *place, head):
+            x = x[step]
+        return x
+
+    def unit(x):
+        norm = max(math.sqrt(sum(a * a for a in x)), 1e-12)
+        return [a / norm for a in x]
+
+    def region(rolled):
+        codes = []
+        for a in axes:
+            inside = case.shift[a] > 0 and not wraps[a]
+            last = rolled[a] >= padded[a] - case.window[a]
+            codes.append((last + (rolled[a] >= padded[a] - case.shift[a])) if inside else 0)
+        return codes
+
+    def bias(head, i, j, first, second):
+        total = 0.0 if operands.bias is None else float(operands.bias[head, i, j])
+        if operands.bias_table is not None:
+            row = 0
+            for a in axes:
+                row = row * (2 * case.window[a] - 1) + first[a] - second[a] + case.window[a] - 1
+            total += float(operands.bias_table[row if index is None else index[i][j], head])
+        return total
+
+    inner = list(itertools.product(*map(range, case.window)))
+    for image in range(case.batch):
+        for number, corner in enumerate(itertools.product(*map(range, counts))):
+            rolled = [[corner[a] * case.window[a] + step[a] for a in axes] for step in inner]
+            places = [
+                [_place(r[a], case.size[a], padded[a], case.shift[a], case.pad_order) for a in axes]
+                for r in rolled
+            ]
+            for head, i in itertools.product(range(case.heads), range(tokens)):
+                if None in places[i]:
+                    continue
+                query = fetch(q, image, places[i], head, None, case.head_dim)
+                logits = []
+                for j in range(tokens):
+                    key = fetch(k, image, places[j], head, operands.pad_key, case.head_dim)
+                    if operands.logit_scale is None:
+                        scale = case.head_dim**-0.5 if case.scale is None else case.scale
+                        logit = scale * sum(a * b for a, b in zip(query, key))
+                    else:
+                        cosine = sum(a * b for a, b in zip(unit(query), unit(key)))
+                        logit = cosine * float(operands.logit_scale[head])
+                    logit += bias(head, i, j, inner[i], inner[j])
+                    if region(rolled[i]) != region(rolled[j]):
+                        logit += case.mask_value
+                    if operands.mask is not None:
+                        logit += float(operands.mask[number, i, j])
+                    logits.append(logit)
+                top = max(logits)
+                weights = [0.0 if top == -math.inf else math.exp(x - top) for x in logits]
+                total = sum(weights) or 1.0
+                row = [0.0] * case.dv
+                for j in range(tokens):
+                    weight = weights[j] / total
+                    if case.dropout_p > 0:
+                        window = image * math.prod(counts) + number
+                        counter = (i * tokens + j, head, window & 0xFFFFFFFF, window >> 32)
+                        word = _philox(counter, int(operands.dropout_seed))
+                        kept = word >= int(case.dropout_p * 2**32)
+                        weight = weight / (1 - case.dropout_p) if kept else 0.0
+                    value = fetch(v, image, places[j], head, operands.pad_value, case.dv)
+                    row = [r + weight * x for r, x in zip(row, value)]
+                out[(image, *places[i], head)] = torch.tensor(row, dtype=torch.float64)
+    return out
+
+
+@over_cases
+def test_forward_equals_loops_over_tokens(case):
+    operands = _operands(case)
+    options = Problem.checked(operands, **case.options).options
+    expected = _attend_by_loops(case, operands)
+    torch.testing.assert_close(
+        reference.forward(operands, options), expected, rtol=1e-12, atol=1e-12
+    )
+
+
+@over_cases
+def test_written_backward_equals_autograd(case):
+    operands, grad_out = _operands(case), make_grad_out(case)
+    options = Problem.checked(operands, **case.options).options
+    leaves = with_grad(operands)
+    names = [name for name in DIFFERENTIABLE if getattr(leaves, name) is not None]
+    expected = torch.autograd.grad(
+        reference.forward(leaves, options),
+        [getattr(leaves, name) for name in names],
+        grad_out,
+        allow_unused=True,
+        materialize_grads=True,
+    )
+    actual = reference.backward(grad_out, operands, options)
+    for name, grad in zip(names, expected):
+        torch.testing.assert_close(getattr(actual, name), grad, rtol=1e-11, atol=1e-12, msg=name)
+    for name in set(Operands._fields) - set(names):
+        assert getattr(actual, name) is None
+
+
+def test_written_backward_equals_autograd_below_the_norm_clamp():
+    case = PLANE.but(cosine=True)
+    operands, grad_out = make_operands(case), make_grad_out(case)
+    for x in (operands.query, operands.key, operands.pad_key):
+        x[0] = 0
+        x[1] *= 1e-13
+    options = Problem.checked(operands, **case.options).options
+    leaves = with_grad(operands)
+    names = [name for name in DIFFERENTIABLE if getattr(leaves, name) is not None]
+    out = reference.forward(leaves, options)
+    expected = torch.autograd.grad(out, [getattr(leaves, n) for n in names], grad_out)
+    actual = reference.backward(grad_out, operands, options)
+    for name, grad in zip(names, expected):
+        torch.testing.assert_close(getattr(actual, name), grad, rtol=1e-9, atol=1e-11, msg=name)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32], ids=str)
+def test_gradients_take_the_dtype_of_their_operands(dtype):
+    case = PLANE.but(dtype=dtype, extras_dtype=torch.float32, cosine=True)
+    operands, grad_out = make_operands(case), make_grad_out(case)
+    options = Problem.checked(operands, **case.options).options
+    grads = reference.backward(grad_out, operands, options)
+    for name in DIFFERENTIABLE:
+        x, grad = getattr(operands, name), getattr(grads, name)
+        assert (x is None) == (grad is None)
+        if x is not None:
+            assert (grad.dtype, grad.shape) == (x.dtype, x.shape)
+
+
+@over_cases
+def test_windows_put_back_are_the_map(case):
+    grid = case.grid
+    x = torch.randn(case.batch, *case.size, 2, 3)
+    assert torch.equal(from_windows(to_windows(x, grid), grid), x)
+
+
+@over_cases
+def test_padding_is_what_the_filler_fills(case):
+    grid = case.grid
+    x = torch.zeros(1, *case.size, 1, 1)
+    filled = to_windows(x, grid, torch.ones(1, 1))[0, :, 0, :, 0]
+    padding = padding_of(grid, x.device)
+    assert torch.equal(padding, filled == 1)
+    assert int(padding.sum()) == grid.windows * grid.tokens - math.prod(grid.size)
+
+
+@pytest.mark.parametrize(
+    ("counter", "key", "word"),
+    [
+        ((0, 0, 0, 0), (0, 0), 0x6627E8D5),
+        ((0xFFFFFFFF,) * 4, (0xFFFFFFFF,) * 2, 0x408F276D),
+        (
+            (0x243F6A88, 0x85A308D3, 0x13198A2E, 0x03707344),
+            (0xA4093822, 0x299F31D0),
+            0xD16CFE09,
+        ),
+    ],
+)
+def test_philox_gives_the_known_answers_of_its_authors(counter, key, word):
+    seed = key[1] << 32 | key[0]
+    signed = seed - 2**64 if seed >= 2**63 else seed
+    counters = [torch.tensor(c) for c in counter]
+    assert int(philox_first_word(*counters, torch.tensor(signed))) == word
+    assert _philox(counter, seed) == word
+
+
+class _NoFloat64(TorchDispatchMode):
+    """As on a device that has none, such as Apple's."""
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        for x in tree_leaves(out):
+            assert getattr(x, "dtype", None) != torch.float64, f"{func} makes float64"
+        return out
+
+
+@over_cases
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+def test_float64_is_made_only_where_asked(case, dtype):
+    case = case.but(dtype=dtype)
+    operands, grad_out = _operands(case), make_grad_out(case)
+    options = Problem.checked(operands, **case.options).options
+    with _NoFloat64():
+        reference.backward(grad_out, operands, options)
+        out = reference.forward(with_grad(operands), options)
+        out.backward(grad_out)
+    with pytest.raises(AssertionError, match="makes float64"), _NoFloat64():
+        torch.zeros(1).double()
+
+
+def test_dropout_keeps_its_share():
+    factor = dropout_factor(torch.tensor([3]), 0.3, 4, 5, 3, 32)
+    assert factor.shape == (4, 5, 3, 32, 32)
+    kept = factor > 0
+    assert abs(kept.double().mean() - 0.7) < 0.01
+    torch.testing.assert_close(factor[kept], torch.full_like(factor[kept], 1 / 0.7))
+
+
+def test_dropout_of_windows_beyond_32_bits_differs():
+    near, far = (
+        philox_first_word(
+            torch.arange(8),
+            torch.tensor(0),
+            torch.tensor(w & 0xFFFFFFFF),
+            torch.tensor(w >> 32),
+            torch.tensor(1),
+        )
+        for w in (5, 2**32 + 5)
+    )
+    assert not torch.equal(near, far)

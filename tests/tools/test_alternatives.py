@@ -1,0 +1,113 @@
+"""The attentions that cost is compared with: each against what its paper says it equals."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch.testing import assert_close
+
+from benchmarks.baselines import alternatives
+from benchmarks.baselines.alternatives import centroids, directions, projection
+
+FORMS = {
+    "global": alternatives.global_attention,
+    "linformer": lambda qkv: alternatives.linformer(qkv, projection(qkv[0].numel() // 48, 8)),
+    "performer": lambda qkv: alternatives.performer(qkv, directions(qkv.shape[-1], 32)),
+    "routing": lambda qkv: alternatives.routing(qkv, centroids(qkv.shape[-1], 3), 7),
+}
+forms = pytest.mark.parametrize("attend", FORMS.values(), ids=FORMS)
+
+
+def _qkv(*size, heads=2, head_dim=8, scale=1.0, dtype=torch.float32):
+    generator = torch.Generator().manual_seed(0)
+    return scale * torch.randn(2, *size, 3, heads, head_dim, generator=generator, dtype=dtype)
+
+
+def _softmax_attention(qkv):
+    """By a loop over images and heads."""
+    out = torch.empty(*qkv.shape[:-3], *qkv.shape[-2:], dtype=qkv.dtype)
+    for image, head in torch.cartesian_prod(torch.arange(2), torch.arange(qkv.shape[-2])).tolist():
+        q, k, v = qkv[image, ..., head, :].reshape(-1, 3, qkv.shape[-1]).unbind(1)
+        logits = q @ k.T * q.shape[-1] ** -0.5
+        out[image, ..., head, :] = (logits.softmax(-1) @ v).view(out[image, ..., head, :].shape)
+    return out
+
+
+@forms
+@pytest.mark.parametrize("size", [(20,), (4, 5), (2, 3, 4)], ids=str)
+def test_output_is_a_map_and_every_token_can_learn(attend, size):
+    qkv = _qkv(*size).requires_grad_()
+    out = attend(qkv)
+    assert out.shape == (2, *size, 2, 8)
+    (grad,) = torch.autograd.grad(out.square().sum(), qkv)
+    assert grad.isfinite().all()
+    assert grad.abs().sum() > 0
+
+
+def test_global_attention_is_the_softmax_over_all_tokens():
+    qkv = _qkv(4, 5)
+    assert_close(alternatives.global_attention(qkv), _softmax_attention(qkv))
+
+
+def test_linformer_with_nothing_projected_away_is_global_attention():
+    qkv = _qkv(4, 5)
+    assert_close(alternatives.linformer(qkv, torch.eye(20)), _softmax_attention(qkv))
+
+
+def test_linformer_sees_as_many_keys_as_its_projection_has_rows():
+    qkv = _qkv(4, 5)
+    mean = torch.full((1, 20), 1 / 20)
+    values = qkv[..., 2, :, :].mean((1, 2), keepdim=True)
+    assert_close(alternatives.linformer(qkv, mean), values.expand(2, 4, 5, 2, 8))
+
+
+def test_performer_comes_near_the_softmax_with_more_features():
+    qkv = _qkv(6, 6, scale=0.5, dtype=torch.float64)
+    exact = _softmax_attention(qkv)
+    errors = []
+    for features in (16, 256, 4096):
+        near = (
+            alternatives.performer(qkv, directions(8, features, seed).double()) for seed in range(5)
+        )
+        errors.append(sum(float((x - exact).square().mean()) for x in near) / 5)
+    # a mean over features: the squared error falls as their number grows
+    assert errors[1] < errors[0] / 4
+    assert errors[2] < errors[1] / 4
+
+
+def test_directions_of_a_block_are_orthogonal():
+    drawn = directions(8, 12)
+    assert drawn.shape == (12, 8)
+    products = torch.nn.functional.normalize(drawn[:8], dim=-1)
+    assert_close(products @ products.T, torch.eye(8), atol=1e-5, rtol=0)
+
+
+def test_routing_with_one_cluster_of_all_tokens_is_global_attention():
+    qkv = _qkv(4, 5)
+    assert_close(alternatives.routing(qkv, centroids(8, 1), 20), _softmax_attention(qkv))
+
+
+def test_routing_keeps_to_clusters():
+    qkv = torch.zeros(1, 8, 3, 1, 2)
+    qkv[:, :4, :2, :, 0] = qkv[:, 4:, :2, :, 1] = 1.0  # two kinds of tokens
+    qkv[:, :4, 2], qkv[:, 4:, 2] = 3.0, 5.0
+    out = alternatives.routing(qkv, torch.eye(2), 4)
+    assert_close(out, qkv[:, :, 2])  # the values of one's own kind alone
+    few = alternatives.routing(qkv, torch.eye(2)[:1], 4)
+    assert_close(few[:, :4], qkv[:, :4, 2])
+    assert not few[:, 4:].any()  # in no cluster
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda x: alternatives.global_attention(x[..., 0, :]), "expected qkv"),
+        (lambda x: alternatives.linformer(x, torch.eye(3)), r"projection \(k, 20\)"),
+        (lambda x: alternatives.performer(x, torch.eye(3)), r"directions \(m, 8\)"),
+        (lambda x: alternatives.routing(x, torch.eye(3)), r"centroids \(c, 8\)"),
+    ],
+    ids=FORMS,
+)
+def test_wrong_shapes_are_named(call, message):
+    with pytest.raises(ValueError, match=message):
+        call(_qkv(4, 5))

@@ -1,0 +1,95 @@
+"""Rows of measurements and the file that keeps them."""
+
+from __future__ import annotations
+
+import csv
+import subprocess
+
+import pytest
+
+from benchmarks.report.rows import Book, Row, command_of, commit, read
+
+FACTS = {"machine": "a, b", "commit": "c0ffee", "date": "2000-01-01"}
+TIMED = Row("T1", "ours", "forward", 2.0, 1.5, 2.5, 7, 1.0, 0.5, 0.25, 12.0, 1.25)
+FAILED = Row("T1", "flex", "forward", note="RuntimeError: no, such kernel")
+
+
+def test_rows_and_facts_come_back_from_the_file(tmp_path):
+    book = Book(tmp_path / "rows.csv", FACTS)
+    for row in (TIMED, FAILED):
+        book.add(row)
+    assert read(book.path) == ([TIMED, FAILED], FACTS)
+
+
+def test_file_without_a_newer_column_is_read_and_gone_on_with(tmp_path):
+    book = Book(tmp_path / "rows.csv", FACTS)
+    book.add(TIMED)
+    with book.path.open(newline="") as file:
+        lines = list(csv.DictReader(file))
+    older = [name for name in lines[0] if name != "error"]
+    with book.path.open("w", newline="") as file:
+        writer = csv.DictWriter(file, older, extrasaction="ignore")
+        writer.writeheader()
+        writer.writerows(lines)
+    resumed = Book(book.path, FACTS | {"command": "newer"}, resume=True)
+    assert resumed.rows == [TIMED._replace(error=None)]
+    resumed.add(FAILED)
+    assert read(book.path) == ([TIMED._replace(error=None), FAILED], FACTS)
+
+
+def test_file_has_each_median_beside_ours(tmp_path):
+    book = Book(tmp_path / "rows.csv", FACTS)
+    peer = TIMED._replace(provider="sdpa", median_us=5.0)
+    for row in (TIMED, peer, FAILED, peer._replace(case="T2")):  # of T2 there is none of ours
+        book.add(row)
+    with book.path.open(newline="") as file:
+        assert [line["ratio_to_ours"] for line in csv.DictReader(file)] == ["1", "2.5", "", ""]
+
+
+def test_rows_of_another_commit_are_not_gone_on_with(tmp_path):
+    book = Book(tmp_path / "rows.csv", FACTS)
+    book.add(TIMED)
+    with pytest.raises(ValueError, match="commit c0ffee, this is decaf: measure into another"):
+        Book(book.path, FACTS | {"commit": "decaf"}, resume=True)
+
+
+def test_empty_file_has_no_rows(tmp_path):
+    book = Book(tmp_path / "rows.csv", FACTS)
+    assert read(book.path) == ([], {})
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["--threads", "2", "--csv", "x.csv"],
+        ["--csv=x.csv", "--threads", "2", "--resume"],
+        ["--resume", "--threads", "2"],
+    ],
+    ids=" ".join,
+)
+def test_command_says_what_was_measured_and_not_where_it_went(arguments):
+    assert command_of("benchmarks.cpu", arguments) == "python -m benchmarks.cpu --threads 2"
+
+
+def test_commit_is_dirty_only_by_what_can_change_a_time(tmp_path, monkeypatch):
+    monkeypatch.delenv("SWIN_KERNELS_COMMIT", raising=False)
+
+    def git(*arguments):
+        who = ("-c", "user.name=a", "-c", "user.email=a@b.c")
+        subprocess.run(["git", *who, *arguments], cwd=tmp_path, check=True, capture_output=True)
+
+    assert commit(tmp_path) == "unknown"  # no repository
+    (tmp_path / "benchmarks" / "results").mkdir(parents=True)
+    (tmp_path / "csrc").mkdir()
+    code, rows = tmp_path / "csrc" / "a.h", tmp_path / "benchmarks" / "results" / "a.csv"
+    code.write_text("1")
+    rows.write_text("1")
+    git("init", "-q")
+    git("add", ".")
+    git("commit", "-qm", "a")
+    clean = commit(tmp_path)
+    assert clean not in ("", "unknown")
+    rows.write_text("2")
+    assert commit(tmp_path) == clean
+    code.write_text("2")
+    assert commit(tmp_path) == f"{clean}-dirty"

@@ -1,0 +1,141 @@
+"""What a profiler counts of our launches: read from its page, joined with what was launched."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("triton", reason="what is profiled are Triton's kernels")
+
+from tiers import thorough
+
+from benchmarks.gpu_tools import counters
+
+pytestmark = pytest.mark.slow
+
+ROOT = Path(__file__).resolve().parents[2]
+START, END = counters._STALLED
+NAMES = [
+    "ID",
+    "Kernel Name",
+    "gpu__time_duration.sum",
+    "gpu__dram_throughput.avg.pct_of_peak_sustained_elapsed",
+    "dram__bytes.sum.per_second",
+    "smsp__inst_executed.sum",
+    f"{START}long_scoreboard{END}",
+    f"{START}barrier{END}",
+    f"{START}selected{END}",
+    f"{START}wait{END}",
+    f"{START}math_pipe_throttle{END}",
+    f"{START}wait_not_issued{END}",
+]
+UNITS = ["", "", "ns", "%", "byte/s", "inst", *[""] * 6]
+
+
+def page(*kernels: str) -> str:
+    """As Nsight Compute 2025.3 writes `--csv --page raw --print-units base`."""
+    lines = ["==PROF== Connected to process 12 (/usr/bin/python3)"]
+    lines += [",".join(f'"{x}"' for x in line) for line in (NAMES, UNITS)]
+    for i, kernel in enumerate(kernels):
+        values = ["80,000", "61.5", "4,000,000,000,000", "1234567", "5.5", "1.25", "1.0", "2.0"]
+        row = [str(i), f"{kernel}(int, float)", *values, "n/a", "9.0"]
+        lines.append(",".join(f'"{x}"' for x in row))
+    return "\n".join(lines)
+
+
+def test_counters_are_read_with_their_units():
+    ((kernel, values),) = counters.read_profile(page("_whole_window_fwd_kernel"))
+    row = counters.counted("T1 shift 3", "forward", kernel, values)
+    assert kernel == "_whole_window_fwd_kernel"
+    assert row.microseconds == pytest.approx(80)
+    assert row.memory_percent == 61.5
+    assert row.memory_bytes == pytest.approx(320e6)
+    assert row.instructions == 1234567
+    assert row.stalls == "long scoreboard 5.50, wait 2.00, barrier 1.25"
+    assert row.l2_hit_percent is None
+
+
+def test_a_profile_of_other_launches_is_refused():
+    launched = [("T1 shift 3", "forward", "_whole_window_fwd_kernel")]
+    with pytest.raises(RuntimeError, match=r"1 launches ran.*_table_grad_kernel"):
+        counters.joined(launched, page("_table_grad_kernel"))
+    assert len(counters.joined(launched, page("_whole_window_fwd_kernel"))) == 1
+
+
+# in the place of Nsight Compute: runs what it is to profile, then writes a page of its launches
+STAND_IN = """\
+import json, subprocess, sys
+sys.path[:0] = [{tests!r}, {root!r}]
+from test_counters import page
+arguments = sys.argv[1:]
+command = arguments[arguments.index({python!r}):]
+subprocess.run(command, check=True)
+launched = json.load(open(command[command.index("--launches") + 1]))
+open(arguments[arguments.index("--log-file") + 1], "w").write(page(*(x[2] for x in launched)))
+"""
+
+
+def profiler(folder: Path, body: str) -> Path:
+    path = folder / "ncu"
+    path.write_text(f"#!{sys.executable}\n{body}")
+    path.chmod(0o755)
+    return path
+
+
+def rehearsed(ncu: Path, *arguments: str) -> subprocess.CompletedProcess:
+    command = [
+        sys.executable,
+        "-m",
+        "benchmarks.gpu_tools.counters",
+        "--rehearse",
+        "--ncu",
+        str(ncu),
+    ]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    return subprocess.run(
+        [*command, *arguments],
+        cwd=ROOT,
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+
+@thorough(
+    "test_counters.py::test_counters_are_read_with_their_units",
+    "test_counters.py::test_a_profiler_that_gives_nothing_is_quoted",
+)
+def test_rehearsal_counts_every_launch_of_a_training_step(tmp_path):
+    body = STAND_IN.format(tests=str(ROOT / "tests"), root=str(ROOT), python=sys.executable)
+    path = tmp_path / "rows.csv"
+    done = rehearsed(profiler(tmp_path, body), "--cases", "toy", "toy tiles", "--csv", str(path))
+    assert done.returncode == 0, done.stdout + done.stderr
+    rows, facts = counters.read(path)
+    ran = {row[:3] for row in rows}
+    assert ("toy", "forward", "_whole_window_fwd_kernel") in ran
+    assert ("toy", "backward", "_whole_window_bwd_kernel") in ran
+    assert ("toy tiles", "backward", "_tiled_dbias_kernel") in ran
+    assert all(row.microseconds == 80 for row in rows)
+    assert {"machine", "torch", "triton", "commit", "date"} <= facts.keys()
+    assert "long scoreboard" in done.stdout
+
+
+def test_a_profiler_that_gives_nothing_is_quoted(tmp_path):
+    done = rehearsed(profiler(tmp_path, "print('==ERROR== LibraryNotLoaded')\nraise SystemExit(9)"))
+    assert done.returncode == 1
+    assert "nothing was counted" in done.stderr
+    assert "exit code 9" in done.stderr
+    assert "LibraryNotLoaded" in done.stderr
+
+
+def test_without_a_profiler_a_line_says_so(monkeypatch, capsys):
+    monkeypatch.setattr(counters.shutil, "which", lambda name: None)
+    monkeypatch.setattr(counters.glob, "glob", lambda pattern: [])
+    monkeypatch.setattr(counters.Path, "exists", lambda self: False)
+    assert counters.main(["--rehearse"]) == 2
+    assert "--ncu" in capsys.readouterr().err
