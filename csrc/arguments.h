@@ -5,6 +5,7 @@
 
 #include <cstdint>
 #include <optional>
+#include <tuple>
 #include <vector>
 
 #include "window_geometry.h"
@@ -14,7 +15,7 @@ namespace swin_kernels {
 using torch::stable::Tensor;
 using MaybeTensor = std::optional<Tensor>;
 
-// The arguments of both ops, in the order of their schemas (registration.cpp).
+// The arguments of both ops, in the order of their schemas.
 struct Arguments {
   const Tensor& query;
   const MaybeTensor &key, &value, &bias, &bias_table, &bias_index, &mask, &pad_key, &pad_value,
@@ -39,6 +40,13 @@ struct Arguments {
   {query,      key,      value,         bias,        bias_table,   bias_index,  \
    mask,       pad_key,  pad_value,     logit_scale, dropout_seed, window_size, \
    shift_size, periodic, roll_then_pad, mask_value,  scale,        dropout_p}
+
+// What the backward op returns, in the order of its schema.
+using Gradients = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
+
+// Bits of `needs`, as swin_kernels.problem.NEEDS: the gradients that cost extra work.
+constexpr int64_t kNeedsBias = 1, kNeedsTable = 2, kNeedsPadKey = 4, kNeedsPadValue = 8,
+                  kNeedsLogitScale = 16;
 
 // Throws, with what came and what was expected, before anything is computed.
 Problem checked_problem(const Arguments& a);

@@ -42,6 +42,25 @@ class Operands(NamedTuple):
         return self.query, self.key, self.value
 
 
+DIFFERENTIABLE = (
+    "query",
+    "key",
+    "value",
+    "bias",
+    "bias_table",
+    "pad_key",
+    "pad_value",
+    "logit_scale",
+)
+# bits of the backward ops' `needs`: the gradients that cost extra work
+NEEDS = {name: 1 << bit for bit, name in enumerate(DIFFERENTIABLE[3:])}
+
+
+def needs_of(needed: Sequence[bool]) -> int:
+    """Bits of `NEEDS`, of the operands whose gradient is `needed`."""
+    return sum(bit for name, bit in NEEDS.items() if needed[Operands._fields.index(name)])
+
+
 class Options(NamedTuple):
     """The numbers of a call, which follow its operands in every op's schema."""
 

@@ -1,4 +1,4 @@
-"""Compiles the steps of a plan for a GPU that is not there, and reads what its machine code costs.
+"""Compiles launches of a plan for a GPU that is not there, and reads what their code costs.
 
 The specialisation is the one a launch would get: integers equal to 1 are constants, and what 16
 divides is said to be so. cuobjdump comes with Triton.
@@ -19,9 +19,10 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from benchmarks.codegen import sass
-from swin_kernels.backends.triton.config import Gpu
-from swin_kernels.backends.triton.launch_spec import LARGEST_INT32, Step
-from swin_kernels.backends.triton.launcher import arguments_of, kernel_of
+from swin_kernels.backends.triton.kernel_args import arguments_of
+from swin_kernels.backends.triton.launch_spec import Gpu, LaunchSpec
+from swin_kernels.backends.triton.launcher import kernel_of
+from swin_kernels.backends.triton.token_layout import LARGEST_INT32
 
 CUOBJDUMP = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
 _POINTER_TYPES = {
@@ -64,9 +65,8 @@ def target_of(gpu: Gpu) -> GPUTarget:
 def _specialised(value: Any, place: tuple[int, ...], constants: dict, attributes: dict) -> Any:
     """The type of an argument that is no pointer, as Triton's own launch would take it."""
     if isinstance(value, tuple):
-        return tuple(
-            _specialised(v, (*place, i), constants, attributes) for i, v in enumerate(value)
-        )
+        types = [_specialised(v, (*place, i), constants, attributes) for i, v in enumerate(value)]
+        return type(value)._make(types) if hasattr(value, "_make") else tuple(types)
     if isinstance(value, float):
         return "fp32"
     if value == 1:
@@ -77,14 +77,14 @@ def _specialised(value: Any, place: tuple[int, ...], constants: dict, attributes
     return "i32" if -LARGEST_INT32 - 1 <= value <= LARGEST_INT32 else "i64"
 
 
-def source_of(step: Step, dtypes: dict[str, torch.dtype]) -> ASTSource:
-    """A step's kernel for tensors that are aligned to 16 bytes."""
-    kernel = kernel_of(step)
+def source_of(spec: LaunchSpec, dtypes: dict[str, torch.dtype]) -> ASTSource:
+    """A launch's kernel for tensors that are aligned to 16 bytes."""
+    kernel = kernel_of(spec)
     signature: dict[str, Any] = {}
     constants: dict[tuple[int, ...], Any] = {}
     attributes: dict[tuple[int, ...], Any] = {}
     for position, ((name, value), parameter) in enumerate(
-        zip(arguments_of(step).items(), kernel.params)
+        zip(arguments_of(spec, kernel.arg_names).items(), kernel.params)
     ):
         if parameter.is_constexpr or value is None:
             signature[name] = "constexpr"
@@ -97,10 +97,10 @@ def source_of(step: Step, dtypes: dict[str, torch.dtype]) -> ASTSource:
     return ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=attributes)
 
 
-def compile_step(step: Step, dtypes: dict[str, torch.dtype], gpu: Gpu) -> Any:
+def compile_launch(spec: LaunchSpec, dtypes: dict[str, torch.dtype], gpu: Gpu) -> Any:
     """The compiled kernel, as `triton.compile` returns it."""
-    target, options = target_of(gpu), step.config.options
-    return triton.compile(source_of(step, dtypes), target=target, options=options)
+    target, options = target_of(gpu), spec.config.options
+    return triton.compile(source_of(spec, dtypes), target=target, options=options)
 
 
 def _read_cuda(compiled: Any) -> Code:

@@ -22,8 +22,9 @@ import triton
 
 from benchmarks.codegen import aot, predict
 from benchmarks.codegen.layouts import CASES, RARE
-from benchmarks.codegen.plans import steps_of
-from swin_kernels.backends.triton.config import KNOWN_GPUS, REGISTERS
+from benchmarks.codegen.plans import launches_of
+from swin_kernels.backends.triton.config import KNOWN_GPUS
+from swin_kernels.backends.triton.launch_spec import REGISTERS
 
 REPORT = Path(__file__).resolve().parents[2] / "docs" / "machine-code.md"
 DTYPES = {
@@ -38,53 +39,53 @@ ARCHS = ("sm_80", "sm_90", "sm_100", "sm_120", "gfx942")
 # that these are the very numbers
 KNOWN_SPILLS = {
     "3.8": {
-        ("swin", "tf32", "sm_80", "_whole_window_bwd_kernel"): 40,
-        ("swin, unshifted", "tf32", "sm_80", "_whole_window_bwd_kernel"): 50,
+        ("swin", "tf32", "sm_80", "_single_tile_bwd_kernel"): 40,
+        ("swin, unshifted", "tf32", "sm_80", "_single_tile_bwd_kernel"): 50,
         ("swin, window 12", "fp32", "sm_80", "_tiled_dq_kernel"): 101,
-        ("swin v2, window 8", "tf32", "sm_80", "_whole_window_bwd_kernel"): 43,
+        ("swin v2, window 8", "tf32", "sm_80", "_single_tile_bwd_kernel"): 43,
         ("video swin", "fp32", "sm_80", "_tiled_dq_kernel"): 103,
         ("swin ir", "fp32", "sm_80", "_tiled_dq_kernel"): 84,
         ("dropout", "fp32", "sm_80", "_tiled_dq_kernel"): 101,
         ("separate, masked", "fp32", "sm_80", "_tiled_dq_kernel"): 118,
         ("video swin, window 2", "fp32", "sm_80", "_tiled_dq_kernel"): 103,
-        ("swin", "tf32", "sm_90", "_whole_window_bwd_kernel"): 11,
-        ("swin, unshifted", "tf32", "sm_90", "_whole_window_bwd_kernel"): 9,
-        ("swin, padded", "tf32", "sm_90", "_whole_window_bwd_kernel"): 73,
-        ("swin v2, window 8", "tf32", "sm_90", "_whole_window_bwd_kernel"): 66,
+        ("swin", "tf32", "sm_90", "_single_tile_bwd_kernel"): 11,
+        ("swin, unshifted", "tf32", "sm_90", "_single_tile_bwd_kernel"): 9,
+        ("swin, padded", "tf32", "sm_90", "_single_tile_bwd_kernel"): 73,
+        ("swin v2, window 8", "tf32", "sm_90", "_single_tile_bwd_kernel"): 66,
         ("swin ir", "fp32", "sm_90", "_tiled_dq_kernel"): 92,
-        ("dropout", "fp32", "sm_90", "_whole_window_fwd_kernel"): 6,
-        ("swin, padded", "bf16", "sm_100", "_whole_window_bwd_kernel"): 17,
-        ("swin, padded", "fp16", "sm_100", "_whole_window_bwd_kernel"): 17,
+        ("dropout", "fp32", "sm_90", "_single_tile_fwd_kernel"): 6,
+        ("swin, padded", "bf16", "sm_100", "_single_tile_bwd_kernel"): 17,
+        ("swin, padded", "fp16", "sm_100", "_single_tile_bwd_kernel"): 17,
         ("swin ir", "fp32", "sm_100", "_tiled_dq_kernel"): 100,
-        ("swin", "tf32", "sm_120", "_whole_window_bwd_kernel"): 34,
-        ("swin, unshifted", "tf32", "sm_120", "_whole_window_bwd_kernel"): 31,
+        ("swin", "tf32", "sm_120", "_single_tile_bwd_kernel"): 34,
+        ("swin, unshifted", "tf32", "sm_120", "_single_tile_bwd_kernel"): 31,
         ("swin, window 12", "bf16", "sm_120", "_tiled_fwd_kernel"): 8,
         ("swin, window 12", "fp16", "sm_120", "_tiled_fwd_kernel"): 8,
-        ("swin v2, window 8", "tf32", "sm_120", "_whole_window_bwd_kernel"): 44,
+        ("swin v2, window 8", "tf32", "sm_120", "_single_tile_bwd_kernel"): 44,
         ("video swin", "bf16", "sm_120", "_tiled_fwd_kernel"): 8,
         ("video swin", "fp16", "sm_120", "_tiled_fwd_kernel"): 8,
         ("swin ir", "fp32", "sm_120", "_tiled_dq_kernel"): 88,
         ("video swin, window 2", "bf16", "sm_120", "_tiled_fwd_kernel"): 2,
         ("video swin, window 2", "fp16", "sm_120", "_tiled_fwd_kernel"): 2,
-        ("head dim 64, strided", "bf16", "sm_90", "_whole_window_bwd_kernel"): 3,
-        ("cosine, dropout", "fp32", "sm_90", "_whole_window_fwd_kernel"): 6,
+        ("head dim 64, strided", "bf16", "sm_90", "_single_tile_bwd_kernel"): 3,
+        ("cosine, dropout", "fp32", "sm_90", "_single_tile_fwd_kernel"): 6,
         ("cosine, dropout", "fp32", "sm_90", "_tiled_dq_kernel"): 2,
         ("98 tokens, strided", "fp32", "sm_90", "_tiled_dq_kernel"): 101,
         ("head dim 30", "fp32", "sm_90", "_tiled_dq_kernel"): 90,
-        ("channels inside", "fp32", "sm_90", "_whole_window_bwd_kernel"): 11,
-        ("strided", "fp32", "sm_90", "_whole_window_bwd_kernel"): 11,
-        ("head dim 64, strided", "bf16", "sm_100", "_whole_window_bwd_kernel"): 6,
+        ("channels inside", "fp32", "sm_90", "_single_tile_bwd_kernel"): 11,
+        ("strided", "fp32", "sm_90", "_single_tile_bwd_kernel"): 11,
+        ("head dim 64, strided", "bf16", "sm_100", "_single_tile_bwd_kernel"): 6,
     },
     "3.9": {
-        ("swin", "tf32", "sm_80", "_whole_window_bwd_kernel"): 194,
-        ("swin, unshifted", "tf32", "sm_80", "_whole_window_bwd_kernel"): 210,
-        ("swin, padded", "tf32", "sm_80", "_whole_window_bwd_kernel"): 12,
-        ("swin v2, window 8", "tf32", "sm_80", "_whole_window_bwd_kernel"): 129,
-        ("swin, padded", "tf32", "sm_90", "_whole_window_bwd_kernel"): 60,
-        ("swin", "tf32", "sm_120", "_whole_window_bwd_kernel"): 128,
-        ("swin, unshifted", "tf32", "sm_120", "_whole_window_bwd_kernel"): 110,
-        ("swin v2, window 8", "tf32", "sm_120", "_whole_window_bwd_kernel"): 115,
-        ("head dim 64, strided", "bf16", "sm_90", "_whole_window_bwd_kernel"): 34,
+        ("swin", "tf32", "sm_80", "_single_tile_bwd_kernel"): 194,
+        ("swin, unshifted", "tf32", "sm_80", "_single_tile_bwd_kernel"): 210,
+        ("swin, padded", "tf32", "sm_80", "_single_tile_bwd_kernel"): 12,
+        ("swin v2, window 8", "tf32", "sm_80", "_single_tile_bwd_kernel"): 129,
+        ("swin, padded", "tf32", "sm_90", "_single_tile_bwd_kernel"): 60,
+        ("swin", "tf32", "sm_120", "_single_tile_bwd_kernel"): 128,
+        ("swin, unshifted", "tf32", "sm_120", "_single_tile_bwd_kernel"): 110,
+        ("swin v2, window 8", "tf32", "sm_120", "_single_tile_bwd_kernel"): 115,
+        ("head dim 64, strided", "bf16", "sm_90", "_single_tile_bwd_kernel"): 34,
     },
 }
 COUNTED = tuple(KNOWN_SPILLS)
@@ -167,7 +168,7 @@ class Row:
                 found.append(f"{held} registers a program, {REGISTERS} are there")
         if code.shared > gpu.shared_memory:
             found.append(f"{code.shared} bytes of shared memory, {gpu.shared_memory} are there")
-        multiplies = not self.kernel.startswith(("_spread", "_table"))
+        multiplies = not self.kernel.startswith(("_expand", "_table"))
         if multiplies and self.dtype != "fp32" and code.matrix == 0:
             found.append("no matrix instruction")
         return found
@@ -177,11 +178,11 @@ def compile_case(name: str, dtype: str, arch: str) -> list[Row]:
     """The rows of one case."""
     gpu, rows = KNOWN_GPUS[arch], {}
     case = (CASES | RARE)[name].but(dtype=DTYPES[dtype])
-    for step, dtypes in steps_of(case, gpu, tf32=dtype == "tf32"):
+    for step, dtypes in launches_of(case, gpu, tf32=dtype == "tf32"):
         kernel, config = step.kernel.split(".")[1], step.config
         block = f"{config.block_m}×{config.block_n}"
         layout = f"{block}, {config.num_warps} warps, {config.loop_stages} stages"
-        code = aot.read(aot.compile_step(step, dtypes, gpu))
+        code = aot.read(aot.compile_launch(step, dtypes, gpu))
         rows[kernel] = Row(name, dtype, arch, kernel, layout, config.num_warps, code)
     return list(rows.values())
 

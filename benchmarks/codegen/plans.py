@@ -7,15 +7,25 @@ from typing import NamedTuple
 
 import torch
 
-from swin_kernels.backends.triton.config import Gpu
-from swin_kernels.backends.triton.launch_spec import STRIDED, Plan, Step, TensorFacts, facts_of
-from swin_kernels.backends.triton.plan_backward import Needs, backward_plan
-from swin_kernels.backends.triton.plan_forward import forward_plan
-from swin_kernels.problem import Operands, Problem
+from swin_kernels.backends.triton.launch_spec import (
+    STRIDED,
+    Call,
+    Gpu,
+    LaunchSpec,
+    Plan,
+    TensorFacts,
+    facts_of,
+)
+from swin_kernels.backends.triton.plan import backward_plan, forward_plan
+from swin_kernels.problem import NEEDS, Operands, Problem
 from swin_kernels.testing import Case, make_grad_out, make_operands
 
+EVERY_GRADIENT = sum(NEEDS.values())
 
-def _facts(tensors: Iterable[tuple[str, torch.Tensor]]) -> dict[str, TensorFacts]:
+
+def facts_by_name(
+    tensors: Iterable[tuple[str, torch.Tensor | None]],
+) -> dict[str, TensorFacts]:
     return {
         name: facts_of(x if name in STRIDED else x.contiguous())
         for name, x in tensors
@@ -37,30 +47,26 @@ def plans_of(case: Case, gpu: Gpu, tf32: bool = False) -> Plans:
         operands = make_operands(case)
         if case.dropout_p > 0:
             operands = operands._replace(dropout_seed=torch.empty(1, dtype=torch.int64))
-        problem = Problem.checked(operands, **case.options)
-        facts = _facts(zip(Operands._fields, operands))
+        options = Problem.checked(operands, **case.options).options
+        facts = facts_by_name(zip(Operands._fields, operands))
+        call = Call(facts, options, tf32)
         inference, forward = (
-            forward_plan(facts, problem.options, gpu, tf32=tf32, differentiable=trained)
-            for trained in (False, True)
+            forward_plan(call, gpu, differentiable=trained) for trained in (False, True)
         )
-        kept = [
-            (name, torch.empty(buffer.shape, dtype=buffer.dtype))
-            for name, buffer in forward.buffers.items()
-            if name in ("stats", "tiles")
-        ]
-        if "stats" in forward.buffers:
-            kept.append(("out", torch.empty(forward.buffers["out"].shape, dtype=case.dtype)))
-        grad_out = make_grad_out(case)
-    facts |= _facts([("grad_out", grad_out), *kept])
-    needs = Needs(True, True, True)
-    backward = backward_plan(facts, problem.options, gpu, needs, tf32=tf32)
+        kept = {name: x for name, x in forward.buffers.items() if name in ("stats", "tiles")}
+        if "stats" in kept:
+            kept["out"] = forward.buffers["out"]
+        made = [(name, torch.empty(shape, dtype=dtype)) for name, (shape, dtype) in kept.items()]
+        facts = facts | facts_by_name([("grad_out", make_grad_out(case)), *made])
+    backward = backward_plan(Call(facts, options, tf32, EVERY_GRADIENT), gpu)
     return Plans(inference, forward, backward)
 
 
-def steps_of(
+def launches_of(
     case: Case, gpu: Gpu, tf32: bool = False
-) -> Iterator[tuple[Step, dict[str, torch.dtype]]]:
+) -> Iterator[tuple[LaunchSpec, dict[str, torch.dtype]]]:
     """Every launch of a training step, with the dtypes of what it names."""
     for plan in plans_of(case, gpu, tf32)[1:]:
-        for step in (*plan.steps, *plan.after):
-            yield step, plan.dtypes
+        for each in (plan, plan.after):
+            if each is not None:
+                yield from ((launch, each.dtypes) for launch in each.launches)

@@ -33,7 +33,7 @@ from benchmarks.codegen.aot import Code, Histogram
 from benchmarks.codegen.plans import plans_of
 from benchmarks.report.rows import read
 from swin_kernels.backends.triton.config import KNOWN_GPUS
-from swin_kernels.backends.triton.launch_spec import Plan, Step
+from swin_kernels.backends.triton.launch_spec import LaunchSpec, Plan
 from swin_kernels.cli.command import positive
 from swin_kernels.problem import Operands
 from swin_kernels.testing import Case, make_grad_out, make_operands
@@ -160,7 +160,8 @@ def _sizes(case: Case, plans: Iterable[Plan]) -> dict[str, int]:
     tensors = {n: x for n, x in zip(Operands._fields, operands) if x is not None}
     sizes = {n: x.numel() * x.element_size() for n, x in (tensors | {"grad_out": grad_out}).items()}
     for plan in plans:
-        sizes |= {n: math.prod(b.shape) * b.dtype.itemsize for n, b in plan.buffers.items()}
+        buffers = plan.buffers.items()
+        sizes |= {n: math.prod(shape) * dtype.itemsize for n, (shape, dtype) in buffers}
     if "bias_sums" in sizes:
         sizes["bias_grad"] = case.heads * case.grid.tokens**2 * 4
         sizes["table_grad"] = sizes.get("bias_table", 0)
@@ -173,11 +174,11 @@ def _border(numbers: Mapping[str, Any]) -> float:
     return 1 - math.prod(whole)
 
 
-def _trips(step: Step) -> tuple[int, int]:
+def _trips(step: LaunchSpec) -> tuple[int, int]:
     """Trips of a program through its loop, and the tokens of each kind that one loads."""
-    numbers, tokens = step.numbers, math.prod(step.numbers["WINDOW"])
+    numbers, tokens = step.scalars, math.prod(step.scalars["WINDOW"])
     block_m, block_n = step.config.block_m, step.config.block_n
-    if "_whole_window" in step.kernel:
+    if "_single_tile" in step.kernel:
         return numbers["windows_per_program"], tokens
     if "_dbias_" in step.kernel:
         return numbers["windows_per_program"], min(block_m, tokens) + min(block_n, tokens)
@@ -188,9 +189,11 @@ def _trips(step: Step) -> tuple[int, int]:
     return 0, 0  # bias and table: little beside the rest
 
 
-def predict(step: Step, code: Code, chip: Chip, sizes: Mapping[str, int], itemsize: int) -> Launch:
+def predict(
+    step: LaunchSpec, code: Code, chip: Chip, sizes: Mapping[str, int], itemsize: int
+) -> Launch:
     """What one launch takes, by everything that may bound it."""
-    numbers, warps = step.numbers, step.config.num_warps
+    numbers, warps = step.scalars, step.config.num_warps
     named = {name for name in step.pointers.values() if name is not None}
     seconds = {"memory": sum(sizes[name] for name in named) / chip.copy_rate}
     trips, tokens = _trips(step)
@@ -211,9 +214,9 @@ def predict(step: Step, code: Code, chip: Chip, sizes: Mapping[str, int], itemsi
     programs, in_flight = min(programs_at_once(code, warps, chip), rounds), 0
     if trips:
         channels = numbers["HEAD_DIM"] + numbers["VALUE_DIM"]
-        if "_whole_window_fwd" in step.kernel:
+        if "_single_tile_fwd" in step.kernel:
             channels += numbers["HEAD_DIM"]
-        elif "_whole_window_bwd" in step.kernel:
+        elif "_single_tile_bwd" in step.kernel:
             channels *= 2
         one = tokens * channels * itemsize
         # up to two stages a trip waits for its tile as soon as that is asked for, and then works:
@@ -250,13 +253,15 @@ def launches_of(case: Case, chip: Chip) -> dict[str, list[Launch]]:
     for direction, plan in (("forward", plans.inference), ("backward", plans.backward)):
         found[direction] = [
             predict(
-                step,
-                aot.read(aot.compile_step(step, plan.dtypes, gpu)),
+                launch,
+                aot.read(aot.compile_launch(launch, each.dtypes, gpu)),
                 chip,
                 sizes,
                 case.dtype.itemsize,
             )
-            for step in (*plan.steps, *plan.after)
+            for each in (plan, plan.after)
+            if each is not None
+            for launch in each.launches
         ]
     if sums := plans.backward.sums:
         summed = sum(sizes[name] for name in sums) / chip.copy_rate

@@ -33,7 +33,7 @@ from benchmarks.cases import other_cases, swin_cases, toy_cases
 from benchmarks.device import Cuda, Device, Rehearsal
 from benchmarks.report.rows import ROOT, facts_of, file_name, print_table
 from benchmarks.timing import Loop, make_inputs
-from swin_kernels.backends.triton.launcher import Launch
+from swin_kernels.backends.triton.launcher import Run
 from swin_kernels.cli.command import three_digits
 from swin_kernels.testing import Case
 
@@ -168,13 +168,13 @@ def run_once(cases: dict[str, Case], device: Device) -> list[tuple[str, str, str
 def _recorded() -> Iterator[list[str]]:
     """The names of our kernels that are launched inside it."""
     names: list[str] = []
-    start = Launch.start
+    run = Run.__call__
 
-    def started(self, *arguments) -> None:
-        names.append(self.kernel.__name__)
-        start(self, *arguments)
+    def ran(self, given):
+        names.extend(launch.kernel.__name__ for launch, _ in self.launches)
+        return run(self, given)
 
-    with mock.patch.object(Launch, "start", started):
+    with mock.patch.object(Run, "__call__", ran):
         yield names
 
 

@@ -27,6 +27,7 @@ from benchmarks.attention import TRY_AGAIN
 from benchmarks.baselines.providers import ours
 from benchmarks.cases import other_cases, swin_cases, toy_cases
 from benchmarks.device import Cuda, Device, Rehearsal
+from benchmarks.gpu_tools.override import override
 from benchmarks.report.rows import Book, Row, facts_of
 from benchmarks.timing import (
     Gate,
@@ -38,7 +39,8 @@ from benchmarks.timing import (
     passes_of,
     reason_of,
 )
-from swin_kernels.backends.triton import config, plan_backward, plan_forward
+from swin_kernels.backends.triton import config, plan
+from swin_kernels.backends.triton.launch_spec import Call, Config, Gpu
 from swin_kernels.testing import Case
 
 COPY_RATE = 4e12  # bytes a second, of the order of a data-centre GPU: for counts of passes
@@ -48,7 +50,7 @@ GAIN = 0.99  # of the best so far that a change must reach: less is noise
 
 WARPS_AND_STAGES = {"num_warps": (1, 2, 4, 8), "loop_stages": (1, 2, 3)}
 PROGRAMS = {"programs_per_multiprocessor": (2, 4, 8, 16, 32)}
-# a spread bias is padded to LARGEST_BLOCK, of a forward to its queries: tiles must divide it
+# an expanded bias is padded to LARGEST_BLOCK, of a forward to its queries: tiles must divide it
 BLOCKS = {
     side: tuple(b for b in (16, 32, 64, 128) if b <= config.LARGEST_BLOCK)
     for side in ("block_m", "block_n")
@@ -76,12 +78,12 @@ class Kernel(NamedTuple):
     """One kernel, and all that its layout depends on."""
 
     name: str
-    shape: config.Shape
-    gpu: config.Gpu
+    call: Call
+    gpu: Gpu
 
     @property
     def key(self) -> str:
-        return config.tuned_key(self.name, self.shape, self.gpu)
+        return config.tuned_key(self.name, self.call, self.gpu)
 
     @property
     def direction(self) -> str:
@@ -92,16 +94,15 @@ def kernels_of(trial: Trial) -> list[Kernel]:
     """What the case's forward and its backward, with a gradient of the bias, ask a layout for."""
     asked = mock.Mock(wraps=config.config_for)
     with (
-        mock.patch.object(plan_forward, "config_for", asked),
-        mock.patch.object(plan_backward, "config_for", asked),
-        config.override({}),  # plans are made anew
+        mock.patch.object(plan, "config_for", asked),
+        override({}),  # plans are made anew
     ):
         Loop(trial.attend, trial.sets[:1]).warm()
     kernels = (Kernel(*call.args) for call in asked.call_args_list)
     return list({kernel.key: kernel for kernel in kernels}.values())
 
 
-def candidates(best: config.Config, group: dict[str, tuple[int, ...]]) -> Iterator[dict[str, int]]:
+def candidates(best: Config, group: dict[str, tuple[int, ...]]) -> Iterator[dict[str, int]]:
     """The fields of every other layout that the group's values make of `best`."""
     for values in itertools.product(*group.values()):
         fields = dict(zip(group, values))
@@ -124,7 +125,7 @@ class Trial:
 
     def seconds(self, kernel: Kernel, fields: dict[str, int]) -> float:
         """Median of a call in the kernel's direction; AssertionError where the rule is broken."""
-        with config.override({kernel.key: fields}):
+        with override({kernel.key: fields}):
             self.gate.check(self.attend, 2.0)
             loop = Loop(self.attend, self.sets)
             loop.warm()
@@ -143,7 +144,7 @@ class Tuner:
 
     def tune(self, kernel: Kernel, trial: Trial) -> None:
         """Keeps the fastest layout of a kernel, if it is not the one it has anyway."""
-        default = config.config_for(kernel.name, kernel.shape, kernel.gpu)
+        default = config.config_for(kernel.name, kernel.call, kernel.gpu)
         best, fields = default, {}
         fastest = first = trial.seconds(kernel, {})
         print(f"{kernel.key}: {first * 1e6:.4g} µs with {asdict(default)}", flush=True)
@@ -164,7 +165,7 @@ class Tuner:
                 print(f"  {changed}: {seconds * 1e6:.4g} µs", flush=True)
                 self.note(kernel, asdict(default) | candidate, seconds)
                 if seconds < GAIN * fastest:
-                    fastest, best = seconds, config.Config(**{**asdict(best), **changed})
+                    fastest, best = seconds, Config(**{**asdict(best), **changed})
             fields = {k: v for k, v in asdict(best).items() if v != asdict(default)[k]}
         if fields:
             self.found[kernel.key] = asdict(best)

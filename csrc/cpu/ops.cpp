@@ -70,9 +70,6 @@ Tensor forward_as(const Arguments& a, const Problem& p) {
   return out;
 }
 
-constexpr int64_t kNeedsBias = 1, kNeedsTable = 2, kNeedsPadKey = 4, kNeedsPadValue = 8,
-                  kNeedsLogitScale = 16;
-
 // Sums over chunks, added up in order: (chunks, n) -> (n).
 template <class T>
 Numbers<T> summed(const Numbers<T>& partials, int64_t chunks, int64_t n) {
@@ -161,7 +158,6 @@ std::vector<bool> rows_held_finite(const Arguments& a, const std::vector<T>& pad
   return held;
 }
 
-using Gradients = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
 
 template <class T>
 Gradients backward_as(const Tensor& grad_out, const Arguments& a, const Problem& p, int64_t needs) {
@@ -244,13 +240,14 @@ Gradients backward_as(const Tensor& grad_out, const Arguments& a, const Problem&
           finish(wants_logit_scale, a.logit_scale, logit_scales, 1, as_it_is)};
 }
 
-Tensor window_attention_forward(SWIN_PARAMETERS) {
+Tensor window_attention_forward(SWIN_PARAMETERS, bool /*allow_tf32*/) {
   const Arguments a SWIN_ARGUMENTS;
   const Problem p = checked_problem(a);
   return element_of(query) == Element::kDouble ? forward_as<double>(a, p) : forward_as<float>(a, p);
 }
 
-Gradients window_attention_backward(Tensor grad_out, SWIN_PARAMETERS, int64_t needs) {
+Gradients window_attention_backward(Tensor grad_out, SWIN_PARAMETERS, bool /*allow_tf32*/,
+                                    int64_t needs) {
   const Arguments a SWIN_ARGUMENTS;
   const Problem p = checked_problem(a);
   check_grad_out(grad_out, a);

@@ -1,5 +1,5 @@
-// The ops: schemas as those of csrc/registration.cpp, and whether products of fp32 tokens may be
-// rounded to TF32.
+// The native ops on CUDA tensors. `_C_cpu` defines them; the tests' emulator, in a namespace of its
+// own, does so here.
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 
@@ -43,23 +43,24 @@ inline Problem checked_on_device(const Arguments& a) {
   return checked_problem(a);
 }
 
-Tensor cuda_forward(SWIN_PARAMETERS, bool tf32) {
+Tensor window_attention_forward(SWIN_PARAMETERS, bool allow_tf32) {
   const Arguments a SWIN_ARGUMENTS;
   const Problem p = checked_on_device(a);
   Tensor out = torch::stable::new_empty(a.query, output_shape(a));
   if (p.batch == 0) return out;
   const Device device(a.query);
-  choose(element_of(a.query), tf32,
+  choose(element_of(a.query), allow_tf32,
          [&](auto precision) { run_forward<decltype(precision)>(device, a, p, out); });
   return out;
 }
 
-Gradients cuda_backward(Tensor grad_out, SWIN_PARAMETERS, bool tf32, int64_t needs) {
+Gradients window_attention_backward(Tensor grad_out, SWIN_PARAMETERS, bool allow_tf32,
+                                    int64_t needs) {
   const Arguments a SWIN_ARGUMENTS;
   const Problem p = checked_on_device(a);
   check_grad_out(grad_out, a);
   const Device device(a.query);
-  return choose(element_of(a.query), tf32, [&](auto precision) {
+  return choose(element_of(a.query), allow_tf32, [&](auto precision) {
     return run_backward<decltype(precision)>(device, a, p, grad_out, needs);
   });
 }
@@ -75,16 +76,16 @@ bool cuda_has_code_for(int64_t index) { return Device::has_code(int32_t(index), 
 #define SWIN_IMPLEMENT(library, key) STABLE_TORCH_LIBRARY_IMPL(library, key, m)
 
 SWIN_DEFINE(SWIN_LIBRARY) {
-  m.def("cuda_forward(" SWIN_OPERANDS SWIN_OPTIONS ", bool tf32) -> Tensor");
-  m.def("cuda_backward(Tensor grad_out, " SWIN_OPERANDS SWIN_OPTIONS
-        ", bool tf32, int needs) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, "
-        "Tensor)");
+#if !defined(__CUDACC__)
+  m.def(SWIN_FORWARD_SCHEMA);
+  m.def(SWIN_BACKWARD_SCHEMA);
+#endif
   m.def("cuda_has_code_for(int device) -> bool");
 }
 
 SWIN_IMPLEMENT(SWIN_LIBRARY, SWIN_DISPATCH_KEY) {
-  m.impl("cuda_forward", TORCH_BOX(&swin_kernels::cuda::cuda_forward));
-  m.impl("cuda_backward", TORCH_BOX(&swin_kernels::cuda::cuda_backward));
+  m.impl("window_attention_forward", TORCH_BOX(&swin_kernels::cuda::window_attention_forward));
+  m.impl("window_attention_backward", TORCH_BOX(&swin_kernels::cuda::window_attention_backward));
 }
 
 SWIN_IMPLEMENT(SWIN_LIBRARY, CompositeExplicitAutograd) {

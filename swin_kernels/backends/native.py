@@ -6,15 +6,12 @@ import functools
 import sysconfig
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from swin_kernels.backends import flops
-from swin_kernels.backends.gpu import tf32_allowed, too_old
-from swin_kernels.backends.tracing import asked_while_tracing, backward_of, forward_of
-from swin_kernels.problem import Operands, Options, Problem
+from swin_kernels.backends.base import Backend, Ops, asked_while_tracing, tf32_allowed, too_old
+from swin_kernels.problem import DIFFERENTIABLE, Operands, Options, Problem, needs_of
 
 _PACKAGE = Path(__file__).resolve().parent.parent
 
@@ -53,7 +50,8 @@ def _load(name: str, *operations: str) -> LoadedObject:
 CPU_OBJECT = _load(
     "_C_cpu", "window_attention_forward", "window_attention_backward", "cpu_capability"
 )
-CUDA_OBJECT = _load("_C_cuda", "cuda_forward", "cuda_backward", "cuda_has_code_for")
+# its kernels are those of the ops that _C_cpu defines
+CUDA_OBJECT = _load("_C_cuda", "cuda_has_code_for")
 
 
 def cpu_capability() -> str:
@@ -63,62 +61,30 @@ def cpu_capability() -> str:
     return torch.ops.swin_kernels.cpu_capability()
 
 
-# bits of the backward ops' `needs`: the gradients that cost extra work
-NEEDS = {"bias": 1, "bias_table": 2, "pad_key": 4, "pad_value": 8, "logit_scale": 16}
+@functools.cache
+def _native_ops() -> Ops:
+    return Ops.named(
+        "swin_kernels::window_attention_forward", "swin_kernels::window_attention_backward"
+    )
 
 
-def _forward_fake(*args) -> Tensor:
-    query, _, value = Operands(*args[:11]).unpacked()
-    return query.new_empty((*query.shape[:-1], value.shape[-1]))
+def _ops_of(*objects: LoadedObject) -> Ops | None:
+    """The ops that the objects share: the first defines them, each has kernels for its device."""
+    return _native_ops() if all(x.error is None for x in objects) else None
 
 
-def _backward_fake(grad_out, *args) -> tuple[Tensor, ...]:
-    operands, needs = Operands(*args[:11]), args[-1]
-    # each gradient that is absent is a tensor of its own: outputs of an op never alias
-    tokens = [grad_out.new_empty(0 if x is None else x.shape) for x in operands[:3]]
-    extras = []
-    for name, bit in NEEDS.items():
-        x = getattr(operands, name)
-        wanted = x is not None and needs & bit
-        extras.append(x.new_empty(x.shape) if wanted else grad_out.new_empty(0))
-    return (*tokens, *extras)
-
-
-@dataclass(frozen=True)
-class Ops:
-    """The forward and the backward op of an object."""
-
-    forward: Any
-    backward: Any
-
-    @classmethod
-    def named(cls, forward: str, backward: str) -> Ops:
-        """Those of these qualified names, after their object was loaded; traced from now on."""
-        found = []
-        for qualified, fake in ((forward, _forward_fake), (backward, _backward_fake)):
-            torch.library.register_fake(qualified, fake)
-            namespace, name = qualified.split("::")
-            found.append(getattr(getattr(torch.ops, namespace), name).default)
-        ops = cls(*found)
-        flops.count(ops.forward, ops.backward, before_operands=1)
-        return ops
-
-
-class _NativeBackend:
+class _NativeBackend(Backend):
     """The ops of a compiled object."""
 
-    ops: Ops | None
-
-    def _extra_arguments(self, query: Tensor) -> tuple:
-        """What the ops take between options and `needs`."""
-        return ()
+    def _allow_tf32(self, query: Tensor) -> bool:
+        return False
 
     def forward(
         self, operands: Operands, options: Options, differentiable: bool
     ) -> tuple[Tensor, tuple[Tensor, ...]]:
         assert self.ops is not None
-        extra = self._extra_arguments(operands.query)
-        return forward_of(self.ops.forward, *operands, *options, *extra), ()
+        tf32 = self._allow_tf32(operands.query)
+        return self.ops.forward(*operands, *options, tf32), ()
 
     def backward(
         self,
@@ -129,29 +95,17 @@ class _NativeBackend:
         needed: tuple[bool, ...],
     ) -> tuple[Tensor | None, ...]:
         assert self.ops is not None
-        needs = sum(bit for name, bit in NEEDS.items() if needed[Operands._fields.index(name)])
-        extra = self._extra_arguments(operands.query)
-        d_query, d_key, d_value, *extras = backward_of(
-            self.ops.backward, grad_out, *operands, *options, *extra, needs
-        )
-        grads: dict[str, Tensor | None] = {
-            name: grad if needs & bit else None for (name, bit), grad in zip(NEEDS.items(), extras)
-        }
-        packed = operands.key is None
-        return Operands(d_query, None if packed else d_key, None if packed else d_value, **grads)
+        tf32, needs = self._allow_tf32(operands.query), needs_of(needed)
+        grads = self.ops.backward(grad_out, *operands, *options, tf32, needs)
+        return Operands(**dict(zip(DIFFERENTIABLE, grads)))
 
 
 class CpuBackend(_NativeBackend):
     """The fused C++ kernels for CPU tensors."""
 
     name = "cpu"
-    ops = (
-        Ops.named(
-            "swin_kernels::window_attention_forward", "swin_kernels::window_attention_backward"
-        )
-        if CPU_OBJECT.error is None
-        else None
-    )
+    device_types = ("cpu",)
+    ops = _ops_of(CPU_OBJECT)
 
     def why_not(self, problem: Problem) -> str | None:
         if CPU_OBJECT.error is not None:
@@ -165,24 +119,18 @@ class CudaBackend(_NativeBackend):
     """The CUDA C++ kernels: where there is no Triton, and in programs without Python."""
 
     name = "cuda"
-    device_type = "cuda"
-    ops = (
-        Ops.named("swin_kernels::cuda_forward", "swin_kernels::cuda_backward")
-        if CUDA_OBJECT.error is None
-        else None
-    )
+    device_types = ("cuda",)
+    ops = _ops_of(CPU_OBJECT, CUDA_OBJECT)
 
-    def _extra_arguments(self, query: Tensor) -> tuple:
-        return (query.dtype == torch.float32 and tf32_allowed(),)
+    def _allow_tf32(self, query: Tensor) -> bool:
+        return query.dtype == torch.float32 and tf32_allowed()
 
     def why_not(self, problem: Problem) -> str | None:
         if self.ops is None:
-            return CUDA_OBJECT.error
-        if problem.device.type != self.device_type:
+            return CUDA_OBJECT.error or CPU_OBJECT.error
+        if problem.device.type not in self.device_types:
             return f"runs on CUDA tensors, got {problem.device}"
-        if self.device_type == "cuda":
-            return _why_not_on(problem.device)
-        return None
+        return _why_not_on(problem.device) if problem.device.type == "cuda" else None
 
 
 @asked_while_tracing

@@ -9,15 +9,10 @@ import torch
 from torch import Tensor
 
 from swin_kernels.backends import reference
-from swin_kernels.backends.triton import direct
+from swin_kernels.backends.base import below_autograd
+from swin_kernels.ops import repeated
 from swin_kernels.ops.autograd import ShiftedWindowAttentionFunction, transforms_active
-from swin_kernels.ops.dispatch import (
-    BACKENDS,
-    DEFAULT_BACKEND,
-    REFERENCE,
-    check_name,
-    choose,
-)
+from swin_kernels.ops.dispatch import DEFAULT_BACKEND, REFERENCE, check_name, choose
 from swin_kernels.problem import Operands, Problem
 
 
@@ -38,10 +33,10 @@ def _for_autocast(operands: Operands) -> Operands:
 
 def _attend(operands: Operands, backend: str | None, **options) -> Tensor:
     asked = operands
-    if (key := direct.key_of(operands, backend, options)) is not None and (
-        ready := direct.find(key)
+    if (key := repeated.key_of(operands, backend, options)) is not None and (
+        run := repeated.find(key)
     ) is not None:
-        return ready(operands)
+        return run(operands)[0]
     if isinstance(operands.query, Tensor):  # else the check below says what came
         operands = _for_autocast(operands)
     problem = Problem.checked(operands, **options)
@@ -60,14 +55,16 @@ def _attend(operands: Operands, backend: str | None, **options) -> Tensor:
     needs_grad = torch.is_grad_enabled() and any(
         x is not None and x.requires_grad for x in operands
     )
-    if chosen is REFERENCE or not needs_grad:
-        out = chosen.forward(operands, problem.options, needs_grad)[0]
-        if key is not None and chosen is BACKENDS["triton"]:
-            direct.remember(key, asked, problem.options)
-        return out
-    if torch.compiler.is_compiling():  # the graph gets the op, whose autograd is its own
-        return chosen.forward(operands, problem.options, True)[0]
-    return ShiftedWindowAttentionFunction.apply(*operands, *problem.options, chosen.name)
+    # a graph gets the op, whose autograd is its own
+    if chosen is REFERENCE or torch.compiler.is_compiling():
+        return chosen.forward(operands, problem.options, needs_grad)[0]
+    if needs_grad:
+        return ShiftedWindowAttentionFunction.apply(*operands, *problem.options, chosen.name)
+    with below_autograd():
+        out = chosen.forward(operands, problem.options, False)[0]
+    if key is not None:
+        repeated.remember(key, chosen, asked, problem.options)
+    return out
 
 
 def shifted_window_attention(

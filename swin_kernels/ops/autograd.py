@@ -7,6 +7,7 @@ traced again. Eager calls pass these by: see `below_autograd`.
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable
 from typing import Any
 
@@ -14,7 +15,7 @@ import torch
 import torch.autograd.forward_ad as forward_ad
 from torch import Tensor
 
-from swin_kernels.backends.tracing import asked_while_tracing, below_autograd
+from swin_kernels.backends.base import Backend, Ops, asked_while_tracing, below_autograd
 from swin_kernels.ops.dispatch import BACKENDS, REFERENCE
 from swin_kernels.problem import MASK_HAS_NO_GRADIENT, Operands, Options, split_arguments
 
@@ -41,7 +42,8 @@ class ShiftedWindowAttentionFunction(torch.autograd.Function):
     def forward(ctx, *args):
         operands, options = Operands(*args[:_OPERANDS]), Options(*args[_OPERANDS:_ARGUMENTS])
         backend = args[_ARGUMENTS]
-        out, saved = BACKENDS[backend].forward(operands, options, True)
+        with below_autograd():
+            out, saved = BACKENDS[backend].forward(operands, options, True)
         ctx.save_for_backward(*operands, *saved)
         ctx.options = options
         ctx.backend = backend
@@ -63,7 +65,9 @@ class ShiftedWindowAttentionFunction(torch.autograd.Function):
             return (*(None,) * _OPERANDS, *others)
         saved = ctx.saved_tensors
         operands, saved = Operands(*saved[:_OPERANDS]), saved[_OPERANDS:]
-        grads = BACKENDS[ctx.backend].backward(grad_out, operands, ctx.options, saved, needed)
+        # where a second derivative may follow, the op's own kernel refuses it
+        with contextlib.nullcontext() if torch.is_grad_enabled() else below_autograd():
+            grads = BACKENDS[ctx.backend].backward(grad_out, operands, ctx.options, saved, needed)
         kept = [grad if wanted else None for grad, wanted in zip(grads, needed)]
         return (*kept, *others)
 
@@ -85,17 +89,19 @@ def _need_grad(arguments: tuple) -> bool:
     )
 
 
-def _forward_kernel(name: str, op: Any) -> Callable:
-    returns = len(op._schema.returns)
+def _forward_kernel(op: Any, names: dict[str, str]) -> Callable:
+    returns, only = len(op._schema.returns), next(iter(names.values()))
 
     def kernel(*arguments):
         transformed = transforms_active()
         if not transformed and not _need_grad(arguments):
-            return below_autograd(op, *arguments)
+            with below_autograd():
+                return op(*arguments)
         operands, options, others = split_arguments(arguments)
         if transformed:
             found = REFERENCE.forward(operands, options, True)[:1]
         else:
+            name = names.get(operands.query.device.type, only)
             found = ShiftedWindowAttentionFunction.apply(*operands, *options, name, True)
         if returns == 1:
             return found[0]
@@ -114,7 +120,8 @@ class _BackwardOnce(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, op, *arguments):
-        return below_autograd(op, *arguments)
+        with below_autograd():
+            return op(*arguments)
 
     @staticmethod
     def backward(ctx, *grads):
@@ -127,25 +134,24 @@ def _backward_kernel(op: Any) -> Callable:
             raise NotImplementedError(NO_SECOND_DERIVATIVE)
         if _need_grad(arguments):
             return _BackwardOnce.apply(op, *arguments)
-        return below_autograd(op, *arguments)
+        with below_autograd():
+            return op(*arguments)
 
     return kernel
 
 
-def register(backend: Any) -> None:
-    """Gives the ops of `backend`, if they are there, their autograd kernels."""
-    if backend.ops is None:
-        return
-    forward, backward = backend.ops.forward, backend.ops.backward
-    for op, kernel in (
-        (forward, _forward_kernel(backend.name, forward)),
-        (backward, _backward_kernel(backward)),
-    ):
-        if op.namespace not in _libraries:
-            _libraries[op.namespace] = torch.library.Library(op.namespace, "IMPL")
-        _libraries[op.namespace].impl(op._opname, kernel, "Autograd")
+def register(*backends: Backend) -> None:
+    """Gives the ops of these backends their autograd kernels; one op may serve several devices."""
+    served: dict[Ops, dict[str, str]] = {}
+    for backend in backends:
+        if backend.ops is not None:
+            names = served.setdefault(backend.ops, {})
+            names.update(dict.fromkeys(backend.device_types, backend.name))
+    for ops, names in served.items():
+        namespace = ops.forward.namespace
+        library = _libraries.setdefault(namespace, torch.library.Library(namespace, "IMPL"))
+        library.impl(ops.forward._opname, _forward_kernel(ops.forward, names), "Autograd")
+        library.impl(ops.backward._opname, _backward_kernel(ops.backward), "Autograd")
 
 
-for _backend in BACKENDS.values():
-    if _backend is not REFERENCE:
-        register(_backend)
+register(*BACKENDS.values())

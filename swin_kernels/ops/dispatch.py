@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import logging
 import os
-from typing import Protocol
 
 from torch import Tensor
 
 from swin_kernels.backends import native, reference
-from swin_kernels.backends.tracing import asked_while_tracing
+from swin_kernels.backends.base import Backend, asked_while_tracing
 from swin_kernels.backends.triton.backend import TritonBackend
 from swin_kernels.problem import Operands, Options, Problem
 
@@ -20,31 +19,7 @@ _already_logged: set[str] = set()
 DEFAULT_BACKEND = os.environ.get("SWIN_KERNELS_BACKEND") or None
 
 
-class Backend(Protocol):
-    """One way to compute the contract."""
-
-    name: str
-
-    def why_not(self, problem: Problem) -> str | None:
-        """None if it can run `problem`, else the reason."""
-
-    def forward(
-        self, operands: Operands, options: Options, differentiable: bool
-    ) -> tuple[Tensor, tuple[Tensor, ...]]:
-        """The output, and what a backward wants to find again beside the operands."""
-
-    def backward(
-        self,
-        grad_out: Tensor,
-        operands: Operands,
-        options: Options,
-        saved: tuple[Tensor, ...],
-        needed: tuple[bool, ...],
-    ) -> tuple[Tensor | None, ...]:
-        """Gradients in the order of `Operands`, None for those not needed."""
-
-
-class ReferenceBackend:
+class ReferenceBackend(Backend):
     """Plain PyTorch: whatever torch runs on, differentiable to any order."""
 
     name = "reference"
@@ -65,8 +40,7 @@ class ReferenceBackend:
         saved: tuple[Tensor, ...],
         needed: tuple[bool, ...],
     ) -> tuple[Tensor | None, ...]:
-        grads = reference.backward(grad_out, operands, options)
-        return tuple(g if wanted else None for g, wanted in zip(grads, needed))
+        return reference.backward(grad_out, operands, options)
 
 
 REFERENCE = ReferenceBackend()

@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from timm.models import swin_transformer, swin_transformer_v2, swin_transformer_v2_cr
 from torch import Tensor, nn
 
-from swin_kernels.backends.tracing import asked_while_tracing
+from swin_kernels.backends.base import asked_while_tracing
 from swin_kernels.ops.layers import (
     attention_of_map,
     has_hooks,

@@ -5,6 +5,7 @@ A check is three lines: `operands = make_operands(case)`, `grad_out = make_grad_
 all of them.
 """
 
+from swin_kernels.problem import DIFFERENTIABLE
 from swin_kernels.testing.cases import (
     BIASES,
     DTYPE_NAMES,
@@ -25,7 +26,6 @@ from swin_kernels.testing.error_rule import (
     repetitions,
 )
 from swin_kernels.testing.runs import (
-    DIFFERENTIABLE,
     Result,
     call,
     differentiate,

@@ -12,20 +12,9 @@ from swin_kernels.ops.attention import (
     shifted_window_attention,
     shifted_window_attention_qkvpacked,
 )
-from swin_kernels.problem import Operands
+from swin_kernels.problem import DIFFERENTIABLE, Operands
 from swin_kernels.testing.cases import Case
 from swin_kernels.testing.unfused import unfused
-
-DIFFERENTIABLE = (
-    "query",
-    "key",
-    "value",
-    "bias",
-    "bias_table",
-    "pad_key",
-    "pad_value",
-    "logit_scale",
-)
 
 
 class Result(NamedTuple):

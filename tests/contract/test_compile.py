@@ -10,10 +10,8 @@ from tiers import thorough
 from torch._dynamo.testing import CompileCounter, CompileCounterWithBackend
 
 from swin_kernels import shifted_window_attention, shifted_window_attention_qkvpacked
-from swin_kernels.backends import native
-from swin_kernels.backends.triton import backend as triton_backend
 from swin_kernels.ops.dispatch import BACKENDS
-from swin_kernels.problem import Operands, Options, Problem
+from swin_kernels.problem import NEEDS, Operands, Options, Problem
 from swin_kernels.testing import (
     Case,
     call,
@@ -49,27 +47,20 @@ def _arguments(case):
 
 def _forward_op(fused, case):
     """The forward op of a backend and its arguments."""
-    if fused == "triton":
-        return triton_backend.FORWARD, (*_arguments(case), True)
-    backend = BACKENDS[fused]
-    arguments = _arguments(case)
-    return backend.ops.forward, (*arguments, *backend._extra_arguments(arguments[0]))
+    last = fused == "triton"  # whether it keeps what a backward wants; else whether TF32 is allowed
+    return BACKENDS[fused].ops.forward, (*_arguments(case), last)
 
 
 def _backward_op(fused, case, all_needed):
     """The backward op of a backend and its arguments."""
-    operands = make_operands(case)
-    present = [n for n in native.NEEDS if getattr(operands, n) is not None and all_needed]
-    arguments = _arguments(case)
+    operands, arguments = make_operands(case), _arguments(case)
+    needs = sum(bit for n, bit in NEEDS.items() if getattr(operands, n) is not None and all_needed)
+    backend, grad_out = BACKENDS[fused], make_grad_out(case)
     if fused != "triton":
-        backend, needs = BACKENDS[fused], sum(native.NEEDS[name] for name in present)
-        more = (*backend._extra_arguments(arguments[0]), needs)
-        return backend.ops.backward, (make_grad_out(case), *arguments, *more)
+        return backend.ops.backward, (grad_out, *arguments, False, needs)
     given, options = Operands(*arguments[: len(operands)]), Options(*arguments[len(operands) :])
-    _, saved = triton_backend.TritonBackend().forward(given, options, True)
-    saved = (None, None, *saved)[-2:]
-    needed = [n in (*present, "query", "key", "value") for n in Operands._fields]
-    return triton_backend.BACKWARD, (make_grad_out(case), *saved, *arguments, needed)
+    _, saved = backend.forward(given, options, True)
+    return backend.ops.backward, (grad_out, *(None, None, *saved)[-2:], *arguments, needs)
 
 
 @over_cases

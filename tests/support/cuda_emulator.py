@@ -106,9 +106,10 @@ def build_checks() -> Path:
 def emulated_backend() -> CudaBackend:
     """The backend `cuda`, on CPU tensors."""
     torch.ops.load_library(str(build()))
-    names = (f"swin_kernels_emulated::cuda_{which}" for which in ("forward", "backward"))
+    names = (
+        f"swin_kernels_emulated::window_attention_{which}" for which in ("forward", "backward")
+    )
     backend = CudaBackend()
-    backend.ops = Ops.named(*names)
-    backend.device_type = "cpu"
+    backend.ops, backend.device_types = Ops.named(*names), ("cpu",)
     register(backend)
     return backend

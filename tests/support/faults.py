@@ -50,25 +50,19 @@ FAULTS = {
     ),
     "triton kernel: padded values take the padded key": Fault(
         "interpreted",
-        "swin_kernels/backends/triton/kernels/fwd.py",
-        """\
-            v = fill_padding(v, inside & ~real, pad_value_ptr, head, VALUE_DIM, BLOCK_DV)
-        if COSINE:
-            q, _ = to_unit(q)""",
-        """\
-            v = fill_padding(v, inside & ~real, pad_key_ptr, head, VALUE_DIM, BLOCK_DV)
-        if COSINE:
-            q, _ = to_unit(q)""",
+        "swin_kernels/backends/triton/kernels/common.py",
+        "v = fill_padding(v, padding, pads[1], head, META.VALUE_DIM, BLOCK_DV)",
+        "v = fill_padding(v, padding, pads[0], head, META.VALUE_DIM, BLOCK_DV)",
     ),
     "triton kernel: tiled gradient of keys behind the norm": Fault(
         "interpreted",
         "swin_kernels/backends/triton/kernels/bwd_tiled.py",
-        "dk, _ = through_unit(dk, factor, k, k_norm, query_ptr.dtype.element_ty)",
+        "dk = l2_normalize_bwd(dk, factor, k, k_norm, query_ptr.dtype.element_ty)[0]",
         "dk = dk * factor",
     ),
     "triton plan: windows that a program's share does not divide": Fault(
         "interpreted",
-        "swin_kernels/backends/triton/plan_forward.py",
+        "swin_kernels/backends/triton/plan.py",
         "-(-call.windows // run) * call.heads,",
         "max(1, call.windows // run) * call.heads,",
     ),
@@ -86,9 +80,9 @@ FAULTS = {
     ),
     "autograd: gradients of biases that nobody needs": Fault(
         "on_cpu",
-        "swin_kernels/backends/native.py",
-        "name: grad if needs & bit else None for (name, bit), grad in zip(NEEDS.items(), extras)",
-        "name: grad for (name, bit), grad in zip(NEEDS.items(), extras)",
+        "swin_kernels/problem.py",
+        "return sum(bit for name, bit in NEEDS.items() if needed[Operands._fields.index(name)])",
+        "return sum(NEEDS.values())",
     ),
     "patch: the upper bound of Swin V2's logit scale": Fault(
         "on_cpu",

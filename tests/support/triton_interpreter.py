@@ -63,7 +63,7 @@ def fast_interpreter(overflow_checked: bool = False) -> Iterator[None]:
     if not all(hasattr(interpreter, name) for name in _KNOWN):
         yield
         return
-    patch, numpy_dtype, launch = interpreter._patch_lang, interpreter._get_np_dtype, Launch.start
+    patch, numpy_dtype, launch = interpreter._patch_lang, interpreter._get_np_dtype, Launch.__call__
     done: set[frozenset[str]] = set()
     dtypes: dict[str, object] = {}
 
@@ -84,9 +84,9 @@ def fast_interpreter(overflow_checked: bool = False) -> Iterator[None]:
             dtypes[scalar.name] = numpy_dtype(scalar)
         return dtypes[scalar.name]
 
-    def launched(self, pointers, stream):
+    def launched(self, *arguments):
         done.clear()  # what a launch replaced it puts back
-        return launch(self, pointers, stream)
+        return launch(self, *arguments)
 
     options = dataclasses.replace(
         interpreter.interpreter_builder.options, sanitize_overflow=overflow_checked
@@ -97,6 +97,6 @@ def fast_interpreter(overflow_checked: bool = False) -> Iterator[None]:
         mock.patch.object(interpreter, "_get_np_dtype", dtype_once),
         mock.patch.object(interpreter.ReduceOps, "sum", _tree_sum),
         mock.patch.object(interpreter.InterpreterBuilder, "create_dot", _dot),
-        mock.patch.object(Launch, "start", launched),
+        mock.patch.object(Launch, "__call__", launched),
     ):
         yield

@@ -9,6 +9,7 @@ only.
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections import defaultdict
 from collections.abc import Iterator, Mapping
 from unittest import mock
@@ -18,8 +19,7 @@ import torch
 from torch import Tensor
 from triton.runtime import interpreter
 
-from swin_kernels.backends.triton import calls
-from swin_kernels.backends.triton.launcher import Launch
+from swin_kernels.backends.triton.launcher import Launch, Run
 from swin_kernels.problem import Operands
 
 
@@ -162,6 +162,7 @@ def poisoned_buffers() -> Iterator[None]:
     """What the Triton backend allocates inside holds NaN until it is written."""
 
     def filled(function):
+        @functools.wraps(function)
         def call(*args):
             before = torch.are_deterministic_algorithms_enabled()
             torch.use_deterministic_algorithms(True)  # has torch.empty fill its result
@@ -172,7 +173,7 @@ def poisoned_buffers() -> Iterator[None]:
 
         return call
 
-    with mock.patch.multiple(calls, forward=filled(calls.forward), backward=filled(calls.backward)):
+    with mock.patch.object(Run, "__call__", filled(Run.__call__)):
         yield
 
 
@@ -184,18 +185,18 @@ def guarded_launches(traffic: dict[str, Traffic] | None = None) -> Iterator[None
     """Every launch of the Triton backend inside is guarded; `traffic` takes it by kernel."""
     launch = Launch.__call__
 
-    def checked(self, tensors, stream):
+    def checked(self, *arguments):
         read_only = READ_ONLY
-        if "grad_out" in tensors:  # what the forward saved
+        if "grad_out" in self.tensors:  # what the forward saved
             read_only = read_only | {"out", "stats", "tiles"}
-        named = {name: tensors[name] for name in self.tensors if name is not None}
+        named = {name: x for name, x in zip(self.tensors, arguments) if name is not None}
         count = None
         if traffic is not None:
             count = traffic.setdefault(self.kernel.__name__, Traffic())
         readable = {name: x for name, x in named.items() if name in read_only}
         writable = {name: x for name, x in named.items() if name not in read_only}
         with guarded(readable, writable, count):
-            return launch(self, tensors, stream)
+            return launch(self, *arguments)
 
     with mock.patch.object(Launch, "__call__", checked):
         yield

@@ -82,13 +82,13 @@ def resolution(tmp_path):
 
 def test_counters_have_a_section_of_their_own(tmp_path):
     rows = [
-        counters.Counted("T1 shift 3", "forward", "_whole_window_fwd_kernel", 81.25, 61.0, 231e6),
-        counters.Counted("T1 shift 3", "backward", "_whole_window_bwd_kernel", stalls="wait 2.00"),
+        counters.Counted("T1 shift 3", "forward", "_single_tile_fwd_kernel", 81.25, 61.0, 231e6),
+        counters.Counted("T1 shift 3", "backward", "_single_tile_bwd_kernel", stalls="wait 2.00"),
     ]
     counters.write(tmp_path / "gpu-a.csv", rows, FACTS)
     page = writer.page([], writer.counted_in(tmp_path))
-    start = writer.index("## Counted by Nsight Compute: A CPU, 2 threads, avx2, 2000-01-01")
-    assert "| T1 shift 3 | forward | _whole_window_fwd_kernel | 81.2 | 61 % | 231 |" in page[start:]
+    start = page.index("## Counted by Nsight Compute: A CPU, 2 threads, avx2, 2000-01-01")
+    assert "| T1 shift 3 | forward | _single_tile_fwd_kernel | 81.2 | 61 % | 231 |" in page[start:]
     assert "| – | – | – | – | – | – | – | – | wait 2.00 |" in page[start:]
 
 
@@ -170,7 +170,7 @@ def test_page_claims_nothing_of_a_gpu_until_there_are_rows(stages, tmp_path):
     on_gpu = written(tmp_path, "gpu-a.csv", [timed("T1 shift 3", "ours", "forward", 1.0)])
     page = writer.page([on_gpu])
     assert "Nothing on a GPU is measured yet" not in page
-    assert "whole models (`python -m benchmarks.cpu`), all of it" in " ".join(writer.split())
+    assert "whole models (`python -m benchmarks.cpu`), all of it" in " ".join(page.split())
 
 
 def test_rows_of_a_rehearsal_and_empty_files_are_no_sources(stages, tmp_path):

@@ -48,9 +48,9 @@ def page(*kernels: str) -> str:
 
 
 def test_counters_are_read_with_their_units():
-    ((kernel, values),) = counters.read_profile(page("_whole_window_fwd_kernel"))
+    ((kernel, values),) = counters.read_profile(page("_single_tile_fwd_kernel"))
     row = counters.counted("T1 shift 3", "forward", kernel, values)
-    assert kernel == "_whole_window_fwd_kernel"
+    assert kernel == "_single_tile_fwd_kernel"
     assert row.microseconds == pytest.approx(80)
     assert row.memory_percent == 61.5
     assert row.memory_bytes == pytest.approx(320e6)
@@ -60,10 +60,10 @@ def test_counters_are_read_with_their_units():
 
 
 def test_a_profile_of_other_launches_is_refused():
-    launched = [("T1 shift 3", "forward", "_whole_window_fwd_kernel")]
+    launched = [("T1 shift 3", "forward", "_single_tile_fwd_kernel")]
     with pytest.raises(RuntimeError, match=r"1 launches ran.*_table_grad_kernel"):
         counters.joined(launched, page("_table_grad_kernel"))
-    assert len(counters.joined(launched, page("_whole_window_fwd_kernel"))) == 1
+    assert len(counters.joined(launched, page("_single_tile_fwd_kernel"))) == 1
 
 
 # in the place of Nsight Compute: runs what it is to profile, then writes a page of its launches
@@ -117,8 +117,8 @@ def test_rehearsal_counts_every_launch_of_a_training_step(tmp_path):
     assert done.returncode == 0, done.stdout + done.stderr
     rows, facts = counters.read(path)
     ran = {row[:3] for row in rows}
-    assert ("toy", "forward", "_whole_window_fwd_kernel") in ran
-    assert ("toy", "backward", "_whole_window_bwd_kernel") in ran
+    assert ("toy", "forward", "_single_tile_fwd_kernel") in ran
+    assert ("toy", "backward", "_single_tile_bwd_kernel") in ran
     assert ("toy tiles", "backward", "_tiled_dbias_kernel") in ran
     assert all(row.microseconds == 80 for row in rows)
     assert {"machine", "torch", "triton", "commit", "date"} <= facts.keys()

@@ -19,16 +19,19 @@ pytest.importorskip("triton", reason="what is rehearsed are Triton's kernels")
 pytest.importorskip("timm", reason="whole models are timm's")
 
 from tiers import thorough
+from triton_calls import call_of
 
 from benchmarks import attention, gpu, models
 from benchmarks.baselines import providers
 from benchmarks.cases import other_cases, swin_cases, toy_cases
 from benchmarks.device import Cuda, Rehearsal
+from benchmarks.gpu_tools.override import override
 from benchmarks.gpu_tools.targets import verdicts
 from benchmarks.report.rows import Book, Row, print_plain, read, table_of
 from benchmarks.timing import DIRECTIONS, Gate, Loop, Replayed, make_inputs, sample_in_turn
 from swin_kernels.backends.triton import config
-from swin_kernels.backends.triton.config import INTERPRETER, Shape
+from swin_kernels.backends.triton.config import INTERPRETER
+from swin_kernels.backends.triton.launch_spec import Config
 
 pytestmark = pytest.mark.slow
 
@@ -115,7 +118,7 @@ def test_tests_of_a_gpu_pass_rehearsed_with_the_cuda_kernels():
 
 
 def test_what_the_sanitizer_watches_is_a_program():
-    rehearsed("-c", "import sys; sys.path.insert(0, 'tests'); import cuda_sanitized")
+    rehearsed("-c", "import sys; sys.path.insert(0, 'tests/support'); import cuda_sanitized")
 
 
 @thorough(
@@ -141,7 +144,7 @@ def test_tuner_rehearsal_writes_a_table(tmp_path):
     assert {"machine", "torch", "triton", "date", "commit"} <= facts.keys()
     table = json.loads(path.read_text())
     for key, fields in table["configs"].items():
-        assert config.Config(**fields)
+        assert Config(**fields)
         assert {"machine", "torch", "triton", "date", "commit"} <= table["measured"][key].keys()
 
 
@@ -159,15 +162,15 @@ def test_tuner_writes_what_was_found_beside_what_was_known(tmp_path, monkeypatch
 
 
 def test_override_wins_until_it_ends():
-    shape = Shape(49, 32, 32, torch.float16, 64, 3)
-    key = config.tuned_key("forward", shape, INTERPRETER)
-    plain = config.config_for("forward", shape, INTERPRETER)
-    with config.override({key: {"num_warps": 16}}):
+    call = call_of(49, 32, 32, torch.float16, 64, 3)
+    key = config.tuned_key("forward", call, INTERPRETER)
+    plain = config.config_for("forward", call, INTERPRETER)
+    with override({key: {"num_warps": 16}}):
         inner = {key: {"loop_stages": 5}}
-        with config.override(inner):
-            assert config.config_for("forward", shape, INTERPRETER).loop_stages == 5
-        assert config.config_for("forward", shape, INTERPRETER).num_warps == 16
-    assert config.config_for("forward", shape, INTERPRETER) == plain
+        with override(inner):
+            assert config.config_for("forward", call, INTERPRETER).loop_stages == 5
+        assert config.config_for("forward", call, INTERPRETER).num_warps == 16
+    assert config.config_for("forward", call, INTERPRETER) == plain
 
 
 def test_spent_budget_skips_and_says_so(tmp_path, capsys):

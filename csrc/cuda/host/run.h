@@ -2,21 +2,11 @@
 // and its neighbours.
 #pragma once
 
-#include <tuple>
-
 #include "arguments.h"
 #include "cuda/device/mma.cuh"
 #include "cuda/host/device_launcher.h"
 
 namespace swin_kernels::cuda {
-
-// Of query, key, value, bias, bias_table, pad_key, pad_value and logit_scale; empty where not
-// asked.
-using Gradients = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
-
-// Bits of `needs`: the gradients that cost extra work.
-constexpr int64_t kNeedsBias = 1, kNeedsTable = 2, kNeedsPadKey = 4, kNeedsPadValue = 8,
-                  kNeedsLogitScale = 16;
 
 template <class P>
 void run_forward(const Device& device, const Arguments& a, const Problem& p, const Tensor& out);

@@ -3,107 +3,128 @@
 from __future__ import annotations
 
 import importlib.util
-import os
 
 import torch
 from torch import Tensor
 
-from swin_kernels.backends import flops
-from swin_kernels.backends.gpu import too_old
-from swin_kernels.backends.native import Ops
-from swin_kernels.backends.tracing import asked_while_tracing, backward_of, forward_of
-from swin_kernels.backends.triton.config import LARGEST_HEAD_DIM, SMALLEST_BLOCK
-from swin_kernels.backends.triton.launch_spec import LARGEST_INT32
-from swin_kernels.backends.triton.launcher import gpu_of
-from swin_kernels.backends.triton.plan_forward import kept_shape
-from swin_kernels.problem import Operands, Options, Problem, split_arguments
+from swin_kernels.backends.base import (
+    Backend,
+    Ops,
+    Repeat,
+    asked_while_tracing,
+    backward_fake,
+    forward_fake,
+    too_old,
+)
+from swin_kernels.backends.reference.forward import NORM_CLAMP
+from swin_kernels.backends.triton.config import LARGEST_HEAD_DIM
+from swin_kernels.backends.triton.launch_spec import SMALLEST_BLOCK, Call, TensorFacts
+from swin_kernels.backends.triton.launcher import (
+    INTERPRETED,
+    backward_run,
+    forward_run,
+    gpu_of,
+    ordered,
+)
+from swin_kernels.backends.triton.plan import kept_shape
+from swin_kernels.backends.triton.token_layout import LARGEST_INT32
+from swin_kernels.problem import (
+    DIFFERENTIABLE,
+    NEEDS,
+    Operands,
+    Options,
+    Problem,
+    needs_of,
+    split_arguments,
+)
 
-# triton reads it when it is imported: kernels then run on the CPU, a NumPy call an operation
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 MOST_WINDOWS = 2**31 - 2**16  # a batch's windows are counted with 32 bits, a run at a time
 
-# the gradients of an op's outputs, in order; those that cost extra work can be left out
-GRADIENTS = (
-    "query",
-    "key",
-    "value",
-    "bias",
-    "bias_table",
-    "pad_key",
-    "pad_value",
-    "logit_scale",
-)
-
-_OPERANDS_SCHEMA = ", ".join(
-    f"Tensor{'' if name == 'query' else '?'} {name}" for name in Operands._fields
-)
-_OPTIONS_SCHEMA = (
-    "int[] window_size, int[] shift_size, bool[] periodic, bool roll_then_pad, float mask_value, "
-    "float scale, float dropout_p"
+_ARGUMENTS_SCHEMA = (
+    ", ".join(f"Tensor{'' if name == 'query' else '?'} {name}" for name in Operands._fields)
+    + ", int[] window_size, int[] shift_size, bool[] periodic, bool roll_then_pad, "
+    "float mask_value, float scale, float dropout_p"
 )
 _library = torch.library.Library("swin_kernels", "FRAGMENT")
 # the output, and what the backward will want besides, if `differentiable`: empty if nothing
 _library.define(
-    f"triton_forward({_OPERANDS_SCHEMA}, {_OPTIONS_SCHEMA}, bool differentiable) "
-    "-> (Tensor, Tensor)"
+    f"triton_forward({_ARGUMENTS_SCHEMA}, bool differentiable) -> (Tensor, Tensor)",
 )
-# GRADIENTS, empty where not needed
+# gradients as those of the native ops
 _library.define(
-    f"triton_backward(Tensor grad_out, Tensor? out, Tensor? kept, {_OPERANDS_SCHEMA}, "
-    f"{_OPTIONS_SCHEMA}, bool[] needed) -> ({', '.join(['Tensor'] * len(GRADIENTS))})"
+    f"triton_backward(Tensor grad_out, Tensor? out, Tensor? kept, {_ARGUMENTS_SCHEMA}, "
+    f"int needs) -> ({', '.join(['Tensor'] * len(DIFFERENTIABLE))})"
 )
 
 
 def _forward(*arguments) -> tuple[Tensor, Tensor]:
-    from swin_kernels.backends.triton import calls
-
     operands, options, (differentiable,) = split_arguments(arguments)
-    out, kept = calls.forward(operands, options, differentiable)
-    return out, out.new_empty(0) if kept is None else kept
+    operands = ordered(operands)
+    run = forward_run(operands, options, differentiable)
+    made = dict(zip(run.plan.buffers, run(operands)))
+    kept = made.get("stats", made.get("tiles"))
+    return made["out"], made["out"].new_empty(0) if kept is None else kept
 
 
 def _backward(grad_out, out, kept, *arguments) -> tuple[Tensor, ...]:
-    from swin_kernels.backends.triton import calls
-
-    operands, options, (needed,) = split_arguments(arguments)
-    wanted = dict(zip(Operands._fields, needed))
-    needs = calls.Needs(
-        wanted["bias"] or wanted["bias_table"], wanted["pad_key"], wanted["pad_value"]
+    operands, options, (needs,) = split_arguments(arguments)
+    operands = ordered(operands)
+    # statistics go with the output
+    beside = (None, None, kept) if out is None else (out, kept, None)
+    given = (*operands, grad_out, *beside)
+    run = backward_run(given, options, needs)
+    made = dict(zip(run.plan.buffers, run(given)))
+    grads = {name: made.get(f"grad_{name}") for name in ("query", "key", "value")}
+    sums = {name: made[name].sum(axes) for name, axes in run.plan.sums.items()}
+    for name, bit in NEEDS.items():
+        x = getattr(operands, name)
+        if x is None or not needs & bit:
+            continue
+        if name == "bias_table":
+            assert run.after is not None
+            (grads[name],) = run.after((*given, sums["bias_sums"]))
+        elif (grad := sums.get(f"{name}_sums")) is None:  # nothing is padded
+            grads[name] = torch.zeros_like(x)
+        else:
+            if name == "pad_key" and operands.logit_scale is not None:
+                grad = _held(grad, x)
+            grads[name] = grad.to(x.dtype)
+    # each gradient that is absent is a tensor of its own: outputs of an op never alias
+    return tuple(
+        grad_out.new_empty(0) if (grad := grads.get(name)) is None else grad
+        for name in DIFFERENTIABLE
     )
-    grads = calls.backward(grad_out, operands, options, out, kept, needs)
-    return tuple(grads.get(name, grad_out.new_empty(0)) for name in GRADIENTS)
+
+
+def _held(grad: Tensor, pad_key: Tensor) -> Tensor:
+    """As `l2_normalize_bwd`: a zero vector's gradient held within what fp16 can store."""
+    limit = min(torch.finfo(pad_key.dtype).max, torch.finfo(grad.dtype).max)
+    clamped = torch.linalg.vector_norm(pad_key.float(), dim=-1, keepdim=True) <= NORM_CLAMP
+    return torch.where(clamped, grad.clamp(-limit, limit), grad)
+
+
+def _forward_fake(*arguments) -> tuple[Tensor, Tensor]:
+    operands, options, (differentiable,) = split_arguments(arguments)
+    out: Tensor = forward_fake(*arguments)
+    shape: tuple[int, ...] = (0,)
+    if differentiable:
+        facts = {
+            name: TensorFacts(x.shape, (0,) * x.ndim, x.dtype, True)
+            for name, x in zip(Operands._fields, operands)
+            if x is not None
+        }
+        shape = kept_shape(Call(facts, options), gpu_of(out.device))
+    dtype = out.dtype if shape == (0,) else torch.float32
+    return out, out.new_empty(shape, dtype=dtype)
+
+
+def _backward_fake(grad_out, out, kept, *arguments) -> tuple[Tensor, ...]:
+    return backward_fake(grad_out, *arguments)
 
 
 for key in ("CUDA", "CPU") if INTERPRETED else ("CUDA",):
     _library.impl("triton_forward", _forward, key)
     _library.impl("triton_backward", _backward, key)
-FORWARD = torch.ops.swin_kernels.triton_forward.default
-BACKWARD = torch.ops.swin_kernels.triton_backward.default
-flops.count(FORWARD, BACKWARD, before_operands=3)
-
-
-@torch.library.register_fake("swin_kernels::triton_forward")
-def _forward_fake(*arguments) -> tuple[Tensor, Tensor]:
-    operands, options, (differentiable,) = split_arguments(arguments)
-    query, _, value = operands.unpacked()
-    out = query.new_empty((*query.shape[:-1], value.shape[-1]))
-    shape = kept_shape(operands, options, gpu_of(query.device)) if differentiable else (0,)
-    dtype = query.dtype if shape == (0,) else torch.float32
-    return out, query.new_empty(shape, dtype=dtype)
-
-
-@torch.library.register_fake("swin_kernels::triton_backward")
-def _backward_fake(grad_out, out, kept, *arguments) -> tuple[Tensor, ...]:
-    operands, _, (needed,) = split_arguments(arguments)
-    wanted = dict(zip(Operands._fields, needed))
-    grads = []
-    for name in GRADIENTS:
-        x = getattr(operands, name)
-        always = name in ("query", "key", "value", "logit_scale")
-        written = x is not None and (always or wanted[name])
-        # each gradient that is absent is a tensor of its own: outputs of an op never alias
-        grads.append(x.new_empty(x.shape) if written else grad_out.new_empty(0))
-    return tuple(grads)
 
 
 @asked_while_tracing
@@ -118,11 +139,17 @@ def _why_not_here(device: torch.device) -> str | None:
     return too_old(device) if torch.version.hip is None else None
 
 
-class TritonBackend:
+class TritonBackend(Backend):
     """The fused Triton kernels for NVIDIA GPUs, and AMD's where they compile."""
 
     name = "triton"
-    ops = Ops(FORWARD, BACKWARD)
+    device_types = repeats_on = ("cuda",)
+    ops = Ops.named(
+        "swin_kernels::triton_forward",
+        "swin_kernels::triton_backward",
+        before_operands=3,
+        fakes=(_forward_fake, _backward_fake),
+    )
 
     def why_not(self, problem: Problem) -> str | None:
         if problem.dtype == torch.float64:
@@ -150,7 +177,7 @@ class TritonBackend:
     def forward(
         self, operands: Operands, options: Options, differentiable: bool
     ) -> tuple[Tensor, tuple[Tensor, ...]]:
-        out, kept = forward_of(FORWARD, *operands, *options, differentiable)
+        out, kept = self.ops.forward(*operands, *options, differentiable)
         if kept.ndim == 1:  # nothing
             return out, ()
         # statistics (W, H, 2·N) go with its output; tiles (heads, sets, …) stand alone
@@ -165,10 +192,11 @@ class TritonBackend:
         needed: tuple[bool, ...],
     ) -> tuple[Tensor | None, ...]:
         out, kept = (None, None, *saved)[-2:]
-        grads = backward_of(BACKWARD, grad_out, out, kept, *operands, *options, needed)
-        wanted = {
-            name: grad
-            for name, grad in zip(GRADIENTS, grads)
-            if getattr(operands, name) is not None and needed[Operands._fields.index(name)]
-        }
-        return tuple(wanted.get(name) for name in Operands._fields)
+        needs = needs_of(needed)
+        grads = self.ops.backward(grad_out, out, kept, *operands, *options, needs)
+        return Operands(**dict(zip(DIFFERENTIABLE, grads)))
+
+    def repeat(self, operands: Operands, options: Options) -> Repeat | None:
+        if any(x is not y for x, y in zip(operands, ordered(operands))):
+            return None
+        return forward_run(operands, options, False)

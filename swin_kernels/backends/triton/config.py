@@ -1,43 +1,25 @@
-"""How a problem is laid on a GPU: block sizes, warps and stages, by a pure function of both.
+"""How a call is laid on a GPU: blocks, warps, stages and registers, by a pure function of both.
 
-A measured table, `tuned.json`, has the last word: `benchmarks/gpu_tools/tune.py` writes it.
+A row of the tables was found by compiling for each architecture (`python -m
+benchmarks.codegen.machine_code`): without it the kernel keeps registers in memory, or takes more
+instructions. A measured table, `tuned.json`, has the last word:
+`benchmarks/gpu_tools/tune.py` writes it.
 """
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import json
-from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import torch
+from swin_kernels.backends.triton.launch_spec import Call, Config, Gpu, block_of
 
 TUNED = Path(__file__).with_name("tuned.json")
 LARGEST_HEAD_DIM = 128
-SMALLEST_BLOCK = 16  # of the matrix units
 LARGEST_BLOCK = 64  # of tiles of a window, but for MOST_QUERIES of a forward
 MOST_QUERIES = 128
-REGISTERS = 65_536  # of a multiprocessor: CUDA programming guide, table of compute capabilities
-
-
-@dataclass(frozen=True)
-class Gpu:
-    """What a configuration depends on of the device."""
-
-    arch: str  # "sm_90", "gfx942"
-    shared_memory: int  # bytes that one program may have
-    multiprocessors: int
-    warp_size: int = 32
-
-    @property
-    def multiplies_from_shared(self) -> bool:
-        """Products of a warp group read shared memory; those of a warp take their registers."""
-        # the interpreter runs what these have, and so most layouts
-        return self.arch.startswith(("sm_9", "sm_10", "interpreter"))
-
 
 # shared memory a program: CUDA programming guide, table of compute capabilities; AMD CDNA 3 guide
 KB = 1024
@@ -55,261 +37,230 @@ KNOWN_GPUS = {
 }
 INTERPRETER = Gpu("interpreter", 227 * KB, 2)
 
-
-@dataclass(frozen=True)
-class Shape:
-    """What a configuration depends on of the problem."""
-
-    tokens: int
-    head_dim: int
-    value_dim: int
-    dtype: torch.dtype
-    windows: int  # of the batch
-    heads: int
-    sums_bias: bool = False  # backward: the gradient of the bias is wanted
-    cosine: bool = False
-    dropout: bool = False
-    explicit_mask: bool = False
-    fills_padding: bool = False  # with keys or values that are not zeros
-    scattered: bool = False  # tokens whose channels are not loaded 16 bytes at a time
-    tf32: bool = False  # fp32 whose products the user let be rounded
-
-    @property
-    def fp32(self) -> bool:
-        return self.dtype == torch.float32
-
-    @property
-    def odd(self) -> bool:
-        """Channels that no block of the matrix units divides: narrow loads, more offsets."""
-        return self.head_dim % 16 != 0 or self.value_dim % 16 != 0
-
-    @property
-    def block_d(self) -> int:
-        return block_of(self.head_dim)
-
-    @property
-    def block_dv(self) -> int:
-        return block_of(self.value_dim)
-
-    @property
-    def largest_block(self) -> int:
-        return max(self.block_d, self.block_dv)
+# Rows of (condition, value, why). A condition is words of `_features`: all must hold; of words with
+# | between them one, and a word behind - must not. The first row that holds counts.
+Table = tuple[tuple[str, Any, str], ...]
 
 
-@dataclass(frozen=True)
-class Config:
-    """One kernel's layout."""
-
-    block_m: int  # queries of a tile; the window, padded for the matrix units, if it is whole
-    block_n: int  # keys of a tile
-    num_warps: int
-    loop_stages: int  # of the software pipeline over windows or tiles
-    programs_per_multiprocessor: int = 8  # how many runs of windows to cut, where there are runs
-    registers: int = 0  # a thread's limit; 0 leaves it to the assembler, which at times spills
-
-    @property
-    def options(self) -> dict[str, Any]:
-        """How Triton is to compile the kernel."""
-        options: dict[str, Any] = {
-            "num_warps": self.num_warps,
-            "num_stages": self.loop_stages,
-            "enable_fp_fusion": True,  # its default is not the same in every Triton
-        }
-        if self.registers:  # a limit above what a program of so many warps may have is none
-            options["maxnreg"] = min(self.registers, REGISTERS // (32 * self.num_warps))
-        return options
-
-    def windows_per_program(self, shape: Shape, gpu: Gpu, tiles: int = 1) -> int:
-        """Windows a run, so that the runs of all heads and tiles fill the device."""
-        wanted = self.programs_per_multiprocessor * gpu.multiprocessors
-        runs = max(1, wanted // (shape.heads * tiles))
-        return max(1, -(-shape.windows // runs))
-
-
-def block_of(length: int) -> int:
-    """The power of two that holds `length`, and that the matrix units take."""
-    return max(SMALLEST_BLOCK, 1 << (length - 1).bit_length())
+def _features(call: Call, gpu: Gpu) -> frozenset[str]:
+    """What rows may ask: of the call, of its widest tile of channels, and of the device."""
+    crowded = call.fp32 or call.dropout or (call.cosine and call.adds)
+    holds = {
+        "fp32": call.fp32,
+        "tf32": call.tf32,
+        "cosine": call.cosine,
+        "dropout": call.dropout,
+        "mask": call.explicit_mask,
+        "pads": call.fills_padding,
+        "adds": call.adds,  # mask or pads
+        "crowded": crowded,  # much beside the logits
+        "not_vectorizable": call.not_vectorizable,
+        "unaligned": call.unaligned_head_dim,
+        "two_widths": call.head_dim != call.value_dim,
+        "over_64_tokens": call.tokens > 64,
+        "over_128_tokens": call.tokens > 128,
+        "over_32": call.largest_block > 32,
+        "over_64": call.largest_block > 64,
+        "of_64": call.largest_block == 64,
+        "ampere": gpu.arch.startswith("sm_8"),
+        "hopper": gpu.arch.startswith("sm_9"),
+        "blackwell": gpu.arch.startswith("sm_10"),
+        "consumer": gpu.arch.startswith("sm_12"),
+        "h100": gpu.arch in ("sm_90", "interpreter"),
+        "from_shared": gpu.multiplies_from_shared,
+        "warps_of_64": gpu.warp_size == 64,
+        "small_shared": gpu.shared_memory < 128 * KB,
+    }
+    return frozenset(name for name, held in holds.items() if held)
 
 
-def takes_whole_windows(kernel: str, shape: Shape, gpu: Gpu) -> bool:
-    """Whether forward or backward holds a window in one tile: where registers allow.
+def _first(table: Table, features: frozenset[str], otherwise: Any) -> Any:
+    def holds(word: str) -> bool:
+        return (word.lstrip("-") in features) != word.startswith("-")
 
-    A backward that does so holds four tiles of tokens and three of logits. Forward and backward
-    agree on it without knowing of TF32, which may change between the two, nor, where the backward
-    takes whole windows, of strides, which a compiler does not promise.
-    """
-    adds = shape.explicit_mask or shape.fills_padding
-    roomy = gpu.multiplies_from_shared
-    if kernel == "forward":
-        if shape.tokens <= 64:
-            widest = 32 if shape.fp32 else 128
-            return shape.largest_block <= widest and not (shape.fp32 and shape.cosine and adds)
-        # the bias alone takes 64 registers
-        crowded = shape.fp32 or shape.dropout or shape.odd or shape.scattered
-        crowded = crowded or shape.explicit_mask or (shape.cosine and shape.fills_padding)
-        fits = gpu.arch in ("sm_90", "interpreter") and shape.largest_block <= 32
-        return shape.tokens <= 128 and fits and not crowded
-    plain = not (shape.cosine or adds or shape.fp32)
-    widest = 64 if plain and (roomy or gpu.warp_size == 64) else 32
-    crowded = (
-        (shape.cosine + shape.explicit_mask + shape.fills_padding > 1)
-        or (shape.explicit_mask and (shape.fp32 or not roomy))
-        or (shape.fills_padding and gpu.arch.startswith("sm_12"))
-        or (shape.head_dim != shape.value_dim and shape.fp32 and gpu.arch.startswith("sm_10"))
-    )
-    fits = shape.tokens <= 64 and shape.largest_block <= widest
-    return fits and not (shape.dropout or shape.odd or crowded)
+    for condition, value, _ in table:
+        if all(any(map(holds, word.split("|"))) for word in condition.split()):
+            return value
+    return otherwise
 
 
-def _whole_forward(shape: Shape, gpu: Gpu) -> Config:
-    block = block_of(shape.tokens)
-    warps, stages = block // 16, 1 if shape.fp32 else 2
-    adds = shape.explicit_mask or shape.fills_padding
-    if (
-        shape.fp32
-        or shape.dropout
-        or (shape.explicit_mask and not gpu.multiplies_from_shared)
-        or (shape.largest_block > 64 and (shape.cosine or adds))
-    ):
-        warps *= 2
-    elif gpu.arch.startswith(("sm_10", "sm_12")) and (shape.scattered or shape.odd):
-        warps, stages = 2 * warps, 1
-    elif gpu.arch.startswith("sm_10") and shape.largest_block <= 64 and not adds:
-        stages = 1
-    return Config(block, block, warps, stages)
+# Why a kernel does not hold a window in one tile: registers. Forward and backward agree on it for
+# the backward without knowing of TF32, which may change between the two, nor of strides, which a
+# compiler does not promise.
+IN_TILES: dict[str, Table] = {
+    "forward": (
+        ("over_128_tokens", True, "a row of logits is a whole thread's registers"),
+        ("over_64_tokens -h100", True, "the bias takes 64 registers, the logits as many"),
+        ("over_64_tokens over_32|fp32|dropout|mask", True, "beside them there is no room"),
+        ("over_64_tokens not_vectorizable|unaligned", True, "an offset for each channel"),
+        ("over_64_tokens cosine pads", True, "norms, and what fills the padding"),
+        ("fp32 over_32", True, "an element takes a register"),
+        ("fp32 cosine adds", True, "norms, and what is added"),
+    ),
+    "backward": (
+        ("over_64_tokens|over_64", True, "four tiles of tokens and three of logits"),
+        ("over_32 cosine|adds|fp32", True, "each takes as much as the channels beyond 32"),
+        ("over_32 -from_shared -warps_of_64", True, "operands are registers"),
+        ("dropout|unaligned", True, "random numbers; an offset for each channel"),
+        ("cosine adds", True, "norms, and what is added"),
+        ("mask pads|fp32", True, "two things that are added; four bytes"),
+        ("mask -from_shared", True, "operands are registers, and so is the mask"),
+        ("pads consumer", True, "operands are registers, and so is what fills the padding"),
+        ("two_widths fp32 blackwell", True, "offsets of both widths"),
+    ),
+}
+
+# of kernels that hold a window: (warps for each 16 of its tokens, stages)
+WHOLE: dict[str, Table] = {
+    "forward": (
+        ("fp32", (2, 1), "an element takes a register"),
+        ("dropout", (2, 2), "random numbers beside the logits"),
+        ("mask -from_shared", (2, 2), "operands are registers, and so is the mask"),
+        ("over_64 cosine|adds", (2, 2), "128 channels, and what is beside the logits"),
+        ("blackwell|consumer not_vectorizable|unaligned", (2, 1), "an offset for each channel"),
+        ("blackwell -over_64 -adds", (1, 1), "a second stage takes the registers of a tile"),
+        ("", (1, 2), "a window is on its way while one is worked on"),
+    ),
+    "backward": (
+        ("fp32 -tf32 -warps_of_64 not_vectorizable|pads", (4, 1), "beside seven tiles of fp32"),
+        ("fp32 -tf32 cosine hopper", (4, 1), "norms beside seven tiles of fp32"),
+        ("tf32 hopper -not_vectorizable -cosine", (1, 1), "as below"),
+        ("tf32 from_shared -hopper -not_vectorizable -cosine -pads", (1, 1), "as below"),
+        (
+            "tf32 -from_shared -warps_of_64 -not_vectorizable",
+            (1, 1),
+            "twice the warps take 60 to 80 % more instructions, and spill as well",
+        ),
+        ("fp32", (2, 1), "an element takes a register"),
+        ("not_vectorizable mask|over_32", (2, 1), "an offset for each channel"),
+        ("mask", (1, 1), "the mask's tile"),
+        ("over_32 two_widths", (1, 1), "offsets of both widths"),
+        ("hopper -over_32 -not_vectorizable", (1, 3), "with two, a tile is waited for at once"),
+        ("not_vectorizable from_shared|ampere|cosine|pads", (2, 2), "an offset for each channel"),
+        ("not_vectorizable", (2, 1), "an offset for each channel, and operands are registers"),
+        ("-from_shared -ampere -cosine -pads", (1, 1), "operands are registers"),
+        ("", (1, 2), "a window is on its way while one is worked on"),
+    ),
+}
+
+# of kernels that work in tiles: (queries, keys, warps)
+TILES: dict[str, Table] = {
+    "tiled_forward": (
+        ("fp32 over_64", (32, 32, 8), "128 channels of four bytes"),
+        ("fp32", (32, 32, 4), "an element takes a register"),
+        ("crowded|over_64", (64, 64, 8), "what is beside the logits"),
+        ("", (64, 64, 4), "the largest tile of a warp group"),
+    ),
+    "dq": (
+        ("fp32 over_64 tf32", (16, 16, 4), "128 channels of four bytes"),
+        ("fp32 over_64", (16, 16, 8), "128 channels of four bytes"),
+        ("fp32 over_32 -tf32", (32, 32, 8), "64 channels of four bytes"),
+        ("crowded -fp32 over_64", (32, 32, 8), "what is beside the logits"),
+        ("crowded", (32, 32, 4), "what is beside the logits"),
+        ("cosine over_64 from_shared", (32, 64, 8), "norms of 128 channels"),
+        ("cosine over_64", (32, 32, 8), "norms of 128 channels, and operands are registers"),
+        ("cosine blackwell over_32", (32, 64, 8), "Triton 3.6 compiles no more queries there"),
+        ("cosine blackwell", (32, 64, 4), "Triton 3.6 compiles no more queries there"),
+        ("over_32 -from_shared", (64, 32, 8), "operands are registers"),
+        ("over_64 adds", (64, 32, 8), "128 channels, and what is added"),
+        ("over_32", (64, 64, 8), "64 channels"),
+        ("", (64, 64, 4), "the largest tile of a warp group"),
+    ),
+    "dkv": (
+        ("fp32 over_64 tf32", (16, 16, 4), "two sums of 128 channels of four bytes"),
+        ("fp32 over_64", (16, 16, 8), "two sums of 128 channels of four bytes"),
+        ("fp32 over_32 -tf32", (32, 32, 8), "two sums of 64 channels of four bytes"),
+        ("-fp32 over_64", (32, 32, 8), "two sums of 128 channels"),
+        ("crowded|over_32", (32, 32, 4), "two sums of 64 channels, or what is beside the logits"),
+        ("", (64, 64, 4), "the largest tile of a warp group"),
+    ),
+    "dbias": (
+        ("fp32 over_64", (16, 16, 8), "128 channels of four bytes"),
+        ("fp32 over_32", (32, 32, 8), "64 channels of four bytes"),
+        ("over_64 dropout cosine", (16, 32, 8), "random numbers and norms beside the logits"),
+        ("over_64 dropout", (16, 32, 4), "random numbers beside the logits"),
+        ("over_64", (32, 32, 8), "128 channels"),
+        ("crowded|over_32", (32, 32, 4), "64 channels, or what is beside the logits"),
+        ("from_shared", (64, 64, 8), "the largest tile"),
+        ("", (64, 32, 4), "a quarter fewer instructions than a square tile"),
+    ),
+}
+
+STAGES: dict[str, Table] = {
+    "tiled_forward": (("of_64 ampere", 2, "there is room, in fp32 too"),),
+    "dq": (("mask -from_shared", 1, "operands are registers, and so is the mask"),),
+    "dkv": (),
+    "dbias": (("", 1, "its loop is over windows, whose tiles are not neighbours"),),
+}
+_ANY_STAGES: Table = (
+    ("fp32", 1, "tiles of four bytes"),
+    ("over_64 small_shared", 1, "two stages of 128 channels need more than 100 KB"),
+    ("over_64 mask pads", 1, "128 channels, and two things that are added"),
+    ("", 2, "a tile is on its way while one is worked on"),
+)
+
+# A thread's limit of registers where the assembler, left alone, spills a few to fit one program
+# more: with 255 one of 8 warps, 168 three of 4 warps, 128 four of 4 warps; 0 leaves it alone.
+REGISTERS_FP32: dict[str, Table] = {
+    "forward": (),
+    "backward": (
+        ("tf32 -cosine -pads", 0, "fits"),
+        ("tf32", 255, "spills"),
+        ("pads|not_vectorizable", 0, "has twice the warps"),
+        ("cosine consumer|hopper", 0, "fits, or has twice the warps"),
+        ("", 255, "spills"),
+    ),
+    "tiled_forward": (("tf32", 0, "fits"), ("ampere of_64", 0, "fits"), ("", 168, "spills")),
+    "dq": (
+        ("over_32", 0, "fits"),
+        ("cosine pads -ampere", 168, "spills"),
+        ("cosine", 0, "fits"),
+        ("ampere|not_vectorizable -tf32", 128, "spills"),
+    ),
+    "dkv": (("", 255, "spills"),),
+    "dbias": (("dropout consumer", 0, "fits"), ("", 255, "spills")),
+}
+REGISTERS_HALF: dict[str, Table] = {
+    "forward": (
+        ("dropout|over_32", 0, "fits"),
+        ("cosine -mask", 0, "fits"),
+        ("blackwell", 224, "spills"),
+    ),
+    "backward": (("blackwell|not_vectorizable", 255, "spills"),),
+    "tiled_forward": (("blackwell cosine", 168, "spills"), ("ampere of_64", 255, "spills")),
+    "dq": (("blackwell unaligned", 255, "spills"),),
+    "dkv": (
+        ("blackwell|consumer|dropout", 255, "spills"),
+        ("mask pads|ampere", 255, "spills"),
+    ),
+    "dbias": (
+        ("dropout cosine hopper adds", 0, "fits"),
+        ("dropout cosine hopper", 168, "spills"),
+        ("blackwell|ampere", 255, "spills"),
+    ),
+}
 
 
-def _narrow_tf32(shape: Shape, gpu: Gpu) -> bool:
-    """Whether a whole backward in TF32 takes no more warps than in half precision.
-
-    Twice as many do 60 to 80 % more instructions, and spill as well where operands are registers.
-    """
-    if not shape.tf32 or shape.scattered or gpu.warp_size != 32:
-        return False
-    if gpu.arch.startswith("sm_9"):
-        return not shape.cosine
-    return not (gpu.multiplies_from_shared and (shape.cosine or shape.fills_padding))
+def takes_whole_windows(kernel: str, call: Call, gpu: Gpu) -> bool:
+    """Whether forward or backward holds a window in one tile."""
+    return not _first(IN_TILES[kernel], _features(call, gpu), False)
 
 
-def _whole_backward(shape: Shape, gpu: Gpu) -> Config:
-    block = block_of(shape.tokens)
-    warps = block // 16
-    roomy = gpu.multiplies_from_shared
-    if shape.fp32:
-        hopper = gpu.arch.startswith("sm_9")
-        crowded = shape.scattered or shape.fills_padding or (shape.cosine and hopper)
-        if crowded and gpu.warp_size == 32 and not shape.tf32:
-            warps *= 4
-        elif not _narrow_tf32(shape, gpu):
-            warps *= 2
-        stages = 1
-    else:
-        older = gpu.arch.startswith("sm_8")
-        stages = 2 if roomy or older or shape.cosine or shape.fills_padding else 1
-        wide = shape.largest_block > 32
-        if shape.explicit_mask or (wide and (shape.head_dim != shape.value_dim or shape.scattered)):
-            stages = 1
-        elif gpu.arch.startswith("sm_9") and not (wide or shape.scattered):
-            stages = 3  # with two a tile is waited for as soon as it is asked for
-        if shape.scattered:
-            warps *= 2
-    return Config(block, block, warps, stages, programs_per_multiprocessor=4)
-
-
-def _tiled(kernel: str, shape: Shape, gpu: Gpu) -> Config:
-    wide, widest = shape.largest_block > 32, shape.largest_block > 64
-    adds = shape.explicit_mask or shape.fills_padding
-    # two stages of 128 channels and a mask or a pad need more than 100 KB; with both, registers
-    full = widest and (
-        gpu.shared_memory < 128 * KB or (shape.explicit_mask and shape.fills_padding)
-    )
-    stages = 1 if shape.fp32 or kernel == "dbias" or full else 2
-    if kernel == "tiled_forward" and shape.largest_block == 64 and gpu.arch.startswith("sm_8"):
-        stages = 2
-    crowded = shape.fp32 or shape.dropout or (shape.cosine and adds)
-    if kernel == "tiled_forward" and not shape.fp32:
-        block, warps = 64, 8 if crowded or widest else 4
-    elif shape.fp32 and wide and kernel != "tiled_forward":
-        block, warps = 16 if widest else 32, 4 if shape.tf32 and kernel != "dbias" else 8
-    elif crowded or (wide and kernel != "dq"):
-        block, warps = 32, 8 if widest else 4
-    else:
-        block, warps = 64, 8 if wide or kernel == "dbias" else 4
-    keys = block
-    if kernel == "dbias" and widest and shape.dropout and not shape.fp32:
-        block, keys, warps = 16, 32, 8 if shape.cosine else 4
-    if block == 64 and not gpu.multiplies_from_shared:
-        if kernel == "dbias":
-            keys, warps = 32, 4  # a quarter fewer instructions than a square tile
-        elif kernel == "dq" and wide:
-            keys = 32
-    if kernel == "dq" and block == 64 and widest and adds:
-        keys = 32
-    # Triton 3.6 fails to compile more queries for sm_10x
-    if kernel == "dq" and shape.cosine and (widest or gpu.arch.startswith("sm_10")):
-        block = min(block, 32)
-    if kernel == "dq" and shape.explicit_mask and not gpu.multiplies_from_shared:
-        stages = 1
-    if shape.scattered and not (shape.odd or shape.fp32):
+def _in_tiles(kernel: str, call: Call, features: frozenset[str]) -> Config:
+    queries, keys, warps = _first(TILES[kernel], features, None)
+    if not features & {"unaligned", "fp32"} and call.not_vectorizable:
         warps = max(warps, 8)
-    plain = not (crowded or adds or wide or shape.odd or shape.scattered)
-    if kernel == "tiled_forward" and plain and gpu.arch.startswith(("sm_9", "interpreter")):
+    if (
+        kernel == "tiled_forward"
+        and not features & {"crowded", "adds", "over_32", "unaligned", "not_vectorizable"}
+        and features & {"hopper", "h100"}
+    ):
         # a fifth fewer instructions, as keys are prepared half as often, if little more is padded
-        tiles = -(-shape.tokens // block)
-        block = MOST_QUERIES if tiles % 2 == 0 or tiles > 4 else block
-    largest = block_of(shape.tokens)
-    return Config(min(block, largest), min(keys, largest), warps, stages)
-
-
-def _registers(kernel: str, shape: Shape, gpu: Gpu) -> int:
-    """A limit where the assembler, left alone, spills a few registers to fit one program more."""
-    return (
-        _registers_fp32(kernel, shape, gpu) if shape.fp32 else _registers_half(kernel, shape, gpu)
-    )
-
-
-def _registers_fp32(kernel: str, shape: Shape, gpu: Gpu) -> int:
-    older, consumer = gpu.arch.startswith("sm_8"), gpu.arch.startswith("sm_12")
-    if kernel == "forward":
-        return 0
-    if kernel == "backward" and shape.tf32:
-        return 255 if shape.cosine or shape.fills_padding else 0
-    if kernel == "backward":
-        cosine = shape.cosine and (consumer or gpu.arch.startswith("sm_9"))
-        return 0 if shape.fills_padding or shape.scattered or cosine else 255
-    if kernel == "tiled_forward":
-        return 0 if shape.tf32 or (older and shape.largest_block == 64) else 168
-    if kernel in ("dkv", "dbias"):
-        return 0 if kernel == "dbias" and shape.dropout and consumer else 255
-    if shape.largest_block > 32:
-        return 0
-    if shape.cosine:
-        return 168 if shape.fills_padding and not older else 0
-    return 128 if (older or shape.scattered) and not shape.tf32 else 0
-
-
-def _registers_half(kernel: str, shape: Shape, gpu: Gpu) -> int:
-    older, data_center = gpu.arch.startswith("sm_8"), gpu.arch.startswith("sm_10")
-    adds = shape.explicit_mask or shape.fills_padding
-    if kernel == "forward":
-        free = shape.dropout or shape.largest_block > 32
-        free = free or (shape.cosine and not shape.explicit_mask)
-        return 224 if data_center and not free else 0
-    if kernel == "backward":
-        return 255 if data_center or shape.scattered else 0
-    if kernel == "tiled_forward":
-        if data_center and shape.cosine:
-            return 168
-        return 255 if older and shape.largest_block == 64 else 0
-    if kernel == "dkv":
-        masked = shape.explicit_mask and (shape.fills_padding or older)
-        newer = data_center or gpu.arch.startswith("sm_12")
-        return 255 if newer or shape.dropout or masked else 0
-    if kernel == "dbias":
-        if shape.dropout and shape.cosine and gpu.arch.startswith("sm_9"):
-            return 0 if adds else 168
-        return 255 if data_center or older else 0
-    return 255 if data_center and shape.odd else 0
+        tiles = -(-call.tokens // queries)
+        queries = MOST_QUERIES if tiles % 2 == 0 or tiles > 4 else queries
+    largest = block_of(call.tokens)
+    stages = _first((*STAGES[kernel], *_ANY_STAGES), features, None)
+    return Config(min(queries, largest), min(keys, largest), warps, stages)
 
 
 @functools.cache
@@ -317,58 +268,34 @@ def _tuned() -> dict[str, dict]:
     return json.loads(TUNED.read_text())["configs"]
 
 
-def tuned_key(kernel: str, shape: Shape, gpu: Gpu) -> str:
+def tuned_key(kernel: str, call: Call, gpu: Gpu) -> str:
     """The name of a problem's class in the table: all that a layout may depend on."""
-    dtype = "tf32" if shape.tf32 else str(shape.dtype).removeprefix("torch.")
+    dtype = "tf32" if call.tf32 else str(call.dtype).removeprefix("torch.")
     extras = {
-        "bias": shape.sums_bias,
-        "cosine": shape.cosine,
-        "dropout": shape.dropout,
-        "mask": shape.explicit_mask,
-        "pads": shape.fills_padding,
-        "scattered": shape.scattered,
+        "bias": call.sums_bias,
+        "cosine": call.cosine,
+        "dropout": call.dropout,
+        "mask": call.explicit_mask,
+        "pads": call.fills_padding,
+        "not_vectorizable": call.not_vectorizable,
     }
-    size = f"n{shape.tokens}-d{shape.head_dim}-{shape.value_dim}"
+    size = f"n{call.tokens}-d{call.head_dim}-{call.value_dim}"
     return "-".join([kernel, gpu.arch, dtype, size, *(name for name, on in extras.items() if on)])
 
 
-_forced: dict[str, Mapping[str, int]] = {}
-
-
-@contextlib.contextmanager
-def override(fields: Mapping[str, Mapping[str, int]]) -> Iterator[None]:
-    """Inside it these fields, by `tuned_key`, win over the table; what was planned is forgotten."""
-    from swin_kernels.backends.triton import calls, direct
-
-    def forget() -> None:
-        calls._forward_run.cache_clear()
-        calls._backward_run.cache_clear()
-        direct.forget()
-
-    before = dict(_forced)
-    _forced.update(fields)
-    forget()
-    try:
-        yield
-    finally:
-        _forced.clear()
-        _forced.update(before)
-        forget()
-
-
-def config_for(kernel: str, shape: Shape, gpu: Gpu) -> Config:
+def config_for(kernel: str, call: Call, gpu: Gpu) -> Config:
     """The layout of one kernel: forward, backward; tiled_forward, dq, dkv or dbias."""
-    if kernel == "forward":
-        config = _whole_forward(shape, gpu)
-    elif kernel == "backward":
-        config = _whole_backward(shape, gpu)
+    features = _features(call, gpu)
+    if kernel in WHOLE:
+        block = block_of(call.tokens)
+        warps, stages = _first(WHOLE[kernel], features, None)
+        programs = 8 if kernel == "forward" else 4
+        config = Config(block, block, block // 16 * warps, stages, programs)
     else:
-        config = _tiled(kernel, shape, gpu)
+        config = _in_tiles(kernel, call, features)
     if gpu.warp_size == 64:  # half as many warps have as many lanes
         config = replace(config, num_warps=max(1, config.num_warps // 2))
     if gpu.arch.startswith("sm_"):
-        config = replace(config, registers=_registers(kernel, shape, gpu))
-    key = tuned_key(kernel, shape, gpu)
-    if tuned := {**_tuned().get(key, {}), **_forced.get(key, {})}:
-        config = Config(**{**asdict(config), **tuned})
-    return config
+        limits = REGISTERS_FP32 if call.fp32 else REGISTERS_HALF
+        config = replace(config, registers=_first(limits[kernel], features, 0))
+    return replace(config, **_tuned().get(tuned_key(kernel, call, gpu), {}))

@@ -1,21 +1,33 @@
-"""What to launch for a call, and on what: names and numbers, without tensors and without Triton.
+"""What one Triton call is made of: facts of its tensors, of the device, and what is launched on it.
 
-So a plan is made once for all calls alike, can be compiled for a GPU that is not there, and is
-tested on tensors without data.
+Names and numbers, without tensors and without Triton. So a plan is made once for all calls alike,
+can be compiled for a GPU that is not there, and is tested on tensors without data.
 """
 
 from __future__ import annotations
 
+import functools
+import math
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from swin_kernels.backends.triton.config import Config
+from swin_kernels.backends.triton.token_layout import TokenLayout, alignment
+from swin_kernels.geometry import Grid
+from swin_kernels.problem import NEEDS, Options
 
-LARGEST_INT32 = 2**31 - 1
 STRIDED = ("query", "key", "value", "grad_out")  # kernels read these as they lie
+SMALLEST_BLOCK = 16  # of the matrix units
+REGISTERS = 65_536  # of a multiprocessor: CUDA programming guide, table of compute capabilities
+LARGEST_LOGIT = 1.1e38  # as in kernels/common.py
+
+
+def block_of(length: int) -> int:
+    """The power of two that holds `length`, and that the matrix units take."""
+    return max(SMALLEST_BLOCK, 1 << (length - 1).bit_length())
 
 
 class TensorFacts(NamedTuple):
@@ -32,15 +44,196 @@ def facts_of(x: Tensor) -> TensorFacts:
     return TensorFacts(tuple(x.shape), x.stride(), x.dtype, aligned)
 
 
-class Buffer(NamedTuple):
-    """A tensor that a plan needs besides its operands."""
+@dataclass(frozen=True)
+class Gpu:
+    """What a configuration depends on of the device."""
 
-    shape: tuple[int, ...]
-    dtype: torch.dtype
+    arch: str  # "sm_90", "gfx942"
+    shared_memory: int  # bytes that one program may have
+    multiprocessors: int
+    warp_size: int = 32
+
+    @property
+    def multiplies_from_shared(self) -> bool:
+        """Products of a warp group read shared memory; those of a warp take their registers."""
+        # the interpreter runs what these have, and so most layouts
+        return self.arch.startswith(("sm_9", "sm_10", "interpreter"))
+
+
+@dataclass(frozen=True, eq=False)
+class Call:
+    """A forward or a backward: what its launches, and their configurations, depend on."""
+
+    facts: Mapping[str, TensorFacts]  # by the names of `Operands`, and of what a backward reads
+    options: Options
+    allow_tf32: bool = False
+    needs: int = 0  # of a backward: bits of swin_kernels.problem.NEEDS
+
+    @functools.cached_property
+    def grid(self) -> Grid:
+        axes = slice(1, -3 if self.packed else -2)
+        return self.options.grid(self.facts["query"].shape[axes])
+
+    @property
+    def packed(self) -> bool:
+        return "key" not in self.facts
+
+    @property
+    def batch(self) -> int:
+        return self.facts["query"].shape[0]
+
+    @property
+    def heads(self) -> int:
+        return self.facts["query"].shape[-2]
+
+    @property
+    def head_dim(self) -> int:
+        return self.facts["query"].shape[-1]
+
+    @property
+    def value_dim(self) -> int:
+        return self.facts["query" if self.packed else "value"].shape[-1]
+
+    @property
+    def largest_block(self) -> int:
+        return max(block_of(self.head_dim), block_of(self.value_dim))
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.facts["query"].dtype
+
+    @property
+    def fp32(self) -> bool:
+        return self.dtype == torch.float32
+
+    @property
+    def tf32(self) -> bool:
+        return self.fp32 and self.allow_tf32
+
+    @property
+    def tokens(self) -> int:
+        """Of a window."""
+        return self.grid.tokens
+
+    @property
+    def windows(self) -> int:
+        """Of the batch."""
+        return self.batch * self.grid.windows
+
+    @functools.cached_property
+    def layouts(self) -> tuple[TokenLayout, TokenLayout, TokenLayout]:
+        """Of query, key and value."""
+        query = self.facts["query"]
+        if self.packed:
+            first, second, third = (
+                TokenLayout.of("query", query.shape, query.stride, part) for part in range(3)
+            )
+        else:
+            first, second, third = (
+                TokenLayout.of(name, self.facts[name].shape, self.facts[name].stride)
+                for name in ("query", "key", "value")
+            )
+        return first, second, third
+
+    @functools.cached_property
+    def not_vectorizable(self) -> bool:
+        """Whether channels are not loaded 16 bytes at a time."""
+        return alignment(self.layouts) % (16 // self.dtype.itemsize) != 0 or any(
+            x.strides[-1] != 1 or not self.facts[x.tensor].aligned for x in self.layouts
+        )
+
+    @property
+    def unaligned_head_dim(self) -> bool:
+        """Channels that no block of the matrix units divides: narrow loads, more offsets."""
+        return self.head_dim % 16 != 0 or self.value_dim % 16 != 0
+
+    @property
+    def bias(self) -> str:
+        """none, dense, table or indexed."""
+        if "bias_table" in self.facts:
+            return "indexed" if "bias_index" in self.facts else "table"
+        return "dense" if "bias" in self.facts else "none"
+
+    @property
+    def sums_bias(self) -> bool:
+        """Whether a backward wants the gradient of the bias, or of its table."""
+        return self.bias != "none" and bool(self.needs & (NEEDS["bias"] | NEEDS["bias_table"]))
+
+    @property
+    def cosine(self) -> bool:
+        return "logit_scale" in self.facts
+
+    @property
+    def dropout(self) -> bool:
+        return self.options.dropout_p > 0
+
+    @property
+    def explicit_mask(self) -> bool:
+        return "mask" in self.facts
+
+    def fills(self, pad: str) -> bool:
+        """Whether padding has keys or values that are not zeros."""
+        return pad in self.facts and self.grid.needs_padding
+
+    @property
+    def fills_padding(self) -> bool:
+        return self.fills("pad_key") or self.fills("pad_value")
+
+    @property
+    def adds(self) -> bool:
+        return self.explicit_mask or self.fills_padding
+
+    @property
+    def logits_in_log2(self) -> bool:
+        """Whether kernels keep logits in units of log2: see kernels/common.py."""
+        return not (self.fp32 or self.explicit_mask)
+
+    @property
+    def mask_value(self) -> float:
+        """Of the shift mask; what is finite stays so in units of log2."""
+        value = float(self.options.mask_value)
+        if self.logits_in_log2 and math.isfinite(value):
+            return max(-LARGEST_LOGIT, min(value, LARGEST_LOGIT))
+        return value
+
+    @property
+    def stats_shape(self) -> tuple[int, int, int]:
+        """Of what a tiled forward keeps: each row's largest logit, then the shares of its sum."""
+        return self.windows, self.heads, 2 * self.tokens
 
 
 @dataclass(frozen=True)
-class Step:
+class Config:
+    """One kernel's layout."""
+
+    block_m: int  # queries of a tile; the window, padded for the matrix units, if it is whole
+    block_n: int  # keys of a tile
+    num_warps: int
+    loop_stages: int  # of the software pipeline over windows or tiles
+    programs_per_multiprocessor: int = 8  # how many runs of windows to cut, where there are runs
+    registers: int = 0  # a thread's limit; 0 leaves it to the assembler, which at times spills
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """How Triton is to compile the kernel."""
+        options: dict[str, Any] = {
+            "num_warps": self.num_warps,
+            "num_stages": self.loop_stages,
+            "enable_fp_fusion": True,  # its default is not the same in every Triton
+        }
+        if self.registers:  # a limit above what a program of so many warps may have is none
+            options["maxnreg"] = min(self.registers, REGISTERS // (32 * self.num_warps))
+        return options
+
+    def windows_per_program(self, call: Call, gpu: Gpu, tiles: int = 1) -> int:
+        """Windows a run, so that the runs of all heads and tiles fill the device."""
+        wanted = self.programs_per_multiprocessor * gpu.multiprocessors
+        runs = max(1, wanted // (call.heads * tiles))
+        return max(1, -(-call.windows // runs))
+
+
+@dataclass(frozen=True)
+class LaunchSpec:
     """One launch: names for pointers, numbers for the rest; by the names of the kernel's arguments.
 
     Tensors are named as in `Plan.buffers` and `Operands`.
@@ -49,17 +242,19 @@ class Step:
     kernel: str  # module.function
     grid: int
     pointers: dict[str, str | None]
-    numbers: dict[str, Any]
+    scalars: dict[str, Any]
     config: Config
+
+
+Buffers = dict[str, tuple[tuple[int, ...], torch.dtype]]  # name -> shape and dtype
 
 
 @dataclass(frozen=True)
 class Plan:
     """Launches, in order, and the tensors they need."""
 
-    steps: tuple[Step, ...]
-    buffers: dict[str, Buffer]
-    dtypes: dict[str, torch.dtype]  # of every tensor a step names
-    # after the steps: sums over these axes of buffers, then the launches that use them
-    sums: dict[str, tuple[int, ...]] = field(default_factory=dict)
-    after: tuple[Step, ...] = ()
+    launches: tuple[LaunchSpec, ...]
+    buffers: Buffers  # besides the operands
+    dtypes: dict[str, torch.dtype]  # of every tensor a launch names
+    sums: dict[str, tuple[int, ...]] = field(default_factory=dict)  # axes of buffers, to sum over
+    after: Plan | None = None  # what is launched on the sum `bias_grad`

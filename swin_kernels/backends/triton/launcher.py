@@ -1,7 +1,7 @@
-"""Runs the steps of a plan. A kernel is compiled at its first launch, and then called directly.
+"""Runs the launches of a plan. A kernel is compiled at its first launch, then called directly.
 
 `kernel[grid](...)` looks at every argument anew, some 9 µs; a plan is made for one set of facts, so
-that what its step compiled to fits every later call, and the driver is called with it in 2 µs.
+that what a launch compiled to fits every later call, and the driver is called with it in 2 µs.
 """
 
 from __future__ import annotations
@@ -10,16 +10,31 @@ import contextlib
 import functools
 import importlib
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from operator import itemgetter
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from swin_kernels.backends.triton.config import INTERPRETER, KNOWN_GPUS, Gpu
-from swin_kernels.backends.triton.launch_spec import Plan, Step
+from swin_kernels.backends.base import tf32_allowed
+from swin_kernels.backends.triton.config import INTERPRETER, KNOWN_GPUS
+from swin_kernels.backends.triton.kernel_args import arguments_of
+from swin_kernels.backends.triton.launch_spec import (
+    STRIDED,
+    Call,
+    Gpu,
+    LaunchSpec,
+    Plan,
+    TensorFacts,
+    facts_of,
+)
+from swin_kernels.backends.triton.plan import backward_plan, forward_plan
+from swin_kernels.problem import Operands, Options
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"  # as triton reads it, when it is imported
+BESIDE = ("grad_out", "out", "stats", "tiles")  # what a backward is given beside the operands
+AFTER = ("bias_grad",)  # and what its last launches are
 
 
 @functools.cache
@@ -37,75 +52,28 @@ def gpu_of(device: torch.device) -> Gpu:
     return Gpu(arch, shared, facts.multi_processor_count, warp_size)
 
 
-def kernel_of(step: Step) -> Any:
-    """The Triton function that a step names."""
-    module, function = step.kernel.split(".")
-    return getattr(
-        importlib.import_module(f"swin_kernels.backends.triton.kernels.{module}"), function
-    )
-
-
-def arguments_of(step: Step) -> dict[str, Any]:
-    """The arguments of a step's kernel in its order: names of tensors, None, and numbers."""
-    return {
-        name: step.pointers[name] if name.endswith("_ptr") else step.numbers[name]
-        for name in kernel_of(step).arg_names
-    }
+def kernel_of(spec: LaunchSpec) -> Any:
+    """The Triton function that a launch names."""
+    module, function = spec.kernel.split(".")
+    kernels = importlib.import_module(f"swin_kernels.backends.triton.kernels.{module}")
+    return getattr(kernels, function)
 
 
 class Launch:
-    """One step, ready to run again and again."""
+    """One launch, ready to run again and again."""
 
-    def __init__(self, step: Step) -> None:
-        self.kernel = kernel_of(step)
-        self.grid = step.grid
-        self.options = step.config.options
-        arguments = arguments_of(step)
+    def __init__(self, spec: LaunchSpec) -> None:
+        self.kernel = kernel_of(spec)
+        self.grid = spec.grid
+        self.options = spec.config.options
+        arguments = arguments_of(spec, self.kernel.arg_names)
         self.tensors = [name for key, name in arguments.items() if key.endswith("_ptr")]
-        self.numbers = tuple(arguments.values())[len(self.tensors) :]
+        self.scalars = tuple(arguments.values())[len(self.tensors) :]
         self.compiled: Any = None
 
-    def __call__(self, tensors: dict[str, Tensor], stream: int | None) -> None:
-        self.start([None if name is None else tensors[name] for name in self.tensors], stream)
-
-    def start(self, pointers: Sequence[Tensor | None], stream: int | None) -> None:
-        """Runs it on tensors in the order of `self.tensors`; without a stream as Triton does."""
-        arguments = (*pointers, *self.numbers)
-        compiled = self.compiled
-        if compiled is None or stream is None or _watched():
-            self.compiled = self.kernel[(self.grid,)](*arguments, **self.options)
-            return
-        # grid, stream, function, its metadata; no hooks and nothing for them
-        compiled.run(
-            self.grid,
-            1,
-            1,
-            stream,
-            compiled.function,
-            compiled.packed_metadata,
-            None,
-            None,
-            None,
-            *arguments,
-        )
-
-
-_NOWHERE = contextlib.nullcontext()
-
-
-def on_device(device: torch.device) -> contextlib.AbstractContextManager:
-    """Inside it that is the current device; mostly it is already, which costs nothing to see."""
-    if torch._C._cuda_getDevice() == device.index:
-        return _NOWHERE
-    return torch.cuda.device(device)
-
-
-def current_stream(device: torch.device) -> int | None:
-    """The stream to launch on directly; None where Triton has to launch by itself."""
-    # AMD's Triton also looks at the size of a tensor's storage, which no plan knows
-    if torch.version.hip is not None:
-        return None
-    return torch._C._cuda_getCurrentRawStream(device.index)
+    def __call__(self, *arguments: Any) -> None:
+        """As Triton launches, which compiles it."""
+        self.compiled = self.kernel[(self.grid,)](*arguments, **self.options)
 
 
 @functools.cache
@@ -122,27 +90,104 @@ def _watched() -> bool:
     return bool(getattr(hook, "calls", hook))
 
 
+_NOWHERE = contextlib.nullcontext()
+
+
+def on_device(device: torch.device) -> contextlib.AbstractContextManager:
+    """Inside it that is the current device; mostly it is already, which costs nothing to see."""
+    if device.type != "cuda" or torch._C._cuda_getDevice() == device.index:
+        return _NOWHERE
+    return torch.cuda.device(device)
+
+
+def current_stream(device: torch.device) -> int | None:
+    """The stream to launch on directly; None where Triton has to launch by itself."""
+    # AMD's Triton also looks at the size of a tensor's storage, which no plan knows
+    if device.type != "cuda" or torch.version.hip is not None:
+        return None
+    return torch._C._cuda_getCurrentRawStream(device.index)
+
+
 class Run:
-    """A plan, ready to run on tensors like those it was made for."""
+    """A plan, ready to run on tensors like those it was made for, in the order of `given`."""
 
-    def __init__(self, plan: Plan) -> None:
-        self.plan = plan
-        self.steps = [Launch(step) for step in plan.steps]
-        self.after = [Launch(step) for step in plan.after]
+    def __init__(self, plan: Plan, given: Sequence[str], device: torch.device) -> None:
+        self.plan, self.device = plan, device
+        self.buffers = tuple(plan.buffers.values())
+        names = (*given, *plan.buffers, None)  # a tensor that there is not comes last
+        launches = [Launch(spec) for spec in plan.launches]
+        self.launches: list[tuple[Launch, Callable]] = [
+            (x, itemgetter(*(names.index(name) for name in x.tensors))) for x in launches
+        ]
+        self.after = None if plan.after is None else Run(plan.after, (*given, *AFTER), device)
 
-    def __call__(self, tensors: dict[str, Tensor], device: torch.device) -> None:
-        """Adds the plan's buffers to `tensors`, written."""
-        for name, (shape, dtype) in self.plan.buffers.items():
-            tensors[name] = torch.empty(shape, dtype=dtype, device=device)
-        self.launch(self.steps, tensors, device)
+    def __call__(self, given: Sequence[Tensor | None]) -> list[Tensor]:
+        """The plan's buffers, written."""
+        made = [
+            torch.empty(shape, dtype=dtype, device=self.device) for shape, dtype in self.buffers
+        ]
+        tensors = (*given, *made, None)
+        with on_device(self.device):
+            if (stream := current_stream(self.device)) is not None and _watched():
+                stream = None
+            for launch, pointers in self.launches:
+                arguments = (*pointers(tensors), *launch.scalars)
+                if (compiled := launch.compiled) is None or stream is None:
+                    launch(*arguments)
+                    continue
+                # a grid of three axes, then a hook for what it does not need: none of them
+                at = (launch.grid, 1, 1, stream, compiled.function, compiled.packed_metadata)
+                compiled.run(*at, None, None, None, *arguments)
+        return made
 
-    @staticmethod
-    def launch(launches: list[Launch], tensors: dict[str, Tensor], device: torch.device) -> None:
-        if device.type != "cuda":
-            for launch in launches:
-                launch(tensors, None)
-            return
-        with on_device(device):
-            stream = current_stream(device)
-            for launch in launches:
-                launch(tensors, stream)
+
+Named = tuple[tuple[str, TensorFacts], ...]
+
+
+def ordered(operands: Operands) -> Operands:
+    """The operands with those of a few numbers contiguous, as kernels read them."""
+    return Operands._make(
+        x if x is None or name in STRIDED else x.contiguous()
+        for name, x in zip(Operands._fields, operands)
+    )
+
+
+def _named(names: Sequence[str], tensors: Sequence[Tensor | None]) -> Named:
+    return tuple((name, facts_of(x)) for name, x in zip(names, tensors) if x is not None)
+
+
+@functools.lru_cache(maxsize=1024)
+def _forward_run(
+    facts: Named, options: Options, device: torch.device, tf32: bool, differentiable: bool
+) -> Run:
+    call = Call(dict(facts), options, tf32)
+    plan = forward_plan(call, gpu_of(device), differentiable=differentiable)
+    return Run(plan, Operands._fields, device)
+
+
+@functools.lru_cache(maxsize=1024)
+def _backward_run(
+    facts: Named, options: Options, device: torch.device, tf32: bool, needs: int
+) -> Run:
+    call = Call(dict(facts), options, tf32, needs)
+    return Run(backward_plan(call, gpu_of(device)), Operands._fields + BESIDE, device)
+
+
+def forward_run(operands: Operands, options: Options, differentiable: bool) -> Run:
+    """What a forward of these runs; they are `ordered`."""
+    facts = _named(Operands._fields, operands)
+    return _forward_run(facts, options, operands.query.device, tf32_allowed(), differentiable)
+
+
+def backward_run(given: Sequence[Tensor | None], options: Options, needs: int) -> Run:
+    """What a backward runs: `ordered` operands, then what `BESIDE` names."""
+    facts = _named(Operands._fields + BESIDE, given)
+    query = given[0]
+    assert query is not None
+    return _backward_run(facts, options, query.device, tf32_allowed(), needs)
+
+
+def forget() -> None:
+    """Plans are made anew."""
+    _forward_run.cache_clear()
+    _backward_run.cache_clear()

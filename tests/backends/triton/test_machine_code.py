@@ -25,7 +25,7 @@ from benchmarks.codegen.machine_code import (
     report,
     triton_version,
 )
-from benchmarks.codegen.plans import plans_of, steps_of
+from benchmarks.codegen.plans import launches_of, plans_of
 from benchmarks.codegen.predict import CHIPS
 from swin_kernels.backends.triton.config import KNOWN_GPUS
 
@@ -74,7 +74,7 @@ def test_every_layout_fits_and_spills_nothing(job):
     rows = compile_case(*job)
     kernels = {row.kernel for row in rows}
     assert any(kernel.endswith("fwd_kernel") for kernel in kernels)
-    assert kernels & {"_whole_window_bwd_kernel", "_tiled_dkv_kernel"}
+    assert kernels & {"_single_tile_bwd_kernel", "_tiled_dkv_kernel"}
     misfits = {row.kernel: row.misfits() for row in rows}
     assert not any(misfits.values()), misfits
     if triton_version() not in COUNTED:
@@ -104,7 +104,7 @@ REACHED_INFERENCE = {
 def test_instructions_of_a_tile_stay_within_their_budget(arch):
     inside, border, backward = (BUDGETS | REACHED)[arch]
     ways = {row.kernel: row.per_tile for row in compile_case("swin", "bf16", arch)}
-    found = (*ways["_whole_window_fwd_kernel"], ways["_whole_window_bwd_kernel"][1])
+    found = (*ways["_single_tile_fwd_kernel"], ways["_single_tile_bwd_kernel"][1])
     assert found[0] <= inside
     assert found[1] <= border
     assert found[2] <= backward
@@ -116,8 +116,8 @@ def test_instructions_of_a_tile_stay_within_their_budget(arch):
 @pytest.mark.parametrize("arch", [*BUDGETS, *REACHED])
 def test_instructions_of_a_tile_without_grad_stay_within_their_budget(arch):
     plan = plans_of(CASES["swin"].but(dtype=DTYPES["bf16"]), KNOWN_GPUS[arch]).inference
-    step = plan.steps[0]
-    code = aot.read(aot.compile_step(step, plan.dtypes, KNOWN_GPUS[arch]))
+    step = plan.launches[0]
+    code = aot.read(aot.compile_launch(step, plan.dtypes, KNOWN_GPUS[arch]))
     row = Row("swin", "bf16", arch, step.kernel, "", step.config.num_warps, code)
     inside, border, *_ = (BUDGETS | REACHED_INFERENCE)[arch]
     assert row.per_tile[0] <= inside
@@ -170,7 +170,7 @@ CODE = aot.Code(168, 0, 0, 28672, 1000, 6, (("FFMA", 300),), (("FFMA", 400),))
 
 def _row(arch: str = "sm_90", dtype: str = "bf16", warps: int = 4, **changes) -> Row:
     code = aot.Code(**{**CODE.__dict__, **changes})
-    return Row("swin", dtype, arch, "_whole_window_fwd_kernel", "64×64", warps, code)
+    return Row("swin", dtype, arch, "_single_tile_fwd_kernel", "64×64", warps, code)
 
 
 @pytest.fixture
@@ -203,11 +203,11 @@ def test_a_sound_row_has_no_defect_and_exact_fp32_needs_no_matrix_unit(known):
 
 
 def test_known_spills_are_no_defect_until_they_change_and_are_in_the_report(known):
-    known["swin", "bf16", "sm_90", "_whole_window_fwd_kernel"] = 2
+    known["swin", "bf16", "sm_90", "_single_tile_fwd_kernel"] = 2
     assert _row(spills=2, stack=8).spills() == []
     assert "3 spills" in _row(spills=3, stack=8).spills()[0]
     assert "lower KNOWN_SPILLS" in _row(spills=1, stack=8).spills()[0]
-    assert "swin, bf16, sm_90, `_whole_window_fwd_kernel`: 2 inst" in report([_row(spills=2)])
+    assert "swin, bf16, sm_90, `_single_tile_fwd_kernel`: 2 inst" in report([_row(spills=2)])
 
 
 def test_spills_of_a_triton_that_was_not_counted_are_refused(monkeypatch):
@@ -228,7 +228,7 @@ def test_the_report_has_a_table_for_each_architecture():
 def test_every_case_has_launches_for_every_architecture(arch, dtype):
     gpu = KNOWN_GPUS[arch]
     for case in (CASES | RARE).values():
-        launches = steps_of(case.but(dtype=DTYPES[dtype]), gpu, tf32=dtype == "tf32")
+        launches = launches_of(case.but(dtype=DTYPES[dtype]), gpu, tf32=dtype == "tf32")
         steps = [step for step, _ in launches]
         assert len(steps) >= 2
         for step in steps:
@@ -239,8 +239,8 @@ def test_every_case_has_launches_for_every_architecture(arch, dtype):
 def test_one_kernel_compiles_for_every_architecture():
     for arch in ARCHS:
         gpu = KNOWN_GPUS[arch]
-        step, dtypes = next(steps_of(CASES["window 4"].but(dtype=DTYPES["fp16"]), gpu))
-        code = aot.read(aot.compile_step(step, dtypes, gpu))
+        step, dtypes = next(launches_of(CASES["window 4"].but(dtype=DTYPES["fp16"]), gpu))
+        code = aot.read(aot.compile_launch(step, dtypes, gpu))
         assert code.registers > 0
         assert code.matrix > 0
         assert code.spills == code.stack == 0
@@ -249,9 +249,9 @@ def test_one_kernel_compiles_for_every_architecture():
 @pytest.mark.parametrize("arch", ["sm_80", "sm_90", "gfx942"])
 def test_what_does_not_fit_the_registers_is_seen(arch):
     gpu = KNOWN_GPUS[arch]
-    step, dtypes = next(steps_of(CASES["head dim 128"].but(dtype=DTYPES["bf16"]), gpu))
+    step, dtypes = next(launches_of(CASES["head dim 128"].but(dtype=DTYPES["bf16"]), gpu))
     crowded = replace(step, config=replace(step.config, num_warps=1))
-    code = aot.read(aot.compile_step(crowded, dtypes, gpu))
+    code = aot.read(aot.compile_launch(crowded, dtypes, gpu))
     assert code.spills > 10
     assert code.stack > 0
 
@@ -263,8 +263,8 @@ def test_wide_heads_fit_where_shared_memory_is_small(arch):
     case = CASES["swin, window 12"].but(
         head_dim=128, mask="soft", pads=True, size=(100, 100), dtype=DTYPES["bf16"]
     )
-    for step, dtypes in steps_of(case, gpu):
-        assert aot.compile_step(step, dtypes, gpu).metadata.shared <= gpu.shared_memory
+    for step, dtypes in launches_of(case, gpu):
+        assert aot.compile_launch(step, dtypes, gpu).metadata.shared <= gpu.shared_memory
 
 
 def test_every_known_gpu_has_a_target():

@@ -59,7 +59,7 @@ PRODUCT = ("HGMMA.64x64x16.F32.BF16", 1)
 
 def launch(code: Code, kernel: str) -> Launch:
     plans = plans_of(CASE, KNOWN_GPUS["sm_90"])
-    step = next(s for plan in plans for s in plan.steps if kernel in s.kernel)
+    step = next(s for plan in plans for s in plan.launches if kernel in s.kernel)
     return predict.predict(step, code, H200, predict._sizes(CASE, plans), 2)
 
 
@@ -78,7 +78,7 @@ def test_memory_is_every_tensor_once_and_seams_cut_their_share_of_windows():
 
 def test_a_loop_of_two_stages_waits_for_each_of_its_loads():
     plans = plans_of(CASE, KNOWN_GPUS["sm_90"])
-    step, sizes = plans.inference.steps[0], predict._sizes(CASE, plans)
+    step, sizes = plans.inference.launches[0], predict._sizes(CASE, plans)
     trip = ("FADD", 1755), PRODUCT
     code = Code(128, 0, 0, 28_672, 1756, 6, trip, trip)
     found = {}
@@ -96,7 +96,7 @@ def test_no_more_programs_are_in_flight_than_there_are():
     plans = plans_of(few, KNOWN_GPUS["sm_90"])
     code = Code(128, 0, 0, 28_672, 65, 6, (PRODUCT,), (PRODUCT,))
     sizes = predict._sizes(few, plans)
-    found = predict.predict(plans.inference.steps[0], code, H200, sizes, 2)
+    found = predict.predict(plans.inference.launches[0], code, H200, sizes, 2)
     assert found.programs == 1
     assert found.in_flight == 49 * 32 * 2 * 3
 
@@ -145,4 +145,4 @@ def test_the_first_stage_is_predicted_from_compiled_code(capsys, monkeypatch):
     predict.main()
     page = capsys.readouterr().out
     assert "### sm_90: H200" in page
-    assert page.count("_whole_window_") == 2
+    assert page.count("_single_tile_") == 2

@@ -13,9 +13,10 @@ import torch
 
 pytest.importorskip("triton")
 
+from triton_calls import call_of
 from triton_memory import guarded_launches
 
-from swin_kernels.backends.triton.config import INTERPRETER, Shape, config_for
+from swin_kernels.backends.triton.config import INTERPRETER, config_for
 from swin_kernels.testing import Case, make_grad_out, make_operands, run
 
 pytestmark = pytest.mark.interpreted
@@ -39,11 +40,10 @@ def _traffic(case):
 
 
 def _runs(case, kernel):
-    shape = Shape(case.grid.tokens, DIM, DIM, case.dtype, case.batch * case.grid.windows, HEADS)
-    return math.ceil(
-        shape.windows
-        / config_for(kernel, shape, INTERPRETER).windows_per_program(shape, INTERPRETER)
-    )
+    windows = case.batch * case.grid.windows
+    call = call_of(case.grid.tokens, DIM, DIM, case.dtype, windows, HEADS)
+    config = config_for(kernel, call, INTERPRETER)
+    return math.ceil(windows / config.windows_per_program(call, INTERPRETER))
 
 
 def _swin(shift, **changes):
@@ -58,7 +58,7 @@ def test_whole_windows_move_8_bytes_a_channel_forward_and_14_backward(shift):
     # what the forward leaves: bias and mask for each of the ways that the shift cuts a window
     tiles = HEADS * (4 if any(shift) else 1) * 64 * 64 * 4
     traffic = _traffic(case)
-    forward, backward = (traffic[f"_whole_window_{name}_kernel"] for name in ("fwd", "bwd"))
+    forward, backward = (traffic[f"_single_tile_{name}_kernel"] for name in ("fwd", "bwd"))
     biases = {name: _runs(case, name) * HEADS * pairs for name in ("forward", "backward")}
     for counted, a_channel, shared in (
         (forward, 8, HEADS * pairs * 2 + tiles),
@@ -86,7 +86,7 @@ def test_128_tokens_move_8_bytes_a_channel_forward():
     case = case.but(bias="dense", layout="contiguous")
     tokens, pairs = math.prod(case.size), case.grid.tokens**2
     traffic = _traffic(case)
-    forward = traffic["_whole_window_fwd_kernel"]
+    forward = traffic["_single_tile_fwd_kernel"]
     expected = 8 * HEADS * DIM * tokens + 2 * HEADS * pairs + 8 * HEADS * tokens  # and `stats`
     assert abs(_moved(forward) - expected) <= 0.05 * expected
     assert forward.loaded["query"] == forward.distinct_loaded["query"] == 3 * PASS * tokens
@@ -96,7 +96,7 @@ def test_128_tokens_move_8_bytes_a_channel_forward():
 def test_heads_of_64_channels_move_14_bytes_a_channel_backward():
     case = _swin((0, 0)).but(head_dim=64)
     tokens, pairs = math.prod(case.size), case.grid.tokens**2
-    counted = _traffic(case)["_whole_window_bwd_kernel"]
+    counted = _traffic(case)["_single_tile_bwd_kernel"]
     shared = HEADS * 64 * 64 * 4 + _runs(case, "backward") * HEADS * pairs * 4
     expected = 14 * HEADS * 64 * tokens + shared
     assert abs(_moved(counted) - expected) <= 0.05 * expected
@@ -106,9 +106,9 @@ def test_padding_moves_nothing():
     case = _swin((3, 3), pads=True).but(size=(26, 23))
     tokens = case.batch * math.prod(case.size)
     traffic = _traffic(case)
-    assert traffic["_whole_window_fwd_kernel"].loaded["query"] == 3 * PASS * tokens
-    assert traffic["_whole_window_fwd_kernel"].stored["out"] == PASS * tokens
-    assert traffic["_whole_window_bwd_kernel"].stored["grad_query"] == 3 * PASS * tokens
+    assert traffic["_single_tile_fwd_kernel"].loaded["query"] == 3 * PASS * tokens
+    assert traffic["_single_tile_fwd_kernel"].stored["out"] == PASS * tokens
+    assert traffic["_single_tile_bwd_kernel"].stored["grad_query"] == 3 * PASS * tokens
 
 
 @SHIFTS
@@ -116,9 +116,9 @@ def test_tiles_read_the_other_side_once_a_tile(shift):
     case = Case(1, (24, 12), (12, 12), (shift[0], 0), HEADS, DIM, dtype=torch.float16)
     case = case.but(bias="dense", layout="contiguous")
     n, tokens, windows = case.grid.tokens, math.prod(case.size), case.grid.windows
-    shape = Shape(n, DIM, DIM, case.dtype, windows, HEADS)
+    call = call_of(n, DIM, DIM, case.dtype, windows, HEADS)
     blocks = {
-        kernel: config_for(kernel, shape, INTERPRETER)
+        kernel: config_for(kernel, call, INTERPRETER)
         for kernel in ("tiled_forward", "dq", "dkv", "dbias")
     }
     tiles = {kernel: math.ceil(n / config.block_m) for kernel, config in blocks.items()}
@@ -137,7 +137,7 @@ def test_tiles_read_the_other_side_once_a_tile(shift):
         "query": a_pass,
         "key": t * a_pass,
         "value": t * a_pass,
-        "spread_bias": biases,
+        "expanded_bias": biases,
         **sides,
     }
     assert forward.stored == {"out": a_pass, "stats": 2 * rows}
@@ -150,7 +150,7 @@ def test_tiles_read_the_other_side_once_a_tile(shift):
         "stats": 2 * rows,
         "key": t * a_pass,
         "value": t * a_pass,
-        "spread_bias": biases,
+        "expanded_bias": biases,
         **sides,
     }
     assert dq.stored == {"grad_query": a_pass, "delta": rows}
@@ -164,7 +164,7 @@ def test_tiles_read_the_other_side_once_a_tile(shift):
         "grad_out": t * a_pass,
         "stats": 2 * t * rows,
         "delta": t * rows,
-        "spread_bias": biases,
+        "expanded_bias": biases,
         **sides,
     }
     assert dkv.stored == {"grad_key": a_pass, "grad_value": a_pass}

@@ -8,20 +8,18 @@ from dataclasses import replace
 
 import pytest
 import torch
+from triton_calls import call_of
 
 from swin_kernels.backends.triton import config
 from swin_kernels.backends.triton.config import (
     INTERPRETER,
     KNOWN_GPUS,
     LARGEST_HEAD_DIM,
-    Config,
-    Gpu,
-    Shape,
-    block_of,
     config_for,
     takes_whole_windows,
     tuned_key,
 )
+from swin_kernels.backends.triton.launch_spec import Config, Gpu, block_of
 
 H100 = KNOWN_GPUS["sm_90"]
 GPUS = [*KNOWN_GPUS.values(), INTERPRETER]
@@ -49,26 +47,26 @@ def tuned(tmp_path, monkeypatch):
 
 
 def test_the_table_of_measured_configurations_has_the_last_word(tuned):
-    shape = Shape(49, 32, 32, torch.float16, 1000, 3)
-    key = tuned_key("forward", shape, H100)
+    call = call_of(49, 32, 32, torch.float16, 1000, 3)
+    key = tuned_key("forward", call, H100)
     assert key == "forward-sm_90-float16-n49-d32-32"
     tuned({})
-    default = config_for("forward", shape, H100)
+    default = config_for("forward", call, H100)
     tuned({key: {"num_warps": 16, "programs_per_multiprocessor": 2}})
-    config = config_for("forward", shape, H100)
+    config = config_for("forward", call, H100)
     assert (config.num_warps, config.programs_per_multiprocessor) == (16, 2)
     assert (config.block_n, config.loop_stages) == (default.block_n, default.loop_stages)
     for other in (
-        config_for("backward", shape, H100),
-        config_for("forward", shape, KNOWN_GPUS["sm_80"]),
+        config_for("backward", call, H100),
+        config_for("forward", call, KNOWN_GPUS["sm_80"]),
     ):
         assert other.num_warps != 16
 
 
 def test_a_backward_that_sums_the_bias_is_measured_apart():
-    shape = Shape(49, 32, 32, torch.float16, 1000, 3)
-    biased = Shape(49, 32, 32, torch.float16, 1000, 3, sums_bias=True)
-    assert tuned_key("backward", biased, H100) == tuned_key("backward", shape, H100) + "-bias"
+    call = call_of(49, 32, 32, torch.float16, 1000, 3)
+    biased = call_of(49, 32, 32, torch.float16, 1000, 3, sums_bias=True)
+    assert tuned_key("backward", biased, H100) == tuned_key("backward", call, H100) + "-bias"
 
 
 def test_shipped_table_of_measured_configurations_is_well_formed():
@@ -90,11 +88,11 @@ def test_known_gpus_are_named_by_their_architecture():
 
 
 def test_wide_warps_are_half_as_many():
-    shape = Shape(49, 32, 32, torch.float16, 1000, 3)
+    call = call_of(49, 32, 32, torch.float16, 1000, 3)
     narrow = Gpu("gfx_narrow", H100.shared_memory, 100, warp_size=32)
     wide = Gpu("gfx_wide", H100.shared_memory, 100, warp_size=64)
     for kernel in ("forward", "backward", "dq"):
-        warps = [config_for(kernel, shape, gpu).num_warps for gpu in (narrow, wide)]
+        warps = [config_for(kernel, call, gpu).num_warps for gpu in (narrow, wide)]
         assert warps[1] == max(1, warps[0] // 2)
 
 
@@ -103,18 +101,17 @@ def test_wide_warps_are_half_as_many():
 @pytest.mark.parametrize("tokens", [1, 4, 49, 64, 98, 144, 576])
 @pytest.mark.parametrize("gpu", GPUS, ids=lambda gpu: gpu.arch)
 def test_every_layout_is_one_that_triton_takes(gpu, tokens, dim, dtype):
-    plain = Shape(tokens, dim, dim, dtype, 100, 4)
     # every mixture of what a layout may depend on
-    names = ("cosine", "dropout", "explicit_mask", "fills_padding", "scattered", "tf32")
+    names = ("cosine", "dropout", "explicit_mask", "fills_padding", "not_vectorizable", "tf32")
     mixtures = [
-        replace(plain, **dict(zip(names, flags)))
+        call_of(tokens, dim, dim, dtype, 100, 4, **dict(zip(names, flags)))
         for flags in itertools.product((False, True), repeat=len(names))
         if dtype == torch.float32 or not flags[-1]
     ]
-    for shape, kernel in itertools.product(mixtures, KERNELS):
-        if kernel in ("forward", "backward") and not takes_whole_windows(kernel, shape, gpu):
+    for call, kernel in itertools.product(mixtures, KERNELS):
+        if kernel in ("forward", "backward") and not takes_whole_windows(kernel, call, gpu):
             continue
-        config = config_for(kernel, shape, gpu)
+        config = config_for(kernel, call, gpu)
         for number in (config.block_m, config.block_n, config.num_warps):
             assert number & (number - 1) == 0
         assert min(config.block_m, config.block_n) >= 16
@@ -125,10 +122,8 @@ def test_every_layout_is_one_that_triton_takes(gpu, tokens, dim, dtype):
 
 
 def test_a_limit_of_registers_is_an_option_of_the_compiler_on_nvidia_alone():
-    shape = Shape(49, 32, 32, torch.float32, 1000, 3)
-    limited, free = (
-        config_for("backward", shape, KNOWN_GPUS[arch]) for arch in ("sm_80", "gfx942")
-    )
+    call = call_of(49, 32, 32, torch.float32, 1000, 3)
+    limited, free = (config_for("backward", call, KNOWN_GPUS[arch]) for arch in ("sm_80", "gfx942"))
     assert limited.options["maxnreg"] == limited.registers == 255
     assert "maxnreg" not in free.options
     # as when a measured table changes the warps alone

@@ -5,18 +5,21 @@ from __future__ import annotations
 import pytest
 import torch
 
+from benchmarks.codegen.plans import facts_by_name
 from swin_kernels import shifted_window_attention
 from swin_kernels.backends.reference.dropout import dropout_factor
-from swin_kernels.backends.triton.config import INTERPRETER, Config, Shape, config_for
+from swin_kernels.backends.triton.config import INTERPRETER, config_for
+from swin_kernels.backends.triton.launch_spec import Call, Config
 from swin_kernels.ops.dispatch import BACKENDS
 from swin_kernels.problem import Operands, Problem
 from swin_kernels.testing import Case, call, check, make_grad_out, make_operands, run, with_grad
 
 pytest.importorskip("triton")
 
+from triton_calls import call_of
 from triton_interpreter import fast_interpreter
 
-from swin_kernels.backends.triton import kernel_args
+from swin_kernels.backends.triton import kernel_args, launch_spec, launcher, plan
 from swin_kernels.backends.triton.kernels import common
 
 pytestmark = pytest.mark.interpreted
@@ -25,6 +28,11 @@ WHOLE = Case(2, (7, 5), (4, 4), (2, 2), heads=2, head_dim=16, bias="table", pads
 TILES = Case(2, (90,), (70,), (20,), heads=1, head_dim=16, bias="table", pads=True, cosine=True)
 REGIMES = pytest.mark.parametrize("case", [WHOLE, TILES], ids=["whole", "tiles"])
 DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=["fp32", "fp16"])
+
+
+def triton_call(case):
+    facts = facts_by_name(zip(Operands._fields, make_operands(case)))
+    return Call(facts, Problem.checked(make_operands(case), **case.options).options)
 
 
 def _run(case):
@@ -47,18 +55,13 @@ def test_two_calls_give_the_same_bits(case, dtype):
 @pytest.fixture
 def windows_a_program(monkeypatch):
     """Sets how many windows a program takes, whatever the problem."""
-    from swin_kernels.backends.triton import calls
-
-    def forget():
-        calls._forward_run.cache_clear()
-        calls._backward_run.cache_clear()
 
     def set_to(number):
         monkeypatch.setattr(Config, "windows_per_program", lambda *args: number)
-        forget()
+        launcher.forget()
 
     yield set_to
-    forget()
+    launcher.forget()
 
 
 @REGIMES
@@ -77,19 +80,15 @@ def test_windows_do_not_depend_on_the_run_they_are_in(case, dtype, windows_a_pro
 @pytest.mark.parametrize("number", [1, 3, 100])
 def test_tiles_do_not_depend_on_the_windows_worked_on_at_once(number, monkeypatch):
     """Every tile of every head and window has its program, also where the last ones are fewer."""
-    from swin_kernels.backends.triton import calls, plan_backward, plan_forward
-
-    def forget():
-        calls._forward_run.cache_clear()
-        calls._backward_run.cache_clear()
-
     case = TILES.but(heads=2)  # 4 windows
     usual = _run(case)
-    for module in (plan_forward, plan_backward):
-        monkeypatch.setattr(module, "at_once", lambda *args: {"windows_at_once": number})
-    forget()
+    tile_args = plan.tile_args
+    monkeypatch.setattr(
+        plan, "tile_args", lambda *args: tile_args(*args) | {"group_windows": number}
+    )
+    launcher.forget()
     _assert_same_bits(usual, _run(case))
-    forget()
+    launcher.forget()
 
 
 @pytest.mark.parametrize("axes", [1, 3])
@@ -102,13 +101,13 @@ def test_seams_cut_windows_in_tiles_that_have_no_bias(axes):
 def test_a_forward_takes_128_queries_at_once():
     case = Case(1, (16, 20), (16, 16), (0, 8), heads=1, head_dim=16, dtype=torch.float16)
     case = case.but(bias="table", layout="contiguous")
-    shape = Shape(256, 16, 16, case.dtype, 2, 1)
-    assert config_for("tiled_forward", shape, INTERPRETER).block_m == 128
+    wide = call_of(256, 16, 16, case.dtype, 2, 1)
+    assert config_for("tiled_forward", wide, INTERPRETER).block_m == 128
     check(case, "triton")
 
 
 def test_numbers_of_plans_are_those_of_the_kernels():
-    assert common.LARGEST_LOGIT.value == kernel_args.LARGEST_LOGIT
+    assert common.LARGEST_LOGIT.value == launch_spec.LARGEST_LOGIT
     kinds = (common.NO_BIAS, common.DENSE_BIAS, common.TABLE_BIAS, common.INDEXED_BIAS)
     assert [kind.value for kind in kinds] == list(kernel_args.BIAS_KINDS.values())
 
@@ -175,23 +174,20 @@ def test_no_buffer_is_read_before_it_is_written(case, monkeypatch):
 @pytest.fixture
 def tensors_of_launches(monkeypatch):
     """The tensors that the launches of a call were given, as they were before the first."""
-    from swin_kernels.backends.triton import calls
-    from swin_kernels.backends.triton.launcher import Run
+    seen, launch = [], launcher.Launch.__call__
 
-    seen, launch = [], Run.launch
+    def looked_at(self, *arguments):
+        seen.append([x.clone() for x in arguments if isinstance(x, torch.Tensor)])
+        launch(self, *arguments)
 
-    def looked_at(launches, tensors, device):
-        seen.append({name: x.clone() for name, x in tensors.items()})
-        launch(launches, tensors, device)
-
-    monkeypatch.setattr(Run, "launch", staticmethod(looked_at))
-    calls._forward_run.cache_clear()
+    monkeypatch.setattr(launcher.Launch, "__call__", looked_at)
+    launcher.forget()
     return seen
 
 
 def test_fresh_buffers_of_this_session_hold_nan(tensors_of_launches):
     out = call(WHOLE, make_operands(WHOLE), "triton")
-    assert tensors_of_launches[0]["out"].isnan().all()
+    assert any(x.shape == out.shape and x.isnan().all() for x in tensors_of_launches[0])
     assert out.isfinite().all()
 
 
@@ -251,8 +247,11 @@ def test_no_product_or_sum_of_integers_overflows(case, packed):
 def test_without_gradients_nothing_is_kept(case, tensors_of_launches):
     with torch.no_grad():
         call(case, make_operands(case), "triton")
-    (tensors,) = tensors_of_launches
-    assert tensors.keys() & {"out", "stats", "tiles"} == {"out"}
+    shapes = {tuple(x.shape) for tensors in tensors_of_launches for x in tensors}
+    kept = plan.forward_plan(triton_call(case), INTERPRETER, differentiable=True).buffers
+    beside = {shape for name, (shape, _) in kept.items() if name in ("stats", "tiles")}
+    assert beside
+    assert not shapes & beside
 
 
 class TestGuard:

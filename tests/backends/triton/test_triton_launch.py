@@ -8,9 +8,9 @@ import pytest
 import torch
 
 from swin_kernels.backends.triton import launcher
-from swin_kernels.backends.triton.config import Config
-from swin_kernels.backends.triton.launch_spec import Buffer, Plan, Step
-from swin_kernels.backends.triton.launcher import Launch, Run, arguments_of, gpu_of
+from swin_kernels.backends.triton.kernel_args import arguments_of
+from swin_kernels.backends.triton.launch_spec import Config, LaunchSpec, Plan
+from swin_kernels.backends.triton.launcher import Run, gpu_of
 
 STREAM = 7
 
@@ -58,48 +58,67 @@ def hook(monkeypatch):
     return runtime
 
 
-STEP = Step(
+SPEC = LaunchSpec(
     "fwd.kernel",
     12,
     {"x_ptr": "query", "y_ptr": None, "z_ptr": "not asked for"},
     {"BLOCK": 64, "sizes": (1, 2), "scale": 0.5, "more": 3},
     Config(64, 64, 4, 2),
 )
-TENSORS = {"query": torch.zeros(1), "key": torch.ones(1)}
-ARGUMENTS = (TENSORS["query"], None, (1, 2), 0.5, 64)
+QUERY = torch.zeros(1)
+ARGUMENTS = (QUERY, None, (1, 2), 0.5, 64)
+CPU = torch.device("cpu")
 
 
-def test_arguments_come_in_the_order_of_the_kernel(kernel):
+def run_of(buffers=None):
+    return Run(Plan((SPEC,), buffers or {}, {}), ("query",), CPU)
+
+
+@pytest.fixture
+def stream(monkeypatch):
+    """The CPU is taken for a device with a stream."""
+    monkeypatch.setattr(launcher, "current_stream", lambda device: STREAM)
+
+
+def test_arguments_come_in_the_order_of_the_kernel():
     names = dict(zip(Kernel.arg_names, ("query", None, (1, 2), 0.5, 64)))
-    assert list(arguments_of(STEP).items()) == list(names.items())
+    assert list(arguments_of(SPEC, Kernel.arg_names).items()) == list(names.items())
 
 
-def test_first_launch_compiles_and_later_ones_run_what_it_compiled(kernel, hook):
-    step = Launch(STEP)
+def test_geometry_and_constants_of_a_kernel_come_as_one_argument_each():
+    scalars = {"sizes": (1, 2, 3), "TOKENS": 49, "LOG2": True}
+    spec = LaunchSpec("fwd.kernel", 1, {}, scalars, Config(64, 64, 4, 2))
+    found = arguments_of(spec, ("geometry", "META"))
+    assert found["geometry"].sizes == (1, 2, 3)
+    assert (found["META"].TOKENS, found["META"].LOG2, found["META"].COSINE) == (49, True, None)
+
+
+def test_first_launch_compiles_and_later_ones_run_what_it_compiled(kernel, hook, stream):
+    run = run_of()
     for _ in range(3):
-        step(TENSORS, STREAM)
+        run((QUERY,))
     options = {"num_warps": 4, "num_stages": 2, "enable_fp_fusion": True}
     assert kernel.launches == [((12,), ARGUMENTS, options)]
     direct = (12, 1, 1, STREAM, "function", "metadata", None, None, None, *ARGUMENTS)
     assert kernel.compiled.runs == [direct] * 2
 
 
-def test_each_launch_takes_the_tensors_it_is_given(kernel, hook):
-    step, other = Launch(STEP), torch.ones(2)
-    step(TENSORS, STREAM)
-    step({"query": other}, STREAM)
+def test_each_launch_takes_the_tensors_it_is_given(kernel, hook, stream):
+    run, other = run_of(), torch.ones(2)
+    run((QUERY,))
+    run((other,))
     assert kernel.compiled.runs[0][9] is other
 
 
 @pytest.mark.parametrize("calls", [[print], SimpleNamespace(calls=[print])], ids=["3.5", "chain"])
-def test_a_profiler_that_listens_gets_the_plain_launch(kernel, hook, calls):
-    step = Launch(STEP)
+def test_a_profiler_that_listens_gets_the_plain_launch(kernel, hook, stream, calls):
+    run = run_of()
     hook.launch_enter_hook = calls
     for _ in range(2):
-        step(TENSORS, STREAM)
+        run((QUERY,))
     assert len(kernel.launches) == 2
     hook.launch_enter_hook = SimpleNamespace(calls=[])
-    step(TENSORS, STREAM)
+    run((QUERY,))
     assert len(kernel.compiled.runs) == 1
 
 
@@ -109,21 +128,17 @@ def test_the_hook_is_found_where_triton_keeps_it():
     assert hasattr(knobs.runtime, "launch_enter_hook")
 
 
-def test_without_a_stream_every_launch_is_plain(kernel):
-    step = Launch(STEP)
+def test_without_a_stream_every_launch_is_plain(kernel, hook):
+    run = run_of()
     for _ in range(2):
-        step(TENSORS, None)
+        run((QUERY,))
     assert len(kernel.launches) == 2
     assert not kernel.compiled.runs
 
 
-def test_a_run_makes_new_buffers_each_time(kernel):
-    plan = Plan((STEP,), {"out": Buffer((2, 3), torch.float16)}, {})
-    run, outs = Run(plan), []
-    for _ in range(2):
-        tensors = dict(TENSORS)
-        run(tensors, torch.device("cpu"))
-        outs.append(tensors["out"])
+def test_a_run_makes_new_buffers_each_time(kernel, hook):
+    run = run_of({"out": ((2, 3), torch.float16)})
+    outs = [run((QUERY,))[0] for _ in range(2)]
     assert outs[0].shape == (2, 3)
     assert outs[0].dtype == torch.float16
     assert outs[0].data_ptr() != outs[1].data_ptr()
@@ -131,4 +146,4 @@ def test_a_run_makes_new_buffers_each_time(kernel):
 
 
 def test_a_device_that_is_no_gpu_is_taken_for_the_interpreter():
-    assert gpu_of(torch.device("cpu")).arch == "interpreter"
+    assert gpu_of(CPU).arch == "interpreter"

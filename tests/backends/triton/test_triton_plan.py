@@ -6,66 +6,59 @@ import itertools
 import math
 import subprocess
 import sys
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
+from triton_calls import call_of
 
-from swin_kernels.backends.triton import plan_backward, plan_forward
+from benchmarks.gpu_tools.override import override
 from swin_kernels.backends.triton.config import (
     INTERPRETER,
     KNOWN_GPUS,
-    Config,
-    Shape,
     config_for,
-    override,
     takes_whole_windows,
     tuned_key,
 )
-from swin_kernels.backends.triton.launch_spec import facts_of
-from swin_kernels.backends.triton.plan_backward import Needs, backward_plan
-from swin_kernels.backends.triton.plan_forward import forward_plan
-from swin_kernels.backends.triton.tokens import contiguous_stride, divisor, needs_wide_offsets
-from swin_kernels.problem import Operands, Problem
+from swin_kernels.backends.triton.launch_spec import Call, Config, facts_of
+from swin_kernels.backends.triton.plan import backward_plan, forward_plan
+from swin_kernels.backends.triton.token_layout import contiguous_stride, divisor, needs_wide_offsets
+from swin_kernels.problem import NEEDS, Operands, Problem
 from swin_kernels.testing import Case, make_grad_out, make_operands
 
 ROOT = Path(__file__).resolve().parents[3]
 H100 = KNOWN_GPUS["sm_90"]
 PLANE = Case(2, (11, 9), (4, 4), (2, 2), bias="table", pads=True, layout="contiguous")
 KERNELS = ("forward", "backward", "tiled_forward", "dq", "dkv", "dbias")
-EVERYTHING = Needs(bias=True, pad_key=True, pad_value=True)
+EVERYTHING = ("bias", "bias_table", "pad_key", "pad_value", "logit_scale")
 
 
-def _facts(operands):
-    return {n: facts_of(x) for n, x in zip(Operands._fields, operands) if x is not None}
+def _call(operands, tf32=False, **options):
+    facts = {n: facts_of(x) for n, x in zip(Operands._fields, operands) if x is not None}
+    return Call(facts, Problem.checked(operands, **options).options, tf32)
 
 
-def _options(case, operands):
-    return Problem.checked(operands, **case.options).options
+def _forward(case, gpu=H100, device="meta", tf32=False, differentiable=False):
+    call = _call(make_operands(case, device), tf32, **case.options)
+    return forward_plan(call, gpu, differentiable=differentiable)
 
 
-def _forward(case, gpu=H100, device="meta", **flags):
-    operands = make_operands(case, device)
-    return forward_plan(_facts(operands), _options(case, operands), gpu, **flags)
-
-
-def _backward(case, gpu=H100, device="meta", needs=EVERYTHING, **flags):
-    operands, grad_out = make_operands(case, device), make_grad_out(case, device)
-    facts = _facts(operands) | {"grad_out": facts_of(grad_out)}
-    return backward_plan(facts, _options(case, operands), gpu, needs, **flags)
+def _backward(case, gpu=H100, device="meta", needed=EVERYTHING):
+    call = _call(make_operands(case, device), **case.options)
+    facts = {**call.facts, "grad_out": facts_of(make_grad_out(case, device))}
+    needs = sum(NEEDS[name] for name in needed)
+    return backward_plan(Call(facts, call.options, needs=needs), gpu)
 
 
 def _of_shape(*shape, window, dtype=torch.float16, gpu=H100):
-    """The forward's step for a query, key and value of this shape, which may be of any size."""
+    """The forward's launch for a query, key and value of this shape, which may be of any size."""
     x = torch.empty(shape, dtype=dtype, device="meta")
-    operands = Operands(x, x, x)
-    options = Problem.checked(operands, window).options
-    return forward_plan(_facts(operands), options, gpu).steps[-1]
+    return forward_plan(_call(Operands(x, x, x), window_size=window), gpu).launches[-1]
 
 
 def _kernels(plan):
-    return [step.kernel.split(".")[1] for step in (*plan.steps, *plan.after)]
+    after = () if plan.after is None else plan.after.launches
+    return [launch.kernel.split(".")[1] for launch in (*plan.launches, *after)]
 
 
 CASES = (
@@ -88,9 +81,9 @@ def test_plans_need_no_triton():
     program = """
 import sys
 sys.modules["triton"] = None
-sys.path.insert(0, "tests/backends/triton")
+sys.path[:0] = ["tests/backends/triton", "tests/support"]
 import test_triton_plan as t
-print(len(t._forward(t.PLANE).steps), len(t._backward(t.PLANE).steps))
+print(len(t._forward(t.PLANE).launches), len(t._backward(t.PLANE).launches))
 """
     done = subprocess.run(
         [sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=False
@@ -126,28 +119,28 @@ def test_tokens_channels_and_dtype_decide_between_whole_windows_and_tiles(
 ):
     case = Case(1, (tokens,), (tokens,), head_dim=dim, dtype=dtype, bias="table")
     case = case.but(layout="contiguous")
-    shape = Shape(tokens, dim, dim, dtype, 1, 2)
-    assert takes_whole_windows("forward", shape, H100) == forward
-    assert takes_whole_windows("backward", shape, H100) == backward
-    spread = [] if forward else ["_spread_bias_kernel"]
-    kernel = "_whole_window_fwd_kernel" if forward else "_tiled_fwd_kernel"
+    call = call_of(tokens, dim, dim, dtype, 1, 2)
+    assert takes_whole_windows("forward", call, H100) == forward
+    assert takes_whole_windows("backward", call, H100) == backward
+    spread = [] if forward else ["_expand_bias_kernel"]
+    kernel = "_single_tile_fwd_kernel" if forward else "_tiled_fwd_kernel"
     assert _kernels(_forward(case)) == [*spread, kernel]
     if backward:
-        expected = ["_whole_window_bwd_kernel", "_table_grad_kernel"]
+        expected = ["_single_tile_bwd_kernel", "_table_grad_kernel"]
     else:
-        expected = ["_spread_bias_kernel", "_tiled_dq_kernel", "_tiled_dkv_kernel"]
+        expected = ["_expand_bias_kernel", "_tiled_dq_kernel", "_tiled_dkv_kernel"]
         expected += ["_tiled_dbias_kernel", "_table_grad_kernel"]
     assert _kernels(_backward(case)) == expected
     # the forward keeps what the backward will read, and nothing when nobody differentiates
     kept = _forward(case, differentiable=True)
-    assert ("stats" in kept.buffers) == kept.steps[-1].numbers["KEEP_STATS"] == (not backward)
+    assert ("stats" in kept.buffers) == kept.launches[-1].scalars["KEEP_STATS"] == (not backward)
     assert ("tiles" in kept.buffers) == backward
-    assert set(_forward(case).buffers) == {"out"} | ({"spread_bias"} if spread else set())
+    assert set(_forward(case).buffers) == {"out"} | ({"expanded_bias"} if spread else set())
 
 
 def test_128_tokens_are_held_whole_only_where_channels_lie_together_and_no_mask_is_read():
     case = Case(1, (98,), (98,), head_dim=32, dtype=torch.float16, bias="dense")
-    assert _kernels(_forward(case.but(layout="contiguous"))) == ["_whole_window_fwd_kernel"]
+    assert _kernels(_forward(case.but(layout="contiguous"))) == ["_single_tile_fwd_kernel"]
     for changes in ({"layout": "strided"}, {"layout": "contiguous", "mask": "soft"}):
         for gpu in (H100, INTERPRETER):
             assert "_tiled_fwd_kernel" in _kernels(_forward(case.but(**changes), gpu))
@@ -156,27 +149,27 @@ def test_128_tokens_are_held_whole_only_where_channels_lie_together_and_no_mask_
 def test_the_wider_of_keys_and_values_decides():
     case = Case(1, (7, 7), (7, 7), head_dim=32, value_dim=96)
     assert _kernels(_forward(case)) == ["_tiled_fwd_kernel"]
-    assert _kernels(_forward(case.but(value_dim=32))) == ["_whole_window_fwd_kernel"]
-    step = _forward(case).steps[0]
-    assert (step.numbers["BLOCK_D"], step.numbers["BLOCK_DV"]) == (32, 128)
+    assert _kernels(_forward(case.but(value_dim=32))) == ["_single_tile_fwd_kernel"]
+    step = _forward(case).launches[0]
+    assert (step.scalars["BLOCK_D"], step.scalars["BLOCK_DV"]) == (32, 128)
 
 
 # 16 channels: an image of n tokens of one head has elements up to 16n − 1
 @pytest.mark.parametrize(("tokens", "wide"), [(2**27, False), (2**27 + 1, True)])
 def test_offsets_are_wide_where_the_last_element_of_an_image_needs_more_than_31_bits(tokens, wide):
     assert needs_wide_offsets((1, tokens, 1, 16), (tokens * 16, 16, 16, 1)) == wide
-    assert _of_shape(1, tokens, 1, 16, window=64).numbers["WIDE"] == wide
+    assert _of_shape(1, tokens, 1, 16, window=64).scalars["WIDE"] == wide
 
 
 @pytest.mark.parametrize(("tokens", "wide"), [(2**25, False), (2**25 + 1, True)])
 def test_heads_are_found_with_64_bits_anyway(tokens, wide):
     # the last token begins at 64·(n − 1); its last head lies 48 elements further
-    assert _of_shape(1, tokens, 4, 16, window=64).numbers["WIDE"] == wide
+    assert _of_shape(1, tokens, 4, 16, window=64).scalars["WIDE"] == wide
 
 
 def test_a_batch_of_any_size_needs_no_wide_offsets():
     step = _of_shape(2**20, 8, 8, 4, 32, window=8)  # 2^33 elements
-    assert not step.numbers["WIDE"]
+    assert not step.scalars["WIDE"]
 
 
 @pytest.mark.parametrize(("rows", "wide"), [(2**11, False), (2**11 + 1, True)])
@@ -202,9 +195,8 @@ def test_one_tensor_that_is_wide_makes_the_call_wide():
     narrow = torch.empty(1, 2**27 + 1, 1, 1, device="meta").expand(1, -1, 1, 16)
     wide = torch.empty(1, 2**27 + 1, 1, 16, device="meta")
     for tensors in ((narrow, narrow, wide), (narrow, wide, narrow), (wide, narrow, narrow)):
-        operands = Operands(*tensors)
-        plan = forward_plan(_facts(operands), Problem.checked(operands, 64).options, H100)
-        assert plan.steps[0].numbers["WIDE"]
+        plan = forward_plan(_call(Operands(*tensors), window_size=64), H100)
+        assert plan.launches[0].scalars["WIDE"]
 
 
 @pytest.mark.parametrize("whole", [True, False], ids=["whole", "tiles"])
@@ -213,7 +205,7 @@ def test_grids_have_one_axis_that_holds_any_number_of_windows(whole):
     step = _of_shape(windows, window, heads, 32, window=window)
     assert isinstance(step.grid, int)
     if whole:
-        run = step.numbers["windows_per_program"]
+        run = step.scalars["windows_per_program"]
         assert step.grid == math.ceil(windows / run) * heads
         assert step.grid * run >= windows * heads
     else:
@@ -225,9 +217,9 @@ def test_grids_have_one_axis_that_holds_any_number_of_windows(whole):
 @pytest.mark.parametrize("heads", [1, 3, 24, 5000])
 @pytest.mark.parametrize("gpu", [H100, INTERPRETER, KNOWN_GPUS["gfx942"]], ids=lambda g: g.arch)
 def test_runs_cover_all_windows_and_no_more_programs_than_wanted(windows, heads, gpu):
-    shape = Shape(49, 32, 32, torch.float16, windows, heads)
+    call = call_of(49, 32, 32, torch.float16, windows, heads)
     config = Config(64, 64, 4, 1, programs_per_multiprocessor=4)
-    run = config.windows_per_program(shape, gpu)
+    run = config.windows_per_program(call, gpu)
     runs = math.ceil(windows / run)
     assert run >= 1
     assert (runs - 1) * run < max(1, windows)
@@ -240,33 +232,34 @@ def test_gradients_of_packed_tokens_lie_in_one_buffer():
     case = PLANE.but(packed=True)
     plan = _backward(case)
     shape = (2, 11, 9, 3, 2, 16)
-    assert plan.buffers["grad_query"].shape == shape
+    assert plan.buffers["grad_query"] == (shape, torch.float32)
     assert not {"grad_key", "grad_value"} & set(plan.buffers)
-    step = plan.steps[0]
+    step = plan.launches[0]
     pointers = {step.pointers[f"grad_{name}_ptr"] for name in ("query", "key", "value")}
     assert pointers == {"grad_query"}
-    assert (step.numbers["grad_key_start"], step.numbers["grad_value_start"]) == (32, 64)
+    assert (step.scalars["grad_key_start"], step.scalars["grad_value_start"]) == (32, 64)
     # image, three axes (the first is missing), head, channel
     strides = (11 * 9 * 96, 0, 9 * 96, 96, 16, 1)
-    assert step.numbers["grad_query_strides"] == step.numbers["grad_value_strides"] == strides
+    assert step.scalars["grad_query_strides"] == step.scalars["grad_value_strides"] == strides
 
 
 def test_gradients_of_separate_tokens_are_contiguous_whatever_the_operands_are():
     plan = _backward(PLANE.but(layout="strided", value_dim=32))
-    assert plan.buffers["grad_query"].shape == plan.buffers["grad_key"].shape == (2, 11, 9, 2, 16)
-    assert plan.buffers["grad_value"].shape == (2, 11, 9, 2, 32)
-    numbers = plan.steps[0].numbers
+    assert plan.buffers["grad_query"] == plan.buffers["grad_key"]
+    assert plan.buffers["grad_key"] == ((2, 11, 9, 2, 16), torch.float32)
+    assert plan.buffers["grad_value"] == ((2, 11, 9, 2, 32), torch.float32)
+    numbers = plan.launches[0].scalars
     assert (numbers["grad_key_start"], numbers["grad_value_start"]) == (0, 0)
     assert numbers["grad_query_strides"] == (11 * 9 * 32, 0, 9 * 32, 32, 16, 1)
     assert numbers["grad_value_strides"] == (11 * 9 * 64, 0, 9 * 64, 64, 32, 1)
 
 
 def test_packed_operands_are_parts_of_one_tensor():
-    step = _forward(PLANE.but(packed=True)).steps[0]
+    step = _forward(PLANE.but(packed=True)).launches[0]
     assert {step.pointers[f"{n}_ptr"] for n in ("query", "key", "value")} == {"query"}
-    assert (step.numbers["key_start"], step.numbers["value_start"]) == (32, 64)
-    assert step.numbers["SHARED_STRIDES"]
-    assert not _forward(PLANE.but(value_dim=24)).steps[0].numbers["SHARED_STRIDES"]
+    assert (step.scalars["key_start"], step.scalars["value_start"]) == (32, 64)
+    assert step.scalars["SHARED_STRIDES"]
+    assert not _forward(PLANE.but(value_dim=24)).launches[0].scalars["SHARED_STRIDES"]
 
 
 @pytest.mark.parametrize(
@@ -288,7 +281,7 @@ def test_packed_operands_are_parts_of_one_tensor():
 def test_tiles_that_a_forward_leaves_do_not_grow_with_the_map(case, shape):
     for size in (case.size, tuple(s + w for s, w in zip(case.size, case.window))):
         plan = _forward(case.but(size=size), differentiable=True)
-        assert (plan.buffers["tiles"].shape if "tiles" in plan.buffers else None) == shape
+        assert plan.buffers.get("tiles", (None,))[0] == shape
 
 
 @pytest.mark.parametrize("tokens", [16, 100], ids=["whole", "tiles"])
@@ -296,16 +289,17 @@ def test_only_what_is_needed_is_summed(tokens):
     case = Case(2, (150,), (tokens,), bias="table", pads=True, cosine=tokens > 64)
     always = {"logit_scale_sums"} if case.cosine else set()
     assert set(_backward(case).sums) == {"bias_sums", "pad_key_sums", "pad_value_sums"} | always
-    for name in Needs._fields:
-        plan = _backward(case, needs=Needs(**{name: True}))
-        assert set(plan.sums) == {f"{name}_sums"} | always
-        assert bool(plan.after) == (name == "bias")
-        assert ("_tiled_dbias_kernel" in _kernels(plan)) == (name == "bias" and tokens > 64)
+    for name in ("bias_table", "pad_key", "pad_value"):
+        plan, biased = _backward(case, needed=[name]), name == "bias_table"
+        assert set(plan.sums) == {"bias_sums" if biased else f"{name}_sums"} | always
+        assert (plan.after is not None) == biased
+        assert ("_tiled_dbias_kernel" in _kernels(plan)) == (biased and tokens > 64)
     assert set(_backward(case.but(size=(100 * tokens,))).sums) == {"bias_sums"} | always
-    for plan in (_backward(case), _backward(case, needs=Needs())):
-        for name in plan.sums:  # every sum is of a buffer, fp32, with its axes in front
-            assert plan.buffers[name].dtype == torch.float32
-            assert max(plan.sums[name]) < len(plan.buffers[name].shape)
+    for plan in (_backward(case), _backward(case, needed=())):
+        for name, axes in plan.sums.items():  # of a buffer, fp32, with its axes in front
+            shape, dtype = plan.buffers[name]
+            assert dtype == torch.float32
+            assert max(axes) < len(shape)
 
 
 @pytest.mark.parametrize("tokens", [16, 100], ids=["whole", "tiles"])
@@ -313,51 +307,51 @@ def test_an_empty_batch_launches_nothing_but_the_sum_of_the_table(tokens):
     case = Case(0, (150,), (tokens,), bias="table", pads=True)
     for plan in (_forward(case), _backward(case)):
         assert not [k for k in _kernels(plan) if "window" in k or "tiled" in k]
-    assert _forward(case).buffers["out"].shape == (0, 150, 2, 16)
+    assert _forward(case).buffers["out"][0] == (0, 150, 2, 16)
     plan = _backward(case)
     for name, axes in plan.sums.items():
-        shape = plan.buffers[name].shape
+        shape, _ = plan.buffers[name]
         assert any(shape[axis] == 0 for axis in axes)  # its sum is zeros
 
 
 def test_missing_axes_lead():
-    step = _forward(Case(1, (10,), (4,), (1,), bias="table")).steps[0]
-    assert step.numbers["WINDOW"] == (1, 1, 4)
-    assert step.numbers["sizes"] == (1, 1, 10)
-    assert step.numbers["counts"] == (1, 1, 3)
-    assert step.numbers["seams"] == (1, 1, 3)
-    assert step.numbers["REGIONS"] == (False, False, True)
+    step = _forward(Case(1, (10,), (4,), (1,), bias="table")).launches[0]
+    assert step.scalars["WINDOW"] == (1, 1, 4)
+    assert step.scalars["sizes"] == (1, 1, 10)
+    assert step.scalars["counts"] == (1, 1, 3)
+    assert step.scalars["seams"] == (1, 1, 3)
+    assert step.scalars["REGIONS"] == (False, False, True)
 
 
 def test_the_roll_goes_round_the_map_or_round_the_padded_map():
     case = Case(1, (3, 10), (7, 4), (5, 1))
-    numbers = _forward(case).steps[0].numbers
+    numbers = _forward(case).launches[0].scalars
     assert (numbers["periods"], numbers["rolls"]) == ((1, 7, 12), (0, 5, 1))
-    numbers = _forward(case.but(pad_order="roll-pad")).steps[0].numbers
+    numbers = _forward(case.but(pad_order="roll-pad")).launches[0].scalars
     assert (numbers["periods"], numbers["rolls"]) == ((1, 3, 10), (0, 2, 1))
 
 
 def test_a_periodic_axis_has_no_regions():
-    step = _forward(PLANE.but(periodic=(True, False))).steps[0]
-    assert step.numbers["REGIONS"] == (False, False, True)
-    assert step.numbers["ROLLED"]
+    step = _forward(PLANE.but(periodic=(True, False))).launches[0]
+    assert step.scalars["REGIONS"] == (False, False, True)
+    assert step.scalars["ROLLED"]
 
 
 @pytest.mark.parametrize(
     ("p", "threshold", "factor"), [(0.0, 0, 1.0), (0.5, 2**31, 2.0), (1.0, 2**32 - 1, 0.0)]
 )
 def test_dropout_is_a_threshold_of_32_bits(p, threshold, factor):
-    numbers = _forward(PLANE.but(dropout_p=p)).steps[0].numbers
+    numbers = _forward(PLANE.but(dropout_p=p)).launches[0].scalars
     assert (numbers["DROPOUT_THRESHOLD"], numbers["kept_factor"]) == (threshold, factor)
 
 
 def test_products_of_fp32_are_exact_unless_tf32_was_allowed():
-    assert _forward(PLANE).steps[0].numbers["PRECISION"] == "ieee"
-    assert _forward(PLANE, tf32=True).steps[0].numbers["PRECISION"] == "tf32"
+    assert _forward(PLANE).launches[0].scalars["PRECISION"] == "ieee"
+    assert _forward(PLANE, tf32=True).launches[0].scalars["PRECISION"] == "tf32"
 
 
 def test_pads_without_padding_are_not_read():
-    numbers = _forward(PLANE.but(size=(12, 12))).steps[0].numbers
+    numbers = _forward(PLANE.but(size=(12, 12))).launches[0].scalars
     assert not numbers["HAS_PAD_KEY"]
     assert not numbers["HAS_PAD_VALUE"]
     assert not numbers["PADDED"]
@@ -365,32 +359,32 @@ def test_pads_without_padding_are_not_read():
 
 def test_a_measured_configuration_is_the_one_of_the_plan():
     case = Case(1, (7, 7), (7, 7), heads=3, head_dim=32, dtype=torch.float16, layout="contiguous")
-    assert _forward(case).steps[0].config.num_warps != 16
-    key = tuned_key("forward", Shape(49, 32, 32, torch.float16, 1, 3), H100)
+    assert _forward(case).launches[0].config.num_warps != 16
+    key = tuned_key("forward", call_of(49, 32, 32, torch.float16, 1, 3), H100)
     with override({key: {"num_warps": 16}}):
-        assert _forward(case).steps[0].config.num_warps == 16
+        assert _forward(case).launches[0].config.num_warps == 16
 
 
 def test_tf32_changes_layouts_and_products_but_not_what_is_kept():
     """It may be allowed between a forward and its backward, or after a model was compiled."""
     case = PLANE.but(cosine=True, pads=False)
     exact, rounded = (_forward(case, tf32=tf32, differentiable=True) for tf32 in (False, True))
-    assert exact.steps[0].numbers["PRECISION"] == "ieee"
-    assert rounded.steps[0].numbers["PRECISION"] == "tf32"
+    assert exact.launches[0].scalars["PRECISION"] == "ieee"
+    assert rounded.launches[0].scalars["PRECISION"] == "tf32"
     assert exact.buffers == rounded.buffers
     for gpu, tokens, dim in itertools.product(GPUS, (16, 49, 98, 144), (16, 32, 64, 128)):
-        shape = Shape(tokens, dim, dim, torch.float32, 100, 4)
+        calls = [call_of(tokens, dim, dim, torch.float32, 100, 4, tf32=x) for x in (False, True)]
         for kernel in ("forward", "backward"):
-            whole = takes_whole_windows(kernel, shape, gpu)
-            assert takes_whole_windows(kernel, replace(shape, tf32=True), gpu) == whole
-    fine, rough = (Shape(49, 32, 32, torch.float32, 100, 4, tf32=tf32) for tf32 in (False, True))
+            exact, rounded = (takes_whole_windows(kernel, call, gpu) for call in calls)
+            assert exact == rounded
+    fine, rough = (call_of(49, 32, 32, torch.float32, 100, 4, tf32=tf32) for tf32 in (False, True))
     assert tuned_key("forward", fine, H100) == "forward-sm_90-float32-n49-d32-32"
     assert tuned_key("forward", rough, H100) == "forward-sm_90-tf32-n49-d32-32"
     assert config_for("backward", fine, H100) != config_for("backward", rough, H100)
 
 
 @pytest.mark.parametrize(
-    ("case", "scattered"),
+    ("case", "not_vectorizable"),
     [
         (PLANE, False),
         (PLANE.but(packed=True), False),
@@ -402,30 +396,19 @@ def test_tf32_changes_layouts_and_products_but_not_what_is_kept():
     ],
     ids=str,
 )
-def test_channels_that_16_bytes_do_not_load_have_layouts_of_their_own(case, scattered, monkeypatch):
-    seen = []
-
-    def watched(kernel, shape, gpu):
-        seen.append(shape)
-        return config_for(kernel, shape, gpu)
-
-    for planner in (plan_forward, plan_backward):
-        monkeypatch.setattr(planner, "config_for", watched)
-    _forward(case)
-    _backward(case)
-    assert {shape.scattered for shape in seen} == {scattered}
+def test_channels_that_16_bytes_do_not_load_have_layouts_of_their_own(case, not_vectorizable):
+    assert _call(make_operands(case), **case.options).not_vectorizable == not_vectorizable
 
 
 def test_an_address_that_16_does_not_divide_scatters_channels():
     memory, numbers = torch.empty(2**13, dtype=torch.float16), 2 * 11 * 9 * 2 * 16
     aligned, shifted = (memory[i : i + numbers].view(2, 11, 9, 2, 16) for i in (0, 1))
     assert [facts_of(x).aligned for x in (aligned, shifted)] == [True, False]
-    options = Problem.checked(Operands(aligned, aligned, aligned), 4).options
     layouts = [
-        forward_plan(_facts(Operands(q, aligned, aligned)), options, KNOWN_GPUS["sm_120"])
+        forward_plan(_call(Operands(q, aligned, aligned), window_size=4), KNOWN_GPUS["sm_120"])
         for q in (aligned, shifted)
     ]
-    assert layouts[0].steps[0].config != layouts[1].steps[0].config
+    assert layouts[0].launches[0].config != layouts[1].launches[0].config
 
 
 @pytest.mark.parametrize("n", [1, 2, 3, 7, 8, 9, 255, 641, 65_535, 65_536, 2**30 + 1, 2**31 - 1])

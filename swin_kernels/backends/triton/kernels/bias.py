@@ -1,4 +1,4 @@
-"""Kernels before and after the tiled ones: a bias spread for them, the gradient of a table."""
+"""Kernels before and after the tiled ones: a bias expanded for them, the gradient of a table."""
 
 import triton
 import triton.language as tl
@@ -14,32 +14,30 @@ from swin_kernels.backends.triton.kernels.window import geometric_row, seam_side
 
 
 @triton.jit
-def _spread_bias_kernel(
+def _expand_bias_kernel(
     bias_ptr,
     index_ptr,
-    spread_ptr,
+    expanded_ptr,
     sides_ptr,
     seams,
     heads,
     table_rows,
-    WINDOW: tl.constexpr,
-    REGIONS: tl.constexpr,
+    META: tl.constexpr,
     BIAS: tl.constexpr,
-    LOG2: tl.constexpr,
-    SPREAD: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """Bias of any kind as tiles want it: (H, SPREAD, SPREAD) fp32, SPREAD a multiple of all blocks.
+    """Bias of any kind as tiles want it: (H, EXPANDED, EXPANDED) fp32, for blocks of all sizes.
 
     In the units of logits, −inf for keys beyond the window. A program has BLOCK pairs of one head.
-    With it the sides of the seams on which tokens lie, (SPREAD,), if any axis has two regions.
+    With it the sides of the seams on which tokens lie, (EXPANDED,), if any axis has two regions.
     """
-    N: tl.constexpr = WINDOW[0] * WINDOW[1] * WINDOW[2]
+    N: tl.constexpr = META.TOKENS
+    EXPANDED: tl.constexpr = META.EXPANDED
     head = tl.program_id(0) % heads
     pair = tl.program_id(0) // heads * BLOCK + tl.arange(0, BLOCK)
-    i, j = pair // SPREAD, pair % SPREAD
-    if REGIONS[0] or REGIONS[1] or REGIONS[2]:
-        sides = seam_sides(token_places(j, WINDOW), seams)
+    i, j = pair // EXPANDED, pair % EXPANDED
+    if META.REGIONS[0] or META.REGIONS[1] or META.REGIONS[2]:
+        sides = seam_sides(token_places(j, META.WINDOW), seams)
         tl.store(sides_ptr + j, sides, mask=i + head == 0)
     if BIAS != NO_BIAS:
         inside = (i < N) & (j < N)
@@ -48,7 +46,8 @@ def _spread_bias_kernel(
             value = tl.load(start + i * N + j, mask=inside, other=0.0).to(tl.float32)
         else:
             if BIAS == TABLE_BIAS:
-                row = geometric_row(token_places(i, WINDOW), token_places(j, WINDOW), WINDOW)
+                places_i, places_j = token_places(i, META.WINDOW), token_places(j, META.WINDOW)
+                row = geometric_row(places_i, places_j, META.WINDOW)
             else:
                 row = tl.load(index_ptr + i * N + j, mask=inside, other=0)
             known = (row >= 0) & (row < table_rows)
@@ -56,9 +55,9 @@ def _spread_bias_kernel(
             value = tl.load(bias_ptr + row * heads + head, mask=inside & known, other=0.0)
             # only the device sees an index that the table lacks: let the user see it too
             value = tl.where(inside & ~known, float("nan"), value.to(tl.float32))
-        value = tl.where(j < N, bias_logits(value, LOG2), float("-inf"))
-        start = spread_ptr + head.to(tl.int64) * (SPREAD * SPREAD)
-        tl.store(start + pair, value, mask=pair < SPREAD * SPREAD)
+        value = tl.where(j < N, bias_logits(value, META.LOG2), float("-inf"))
+        start = expanded_ptr + head.to(tl.int64) * (EXPANDED * EXPANDED)
+        tl.store(start + pair, value, mask=pair < EXPANDED * EXPANDED)
 
 
 @triton.jit

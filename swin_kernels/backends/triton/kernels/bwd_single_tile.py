@@ -12,29 +12,30 @@ import triton.language as tl
 
 from swin_kernels.backends.triton.kernels.common import (
     add_masks,
+    dropout_keep_mask,
     exponential,
-    fill_padding,
-    kept_tile,
+    l2_normalize,
+    l2_normalize_bwd,
+    load_keys,
     load_tokens,
     logits_of,
+    pad_keys,
     store_partial,
     store_tokens,
     sum_over,
-    through_unit,
     tile_pointers,
-    to_unit,
 )
 from swin_kernels.backends.triton.kernels.window import (
+    locate,
     seam_sides,
     seams_crossed,
     token_places,
-    token_positions,
     window_place,
 )
 
 
 @triton.jit
-def _whole_window_bwd_kernel(
+def _single_tile_bwd_kernel(
     grad_out_ptr,
     query_ptr,
     key_ptr,
@@ -62,13 +63,7 @@ def _whole_window_bwd_kernel(
     value_start,
     grad_key_start,
     grad_value_start,
-    sizes,
-    counts,
-    factors,
-    shifts,
-    periods,
-    rolls,
-    seams,
+    geometry,
     windows,
     windows_per_program,
     heads,
@@ -76,26 +71,10 @@ def _whole_window_bwd_kernel(
     scale,
     mask_value,
     kept_factor,
-    WINDOW: tl.constexpr,
-    REGIONS: tl.constexpr,
-    ROLLED: tl.constexpr,
-    PADDED: tl.constexpr,
-    PLANES: tl.constexpr,
-    WIDE: tl.constexpr,
-    ALIGNED: tl.constexpr,
-    SHARED_STRIDES: tl.constexpr,
+    META: tl.constexpr,
     SHARED_GRAD_STRIDES: tl.constexpr,
     HAS_TILES: tl.constexpr,
     TILES_PER_HEAD: tl.constexpr,
-    HAS_MASK: tl.constexpr,
-    HAS_PAD_KEY: tl.constexpr,
-    HAS_PAD_VALUE: tl.constexpr,
-    COSINE: tl.constexpr,
-    DROPOUT_THRESHOLD: tl.constexpr,
-    LOG2: tl.constexpr,
-    PRECISION: tl.constexpr,
-    HEAD_DIM: tl.constexpr,
-    VALUE_DIM: tl.constexpr,
     NEEDS_BIAS: tl.constexpr,
     NEEDS_PAD_KEY: tl.constexpr,
     NEEDS_PAD_VALUE: tl.constexpr,
@@ -108,24 +87,30 @@ def _whole_window_bwd_kernel(
     head = program % heads
     first = program // heads * windows_per_program
     last = tl.minimum(first + windows_per_program, windows)
-    if SHARED_STRIDES:
+    if META.SHARED_STRIDES:
         key_strides = query_strides
         value_strides = query_strides
     if SHARED_GRAD_STRIDES:
         grad_query_strides = query_strides
         grad_value_strides = query_strides
+    query, grad_out = (query_ptr, 0, query_strides), (grad_out_ptr, 0, grad_out_strides)
+    key, value = (key_ptr, key_start, key_strides), (value_ptr, value_start, value_strides)
+    pads = (pad_key_ptr, pad_value_ptr)
+    grad_query = (grad_query_ptr, 0, grad_query_strides)
+    grad_key = (grad_key_ptr, grad_key_start, grad_query_strides)
+    grad_value = (grad_value_ptr, grad_value_start, grad_value_strides)
 
-    N: tl.constexpr = WINDOW[0] * WINDOW[1] * WINDOW[2]
+    N: tl.constexpr = META.TOKENS
+    PRECISION: tl.constexpr = META.PRECISION
     n = tl.arange(0, BLOCK_N)
-    inside = n < N
-    places = token_places(n, WINDOW)
-    sides = seam_sides(places, seams)
+    places = token_places(n, META.WINDOW)
+    sides = seam_sides(places, geometry.seams)
     factor = scale
-    if COSINE:
+    if META.COSINE:
         factor = tl.load(logit_scale_ptr + head).to(tl.float32)
 
-    logit_factor = logits_of(factor, LOG2)
-    mask_value = logits_of(mask_value, LOG2)
+    logit_factor = logits_of(factor, META.LOG2)
+    mask_value = logits_of(mask_value, META.LOG2)
 
     bias_sum = tl.zeros((BLOCK_N, BLOCK_N), tl.float32)
     pad_key_sum = tl.zeros((BLOCK_D,), tl.float32)
@@ -133,144 +118,72 @@ def _whole_window_bwd_kernel(
     radial_sum = tl.zeros((BLOCK_N,), tl.float32)
     for step in tl.range(0, last - first, num_stages=LOOP_STAGES):
         window = first + step
-        image, number, place = window_place(window, counts, factors, shifts, PLANES)
-        x, real = token_positions(
-            places, place, sizes, periods, rolls, WINDOW, ROLLED, PADDED, PLANES, WIDE
-        )
-        rows = real & inside
-        padding = inside & ~real
+        image, number, place = window_place(window, geometry, META)
+        x, rows, padding = locate(n, places, place, geometry, META)
+        at = (image, head, x, rows)
         # bias and shift mask are read again for each window: that hits L1, and leaves registers
         s = tl.zeros((BLOCK_N, BLOCK_N), tl.float32)
         if HAS_TILES:
             tile = head % tile_heads * TILES_PER_HEAD
             if TILES_PER_HEAD > 1:
-                tile += seams_crossed(place, counts, REGIONS)
+                tile += seams_crossed(place, geometry, META)
             s = tl.load(tile_pointers(tiles_ptr, tile, BLOCK_N), cache_modifier=".ca")
-        q = load_tokens(
-            query_ptr, 0, image, head, x, rows, query_strides, HEAD_DIM, BLOCK_D, ALIGNED
-        )
-        k = load_tokens(
-            key_ptr, key_start, image, head, x, rows, key_strides, HEAD_DIM, BLOCK_D, ALIGNED
-        )
-        v = load_tokens(
-            value_ptr,
-            value_start,
-            image,
-            head,
-            x,
-            rows,
-            value_strides,
-            VALUE_DIM,
-            BLOCK_DV,
-            ALIGNED,
-        )
-        do = load_tokens(
-            grad_out_ptr, 0, image, head, x, rows, grad_out_strides, VALUE_DIM, BLOCK_DV, ALIGNED
-        )
-        if HAS_PAD_KEY:
-            k = fill_padding(k, padding, pad_key_ptr, head, HEAD_DIM, BLOCK_D)
-        if HAS_PAD_VALUE:
-            v = fill_padding(v, padding, pad_value_ptr, head, VALUE_DIM, BLOCK_DV)
-        if COSINE:
-            q, q_norm = to_unit(q)
-            k, k_norm = to_unit(k)
+        q = load_tokens(query, at, META.HEAD_DIM, BLOCK_D, META)
+        k, v = load_keys(key, value, at, BLOCK_D, BLOCK_DV, META)
+        do = load_tokens(grad_out, at, META.VALUE_DIM, BLOCK_DV, META)
+        k, v = pad_keys(k, v, pads, padding, head, BLOCK_D, BLOCK_DV, META)
+        if META.COSINE:
+            q, q_norm = l2_normalize(q)
+            k, k_norm = l2_normalize(k)
 
         s = s + tl.dot(q, tl.trans(k), input_precision=PRECISION) * logit_factor
-        if HAS_MASK:
-            s = add_masks(
-                s,
-                n,
-                n,
-                sides,
-                None,
-                seams_crossed(place, counts, REGIONS),
-                mask_value,
-                mask_ptr,
-                number,
-                REGIONS,
-                HAS_MASK,
-                WINDOW,
-            )
-        top = tl.max(s, 1)
-        top = tl.where(top == float("-inf"), 0.0, top)
-        e = exponential(s - top[:, None], LOG2)
-        total = tl.sum(e, 1)
-        p = e * (1.0 / tl.where(total == 0.0, 1.0, total))[:, None]  # (BLOCK_N, BLOCK_N)
+        if META.HAS_MASK:
+            crossed = seams_crossed(place, geometry, META)
+            s = add_masks(s, n, n, sides, None, crossed, mask_value, mask_ptr, number, META)
+        row_max = tl.max(s, 1)
+        row_max = tl.where(row_max == float("-inf"), 0.0, row_max)
+        e = exponential(s - row_max[:, None], META.LOG2)
+        row_sum = tl.sum(e, 1)
+        p = e * (1.0 / tl.where(row_sum == 0.0, 1.0, row_sum))[:, None]  # (BLOCK_N, BLOCK_N)
         dp = tl.dot(do, tl.trans(v), input_precision=PRECISION)
         weights = p
-        if DROPOUT_THRESHOLD > 0:
-            kept = kept_tile(seed_ptr, window, head, n, n, WINDOW, DROPOUT_THRESHOLD)
+        if META.DROPOUT_THRESHOLD > 0:
+            kept = dropout_keep_mask(seed_ptr, window, head, n, n, META)
             weights = tl.where(kept, p * kept_factor, 0.0)
             dp = tl.where(kept, dp * kept_factor, 0.0)
         # each gradient is stored before the next is computed: few registers are left
         dv = tl.dot(tl.trans(weights.to(do.dtype)), do, input_precision=PRECISION)
         if NEEDS_PAD_VALUE:
             pad_value_sum += sum_over(padding, dv)
-        store_tokens(
-            grad_value_ptr,
-            grad_value_start,
-            image,
-            head,
-            x,
-            rows,
-            grad_value_strides,
-            dv,
-            VALUE_DIM,
-            BLOCK_DV,
-            ALIGNED,
-        )
+        store_tokens(grad_value, at, dv, META.VALUE_DIM, BLOCK_DV, META)
         ds = p * (dp - tl.sum(p * dp, 1)[:, None])
         if NEEDS_BIAS:
             bias_sum += ds
         ds = ds.to(q.dtype)
         dq = tl.dot(ds, k, input_precision=PRECISION)  # (BLOCK_N, BLOCK_D)
-        if COSINE:
-            dq, radial = through_unit(dq, factor, q, q_norm, query_ptr.dtype.element_ty)
+        if META.COSINE:
+            dq, radial = l2_normalize_bwd(dq, factor, q, q_norm, query_ptr.dtype.element_ty)
             radial_sum += radial
         else:
             dq *= factor
-        store_tokens(
-            grad_query_ptr,
-            0,
-            image,
-            head,
-            x,
-            rows,
-            grad_query_strides,
-            dq,
-            HEAD_DIM,
-            BLOCK_D,
-            ALIGNED,
-        )
+        store_tokens(grad_query, at, dq, META.HEAD_DIM, BLOCK_D, META)
         dk = tl.dot(tl.trans(ds), q, input_precision=PRECISION)
-        if COSINE:
-            dk, _ = through_unit(dk, factor, k, k_norm, query_ptr.dtype.element_ty)
+        if META.COSINE:
+            dk = l2_normalize_bwd(dk, factor, k, k_norm, query_ptr.dtype.element_ty)[0]
         else:
             dk *= factor
         if NEEDS_PAD_KEY:
             pad_key_sum += sum_over(padding, dk)
-        store_tokens(
-            grad_key_ptr,
-            grad_key_start,
-            image,
-            head,
-            x,
-            rows,
-            grad_query_strides,
-            dk,
-            HEAD_DIM,
-            BLOCK_D,
-            ALIGNED,
-        )
+        store_tokens(grad_key, at, dk, META.HEAD_DIM, BLOCK_D, META)
 
     # program is (run of windows, head), row-major
     if NEEDS_BIAS:
         start = bias_sums_ptr + program.to(tl.int64) * (N * N)
-        within = inside[:, None] & inside[None, :]
+        within = (n < N)[:, None] & (n < N)[None, :]
         tl.store(start + n[:, None] * N + n[None, :], bias_sum, mask=within)
     if NEEDS_PAD_KEY:
-        store_partial(pad_key_sums_ptr, program, pad_key_sum, HEAD_DIM, BLOCK_D)
+        store_partial(pad_key_sums_ptr, program, pad_key_sum, META.HEAD_DIM, BLOCK_D)
     if NEEDS_PAD_VALUE:
-        store_partial(pad_value_sums_ptr, program, pad_value_sum, VALUE_DIM, BLOCK_DV)
-    if COSINE:
+        store_partial(pad_value_sums_ptr, program, pad_value_sum, META.VALUE_DIM, BLOCK_DV)
+    if META.COSINE:
         tl.store(logit_scale_sums_ptr + program, tl.sum(radial_sum, 0))

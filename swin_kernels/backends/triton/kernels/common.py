@@ -12,7 +12,7 @@ import triton.language as tl
 from swin_kernels.backends.triton.kernels.window import geometric_row
 
 LOG2_E = tl.constexpr(1.4426950408889634)
-# as `call_facts`: in log2 the sum of a bias and of a shift mask as large is still finite
+# as in launch_spec: in log2 the sum of a bias and of a shift mask as large is still finite
 LARGEST_LOGIT = tl.constexpr(1.1e38)
 NORM_CLAMP = tl.constexpr(1e-12)  # as in the reference
 
@@ -46,11 +46,14 @@ def exponential(difference, LOG2: tl.constexpr):
 
 
 @triton.jit
-def _pointers(ptr, first, image, head, positions, d, strides, ALIGNED: tl.constexpr):
+def _pointers(side, at, d, META: tl.constexpr):
+    ptr, first, strides = side
+    image, head, positions, _ = at
     # 64 bits to find one head of one image, as a batch may hold more than 2^31 elements
     start = image.to(tl.int64) * strides[0] + head.to(tl.int64) * strides[4] + first
     rows = positions[0] * strides[1] + positions[1] * strides[2] + positions[2] * strides[3]
     # Triton sees by itself that 16 divides a stride, but not that 2, 4 or 8 do
+    ALIGNED: tl.constexpr = META.ALIGNED
     start, rows = tl.multiple_of(start, ALIGNED), tl.multiple_of(rows, ALIGNED)
     columns = d.to(positions[0].dtype) * strides[5]  # 64 bits where positions have them
     return ptr + start + (rows[:, None] + columns[None, :])
@@ -65,45 +68,42 @@ def _within(rows, d, DIM: tl.constexpr, BLOCK_DIM: tl.constexpr):
 
 
 @triton.jit
-def load_tokens(
-    ptr,
-    first,
-    image,
-    head,
-    positions,
-    rows,
-    strides,
-    DIM: tl.constexpr,
-    BLOCK_DIM: tl.constexpr,
-    ALIGNED: tl.constexpr,
-):
-    """(BLOCK, BLOCK_DIM): tokens of one head of one image; zeros outside `rows` and beyond DIM.
+def load_tokens(side, at, DIM: tl.constexpr, BLOCK_DIM: tl.constexpr, META: tl.constexpr):
+    """(BLOCK, BLOCK_DIM): tokens of one head of one image; zeros outside its rows and beyond DIM.
 
-    `first` is where the tokens begin in what holds them; ALIGNED divides it and the strides.
+    `side` is a pointer, where the tokens begin behind it, and strides; `at` is image, head,
+    positions on the map, and the rows that lie there.
     """
     d = tl.arange(0, BLOCK_DIM)
-    pointers = _pointers(ptr, first, image, head, positions, d, strides, ALIGNED)
-    return tl.load(pointers, mask=_within(rows, d, DIM, BLOCK_DIM), other=0.0)
+    mask = _within(at[3], d, DIM, BLOCK_DIM)
+    return tl.load(_pointers(side, at, d, META), mask=mask, other=0.0)
 
 
 @triton.jit
-def store_tokens(
-    ptr,
-    first,
-    image,
-    head,
-    positions,
-    rows,
-    strides,
-    x,
-    DIM: tl.constexpr,
-    BLOCK_DIM: tl.constexpr,
-    ALIGNED: tl.constexpr,
-):
+def store_tokens(side, at, x, DIM: tl.constexpr, BLOCK_DIM: tl.constexpr, META: tl.constexpr):
     """Writes x (BLOCK, BLOCK_DIM) where `load_tokens` would read it."""
     d = tl.arange(0, BLOCK_DIM)
-    pointers = _pointers(ptr, first, image, head, positions, d, strides, ALIGNED)
-    tl.store(pointers, x.to(ptr.dtype.element_ty), mask=_within(rows, d, DIM, BLOCK_DIM))
+    mask = _within(at[3], d, DIM, BLOCK_DIM)
+    tl.store(_pointers(side, at, d, META), x.to(side[0].dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def load_keys(key, value, at, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, META: tl.constexpr):
+    """Keys (BLOCK, BLOCK_D) and values (BLOCK, BLOCK_DV)."""
+    k = load_tokens(key, at, META.HEAD_DIM, BLOCK_D, META)
+    return k, load_tokens(value, at, META.VALUE_DIM, BLOCK_DV, META)
+
+
+@triton.jit
+def pad_keys(
+    k, v, pads, padding, head, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, META: tl.constexpr
+):
+    """Keys and values with what padding holds; apart, as loads that wait go before."""
+    if META.HAS_PAD_KEY:
+        k = fill_padding(k, padding, pads[0], head, META.HEAD_DIM, BLOCK_D)
+    if META.HAS_PAD_VALUE:
+        v = fill_padding(v, padding, pads[1], head, META.VALUE_DIM, BLOCK_DV)
+    return k, v
 
 
 @triton.jit
@@ -128,7 +128,7 @@ def store_partial(ptr, row, x, DIM: tl.constexpr, BLOCK_DIM: tl.constexpr):
 
 
 @triton.jit
-def to_unit(x):
+def l2_normalize(x):
     """x/max(‖x‖, ε) in the dtype of x, and the clamped norm: (BLOCK, BLOCK_DIM) and (BLOCK,)."""
     wide = x.to(tl.float32)
     norm = tl.maximum(tl.sqrt_rn(tl.sum(wide * wide, 1)), NORM_CLAMP)
@@ -140,8 +140,8 @@ def to_unit(x):
 
 
 @triton.jit
-def through_unit(grad, factor, unit, norm, dtype: tl.constexpr):
-    """The gradient behind `to_unit` of a gradient still to be scaled by `factor`; rowsum(x̂∘dx̂).
+def l2_normalize_bwd(grad, factor, unit, norm, dtype: tl.constexpr):
+    """The gradient behind `l2_normalize` of one still to be scaled by `factor`; rowsum(x̂∘dx̂).
 
     dx = (dx̂ − x̂·(x̂·dx̂))/‖x‖, and dx̂/ε where the clamp holds. fp16 cannot hold that: it saturates.
     """
@@ -167,11 +167,10 @@ def bias_tile(
     places_i,
     places_j,
     BIAS: tl.constexpr,
-    WINDOW: tl.constexpr,
-    LOG2: tl.constexpr,
+    META: tl.constexpr,
 ):
     """(BLOCK_M, BLOCK_N) to add to the logits of one head: −inf for keys beyond the window."""
-    N: tl.constexpr = WINDOW[0] * WINDOW[1] * WINDOW[2]
+    N: tl.constexpr = META.TOKENS
     inside = (i < N)[:, None] & (j < N)[None, :]
     dense = i[:, None] * N + j[None, :]
     bias = tl.zeros(inside.shape, tl.float32)
@@ -181,7 +180,7 @@ def bias_tile(
     if BIAS == TABLE_BIAS:
         queries = places_i[0][:, None], places_i[1][:, None], places_i[2][:, None]
         keys = places_j[0][None, :], places_j[1][None, :], places_j[2][None, :]
-        row = geometric_row(queries, keys, WINDOW)
+        row = geometric_row(queries, keys, META.WINDOW)
         bias = tl.load(bias_ptr + row * heads + head, mask=inside, other=0.0).to(tl.float32)
     if BIAS == INDEXED_BIAS:
         row = tl.load(index_ptr + dense, mask=inside, other=0)
@@ -190,23 +189,20 @@ def bias_tile(
         value = tl.load(bias_ptr + row * heads + head, mask=inside & known, other=0.0)
         # only the device sees an index that the table lacks: let the user see it too
         bias = tl.where(inside & ~known, float("nan"), value.to(tl.float32))
-    return tl.where((j < N)[None, :], bias_logits(bias, LOG2), float("-inf"))
+    return tl.where((j < N)[None, :], bias_logits(bias, META.LOG2), float("-inf"))
 
 
 @triton.jit
-def add_bias(
-    s, spread_ptr, head, i, j, HAS_BIAS: tl.constexpr, WINDOW: tl.constexpr, SPREAD: tl.constexpr
-):
-    """Logits plus a bias (H, SPREAD, SPREAD) that was spread before; −inf beyond the window.
+def add_bias(s, expanded_ptr, head, i, j, META: tl.constexpr):
+    """Logits plus a bias (H, EXPANDED, EXPANDED) that was expanded before; −inf beyond the window.
 
     It goes through the first cache, where the programs beside this one find it too.
     """
-    N: tl.constexpr = WINDOW[0] * WINDOW[1] * WINDOW[2]
-    if HAS_BIAS:
-        start = spread_ptr + head.to(tl.int64) * (SPREAD * SPREAD)
-        s += tl.load(start + i[:, None] * SPREAD + j[None, :], cache_modifier=".ca")
-    elif N != SPREAD:
-        s = tl.where((j < N)[None, :], s, float("-inf"))
+    if META.HAS_BIAS:
+        start = expanded_ptr + head.to(tl.int64) * (META.EXPANDED * META.EXPANDED)
+        s += tl.load(start + i[:, None] * META.EXPANDED + j[None, :], cache_modifier=".ca")
+    elif META.TOKENS != META.EXPANDED:
+        s = tl.where((j < META.TOKENS)[None, :], s, float("-inf"))
     return s
 
 
@@ -219,9 +215,8 @@ def tile_pointers(ptr, tile, BLOCK_N: tl.constexpr):
 
 
 @triton.jit
-def mask_tile(mask_ptr, number, i, j, WINDOW: tl.constexpr):
+def mask_tile(mask_ptr, number, i, j, N: tl.constexpr):
     """(BLOCK_M, BLOCK_N) of an explicit mask (nW, N, N); zeros outside the window."""
-    N: tl.constexpr = WINDOW[0] * WINDOW[1] * WINDOW[2]
     inside = (i < N)[:, None] & (j < N)[None, :]
     start = mask_ptr + number.to(tl.int64) * (N * N)
     mask = tl.load(start + i[:, None] * N + j[None, :], mask=inside, other=0.0)
@@ -236,33 +231,20 @@ def shift_mask_tile(sides_i, sides_j, crossed, mask_value):
 
 
 @triton.jit
-def add_masks(
-    s,
-    i,
-    j,
-    sides,
-    sides_ptr,
-    crossed,
-    mask_value,
-    mask_ptr,
-    number,
-    REGIONS: tl.constexpr,
-    HAS_MASK: tl.constexpr,
-    WINDOW: tl.constexpr,
-):
+def add_masks(s, i, j, sides, sides_ptr, crossed, mask_value, mask_ptr, number, META: tl.constexpr):
     """Logits plus the shift mask, computed only where a window holds two regions, and `mask`.
 
     The sides of seams on which tokens lie: `sides`, of i and of j as well, or read at `sides_ptr`.
     What is masked by −100 twice is summed first: a row that is masked whole is rounded there.
     """
-    if HAS_MASK:
-        mask = mask_tile(mask_ptr, number, i, j, WINDOW)
-        if REGIONS[0] or REGIONS[1] or REGIONS[2]:
+    if META.HAS_MASK:
+        mask = mask_tile(mask_ptr, number, i, j, META.TOKENS)
+        if META.REGIONS[0] or META.REGIONS[1] or META.REGIONS[2]:
             if crossed != 0:
                 sides_i, sides_j = _sides_of(i, j, sides, sides_ptr)
                 mask += shift_mask_tile(sides_i, sides_j, crossed, mask_value)
         s += mask
-    elif REGIONS[0] or REGIONS[1] or REGIONS[2]:
+    elif META.REGIONS[0] or META.REGIONS[1] or META.REGIONS[2]:
         if crossed != 0:
             sides_i, sides_j = _sides_of(i, j, sides, sides_ptr)
             s += shift_mask_tile(sides_i, sides_j, crossed, mask_value)
@@ -278,20 +260,12 @@ def _sides_of(i, j, sides, sides_ptr):
 
 
 @triton.jit
-def kept_tile(
-    seed_ptr,
-    window,
-    head,
-    i,
-    j,
-    WINDOW: tl.constexpr,
-    DROPOUT_THRESHOLD: tl.constexpr,
-):
+def dropout_keep_mask(seed_ptr, window, head, i, j, META: tl.constexpr):
     """Which probabilities dropout keeps: Philox4x32-10, one word each (docs/contract.md)."""
-    N: tl.constexpr = WINDOW[0] * WINDOW[1] * WINDOW[2]
-    pair = (i[:, None] * N + j[None, :]).to(tl.uint32)
+    pair = (i[:, None] * META.TOKENS + j[None, :]).to(tl.uint32)
     zero = pair & 0
     word, _, _, _ = tl.philox(
         tl.load(seed_ptr), pair, zero + head.to(tl.uint32), zero + window.to(tl.uint32), zero
     )
-    return word >= tl.full((), DROPOUT_THRESHOLD, tl.uint32)
+    THRESHOLD: tl.constexpr = META.DROPOUT_THRESHOLD
+    return word >= tl.full((), THRESHOLD, tl.uint32)

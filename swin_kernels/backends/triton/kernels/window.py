@@ -1,8 +1,7 @@
 """Windows on a grid, as device code: the arithmetic of swin_kernels.geometry on program ids.
 
-A map always has three axes here; those that a caller lacks are leading axes of one token. What
-there is one of per axis is a tuple of three: `sizes` of the map, `counts` of windows, `periods` of
-the roll, `rolls` by how much, and `seams`, the place in a window where its second region begins.
+A map always has three axes here; those that a caller lacks are leading axes of one token.
+`geometry` and `META` are `Geometry` and `Meta` of kernel_args.
 """
 
 import triton
@@ -11,21 +10,22 @@ import triton.language as tl
 
 @triton.jit
 def _quotient(n, factor, shift):
-    """n // d of 0 ≤ n < 2³¹, with `tokens.divisor` of d: three instructions instead of twenty."""
+    """n // d of 0 ≤ n < 2³¹, with `divisor` of d: three instructions instead of twenty."""
     twice = n.to(tl.uint32) << 1
     return (tl.umulhi(twice, factor.to(tl.uint32, bitcast=True)) >> shift).to(tl.int32)
 
 
 @triton.jit
-def window_place(window, counts, factors, shifts, PLANES: tl.constexpr):
+def window_place(window, geometry, META: tl.constexpr):
     """Image of a window, its number in the image, and its place on each axis."""
+    counts, factors, shifts = geometry.counts, geometry.factors, geometry.shifts
     rows = _quotient(window, factors[2], shifts[2])  # of windows, in all images
     planes = _quotient(rows, factors[1], shifts[1])
     image = planes
-    if PLANES:
+    if META.PLANES:
         image = _quotient(planes, factors[0], shifts[0])
     place = (planes - image * counts[0], rows - planes * counts[1], window - rows * counts[2])
-    if not PLANES:
+    if not META.PLANES:
         place = (planes - planes, place[1], place[2])
     number = (place[0] * counts[1] + place[1]) * counts[2] + place[2]
     return image, number, place
@@ -51,63 +51,52 @@ def _source(rolled, size, period, roll, ROLLED: tl.constexpr, PADDED: tl.constex
 
 
 @triton.jit
-def token_positions(
-    places,
-    window,
-    sizes,
-    periods,
-    rolls,
-    WINDOW: tl.constexpr,
-    ROLLED: tl.constexpr,
-    PADDED: tl.constexpr,
-    PLANES: tl.constexpr,
-    WIDE: tl.constexpr,
-):
-    """Where on the map the tokens at `places` of the window at `window` lie, and which do."""
-    x0, real0 = _source(
-        window[0] * WINDOW[0] + places[0],
-        sizes[0],
-        periods[0],
-        rolls[0],
-        ROLLED and PLANES,
-        PADDED and PLANES,
-    )
-    x1, real1 = _source(
-        window[1] * WINDOW[1] + places[1], sizes[1], periods[1], rolls[1], ROLLED, PADDED
-    )
-    x2, real2 = _source(
-        window[2] * WINDOW[2] + places[2], sizes[2], periods[2], rolls[2], ROLLED, PADDED
-    )
-    if WIDE:
+def locate(n, places, window, geometry, META: tl.constexpr):
+    """Positions on the map of the tokens n at `places` of the window at `window`.
+
+    With them, which of the tokens lie on the map, and which are padding.
+    """
+    sizes, periods, rolls = geometry.sizes, geometry.periods, geometry.rolls
+    rolled0 = window[0] * META.WINDOW[0] + places[0]
+    rolled1 = window[1] * META.WINDOW[1] + places[1]
+    rolled2 = window[2] * META.WINDOW[2] + places[2]
+    ROLLED_0: tl.constexpr = META.ROLLED and META.PLANES
+    PADDED_0: tl.constexpr = META.PADDED and META.PLANES
+    x0, real0 = _source(rolled0, sizes[0], periods[0], rolls[0], ROLLED_0, PADDED_0)
+    x1, real1 = _source(rolled1, sizes[1], periods[1], rolls[1], META.ROLLED, META.PADDED)
+    x2, real2 = _source(rolled2, sizes[2], periods[2], rolls[2], META.ROLLED, META.PADDED)
+    if META.WIDE:
         x0, x1, x2 = x0.to(tl.int64), x1.to(tl.int64), x2.to(tl.int64)
-    return (x0, x1, x2), real0 & real1 & real2
+    real = real0 & real1 & real2
+    inside = n < META.TOKENS
+    return (x0, x1, x2), real & inside, inside & ~real
 
 
 @triton.jit
-def tile_of(program, heads, windows, windows_at_once, TILES: tl.constexpr):
+def decode_program_id(program, heads, windows, group_windows, TILES: tl.constexpr):
     """Tile, head and window of a program, of a grid of windows·heads·TILES.
 
     As many windows as the device works on at once take one tile of one head together, which so
     finds its bias in the first cache; then its other tiles, and then the other heads.
     """
-    together = windows_at_once * heads * TILES
-    first = program // together * windows_at_once
-    here = tl.minimum(windows - first, windows_at_once)
+    together = group_windows * heads * TILES
+    first = program // together * group_windows
+    here = tl.minimum(windows - first, group_windows)
     within = program - first * (heads * TILES)
     tile = within // here
     return tile % TILES, tile // TILES, first + within % here
 
 
 @triton.jit
-def seams_crossed(window, counts, REGIONS: tl.constexpr):
+def seams_crossed(window, geometry, META: tl.constexpr):
     """A bit per axis on which a window holds two regions: only the last one does, if shifted."""
     crossed = 0
-    if REGIONS[0]:
-        crossed += (window[0] == counts[0] - 1).to(tl.int32) * 4
-    if REGIONS[1]:
-        crossed += (window[1] == counts[1] - 1).to(tl.int32) * 2
-    if REGIONS[2]:
-        crossed += (window[2] == counts[2] - 1).to(tl.int32)
+    if META.REGIONS[0]:
+        crossed += (window[0] == geometry.counts[0] - 1).to(tl.int32) * 4
+    if META.REGIONS[1]:
+        crossed += (window[1] == geometry.counts[1] - 1).to(tl.int32) * 2
+    if META.REGIONS[2]:
+        crossed += (window[2] == geometry.counts[2] - 1).to(tl.int32)
     return crossed
 
 

@@ -1,15 +1,14 @@
-"""A forward like one before, launched at once: neither checks nor torch's dispatcher.
+"""A forward like one before, run again at once: neither checks nor torch's dispatcher.
 
-What a launch depends on of its operands is their facts; where those, and the options, are what a
-call had that was checked and ran, the same launch is right. Only in plain eager calls on a GPU that
-want no gradient: nothing there would see the op (no mode, transform, autocast, profiler, trace).
+What a backend does depends on the facts of its operands and on the options; where those are what a
+call had that was checked and ran, the same is right again. Only in plain eager calls that want no
+gradient: nothing there would see the op (no mode, transform, autocast, profiler, trace).
 """
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Hashable, Mapping
-from operator import itemgetter
+from collections.abc import Hashable, Mapping
 from typing import Any
 
 import torch
@@ -24,39 +23,16 @@ from torch._C import (
 )
 from torch.autograd import _profiler_enabled
 
-from swin_kernels.backends.triton.calls import forward_run
-from swin_kernels.backends.triton.launch_spec import STRIDED
-from swin_kernels.backends.triton.launcher import Launch, Run, current_stream, on_device
+from swin_kernels.backends.base import Backend, Repeat
+from swin_kernels.ops.dispatch import BACKENDS
 from swin_kernels.problem import Operands, Options
 
-DEVICES = ("cuda",)
-_MOST = 1024  # as many as the cache of plans
+DEVICES = {device for backend in BACKENDS.values() for device in backend.repeats_on}
+_MOST = 1024
 _PER_AXIS = ("window_size", "shift_size", "periodic")
 _PLAIN = (Tensor, nn.Parameter)  # a subclass may want to see every op
 
-_ready: dict[Hashable, Direct] = {}
-
-
-class Direct:
-    """The launches of a forward, on operands of the same facts again and again."""
-
-    def __init__(self, run: Run, device: torch.device) -> None:
-        self.device = device
-        self.buffers = tuple(run.plan.buffers.values())
-        places = (*Operands._fields, *run.plan.buffers, None)  # a tensor that there is not
-        self.out = places.index("out")
-        self.launches: list[tuple[Launch, Callable]] = [
-            (step, itemgetter(*(places.index(name) for name in step.tensors))) for step in run.steps
-        ]
-
-    def __call__(self, operands: Operands) -> Tensor:
-        made = [torch.empty(x, dtype=dtype, device=self.device) for x, dtype in self.buffers]
-        tensors: tuple[Any, ...] = (*operands, *made, None)
-        with on_device(self.device):
-            stream = current_stream(self.device)
-            for launch, pointers in self.launches:
-                launch.start(pointers(tensors), stream)
-        return tensors[self.out]
+_ready: dict[Hashable, Repeat] = {}
 
 
 def _types_within(option: object) -> tuple[type, ...] | None:
@@ -108,24 +84,22 @@ def key_of(operands: Operands, backend: str | None, options: Mapping[str, Any]) 
     return (*facts, precision, *given, *kinds, window, shift, periodic)
 
 
-def find(key: Hashable) -> Direct | None:
-    """The launches of a call like this one, if there was any."""
+def find(key: Hashable) -> Repeat | None:
+    """What runs a call like this one, if there was any."""
     try:
         return _ready.get(key)
     except TypeError:  # an option that no dict takes
         return None
 
 
-def remember(key: Hashable, operands: Operands, options: Options) -> None:
-    """Keeps the launches of a call that ran on operands as they are."""
-    small = [x for name, x in zip(Operands._fields, operands) if name not in STRIDED]
-    if not all(x is None or x.is_contiguous() for x in small):
+def remember(key: Hashable, backend: Backend, operands: Operands, options: Options) -> None:
+    """Keeps what `backend` has for calls like this one, which ran on operands as they are."""
+    if (run := backend.repeat(operands, options)) is None:
         return
-    run = forward_run(operands, options, False)
     if len(_ready) >= _MOST:
         _ready.clear()
     with contextlib.suppress(TypeError):  # as in `find`
-        _ready[key] = Direct(run, operands.query.device)
+        _ready[key] = run
 
 
 def forget() -> None:

@@ -6,10 +6,10 @@ import math
 from collections.abc import Iterable
 from typing import NamedTuple
 
-from swin_kernels.backends.triton.launch_spec import LARGEST_INT32
+LARGEST_INT32 = 2**31 - 1
 
 
-def three(values, filler) -> tuple:
+def pad_to_3d(values, filler) -> tuple:
     """Values of one to three axes as three: those that are missing lead."""
     return (filler,) * (3 - len(values)) + tuple(values)
 
@@ -31,7 +31,7 @@ def needs_wide_offsets(shape: tuple[int, ...], stride: tuple[int, ...]) -> bool:
     return reach + (shape[-1] - 1) * abs(stride[-1]) > LARGEST_INT32
 
 
-class Tokens(NamedTuple):
+class TokenLayout(NamedTuple):
     """query, key or value, or a gradient of one, inside the tensor that holds it."""
 
     tensor: str
@@ -40,16 +40,16 @@ class Tokens(NamedTuple):
     wide: bool
 
     @classmethod
-    def of(cls, tensor: str, shape, stride, part: int | None = None) -> Tokens:
+    def of(cls, tensor: str, shape, stride, part: int | None = None) -> TokenLayout:
         start = 0
         if part is not None:  # (B, *S, 3, H, D)
             start = part * stride[-3]
             shape, stride = shape[:-3] + shape[-2:], stride[:-3] + stride[-2:]
-        strides = (stride[0], *three(stride[1:-2], 0), stride[-2], stride[-1])
+        strides = (stride[0], *pad_to_3d(stride[1:-2], 0), stride[-2], stride[-1])
         return cls(tensor, strides, start, needs_wide_offsets(shape, stride))
 
 
-def alignment(tokens: Iterable[Tokens]) -> int:
+def alignment(tokens: Iterable[TokenLayout]) -> int:
     """The largest power of two, up to 16, that divides where every head of every token begins."""
     return math.gcd(16, *(n for t in tokens for n in (*t.strides[:-1], t.start)))
 
