@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from frames import frames_open_at
 
 from swin_kernels import shifted_window_attention, shifted_window_attention_qkvpacked
 from swin_kernels.backends import native
@@ -211,3 +212,17 @@ def test_choice_of_the_reference_is_logged_under_compile(monkeypatch, caplog):
     assert [
         r.getMessage().count("not today") for r in caplog.records if r.name == "swin_kernels"
     ] == [1]
+
+
+@pytest.mark.parametrize("trained", [False, True], ids=["inference", "training"])
+@pytest.mark.parametrize(
+    ("name", "kernel"), [("cpu", ""), ("reference", "softmax")], ids=["cpu", "reference"]
+)  # a profile has no name for the call of an op
+def test_a_kernel_is_at_most_six_frames_away(name, kernel, trained, cpu_kernels):
+    """As are Triton's: test_triton_repeated.py."""
+    qkv = torch.randn(1, 4, 4, 3, 2, 8, requires_grad=trained)
+    frames = frames_open_at(
+        kernel, lambda: shifted_window_attention_qkvpacked(qkv, 2, backend=name)
+    )
+    assert frames[0] == "shifted_window_attention_qkvpacked"
+    assert len(frames) <= 6, frames

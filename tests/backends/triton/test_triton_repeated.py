@@ -8,6 +8,7 @@ from collections import deque
 
 import pytest
 import torch
+from frames import frames_open_at
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -304,3 +305,12 @@ def test_a_repeated_call_costs_little_beside_its_launch(driver):
     print(f"a call takes {times}")
     # 10 µs of Python on the machine of docs/design/triton.md, where an allocation takes 1.7
     assert called - launched - empty < 6 * empty, times
+
+
+@pytest.mark.parametrize("trained", [False, True], ids=["inference", "training"])
+def test_a_kernel_is_at_most_six_frames_away(driver, trained):
+    qkv = packed().requires_grad_(trained)
+    for most in (6, 6 if trained else 3):  # the second inference is a repeated one
+        frames = frames_open_at("run", lambda: attend(qkv))
+        assert frames[0] == "shifted_window_attention_qkvpacked"
+        assert len(frames) <= most, frames
