@@ -45,7 +45,7 @@ test-torch:  ## `make test` with another torch: TORCH=2.11, in an environment of
 gpu:  ## on a machine with a GPU: tests, benchmark, counters; under 10 minutes
 	$(GPU_PYTHON) .ci/gpu.py $(ARGS)
 
-aot-report: build cuda  ## docs/*machine-code.md: what every kernel compiles to, without a GPU
+aot-report: build cuda  ## build/*machine-code.md: what every kernel compiles to, without a GPU
 	$(RUN) -m benchmarks.codegen.cuda_object
 	$(RUN) -m benchmarks.codegen.machine_code $(ARGS)
 

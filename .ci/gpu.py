@@ -298,10 +298,10 @@ def tune(session: Session) -> int:
 
 def rows_file(session: Session) -> Path:
     """Named after the device and the date by a process that has them."""
+    device = "DryRunDevice" if session.rehearse else "Cuda"
     ask = (
         "from benchmarks.report.rows import facts_of, file_name; "
-        f"from benchmarks.device import {'Rehearsal' if session.rehearse else 'Cuda'} as Device; "
-        "print(file_name(facts_of(Device())))"
+        f"from benchmarks.device import {device} as Device; print(file_name(facts_of(Device())))"
     )
     answer = subprocess.run(
         [sys.executable, "-c", ask],

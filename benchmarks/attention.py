@@ -18,8 +18,15 @@ import torch
 from benchmarks import models
 from benchmarks.baselines.providers import Provider
 from benchmarks.baselines.runtimes import RUNTIMES
-from benchmarks.device import Device, Yardsticks
-from benchmarks.report.rows import Book, Row, facts_of, file_name, print_table, quantiles, table_of
+from benchmarks.device import Device, MachinePeaks
+from benchmarks.report.rows import (
+    ResultsFile,
+    Row,
+    facts_of,
+    file_name,
+    print_table,
+    table_of,
+)
 from benchmarks.timing import (
     DIRECTIONS,
     Gate,
@@ -36,6 +43,7 @@ from benchmarks.timing import (
 )
 from swin_kernels.cli.command import positive
 from swin_kernels.testing import Case
+from swin_kernels.testing.timing import quantiles
 
 RESULTS = Path(__file__).with_name("results")
 TRY_AGAIN = 75  # as EX_TEMPFAIL of sysexits.h
@@ -68,9 +76,9 @@ class Checked(NamedTuple):
 
 
 def loops_of(
-    name: str, case: Case, device: Device, providers: Sequence[Provider], book: Book
+    name: str, case: Case, device: Device, providers: Sequence[Provider], results_file: ResultsFile
 ) -> dict[str, Checked]:
-    """The loop of each provider; what fails goes into the book."""
+    """The loop of each provider; what fails goes into the results."""
     sets = [make_inputs(case, device, 10 * i) for i in range(count_of_sets(case, device))]
     gate = Gate(case, device, sets[0])
     loops: dict[str, Checked] = {}
@@ -89,7 +97,7 @@ def loops_of(
         except Exception as error:  # one provider's end is not that of the others
             traceback.print_exc()
             for direction in provider.directions:
-                book.add(Row(name, provider.name, direction, note=reason_of(error)))
+                results_file.add(Row(name, provider.name, direction, note=reason_of(error)))
             if device.broken():
                 break
     return loops
@@ -100,16 +108,16 @@ def measure_case(
     case: Case,
     device: Device,
     providers: Sequence[Provider],
-    book: Book,
+    results_file: ResultsFile,
     rounds: int,
     limit: float,
 ) -> None:
     """Rows of all directions and providers."""
     torch._dynamo.reset()  # else the ninth case compiles no more
-    loops = loops_of(name, case, device, providers, book)
+    loops = loops_of(name, case, device, providers, results_file)
     if not loops or device.broken():
         return
-    yardsticks = Yardsticks(device)
+    yardsticks = MachinePeaks(device)
     yardsticks.sample()
     passes = passes_of(case, device, count_of_sets(case, device), yardsticks.rates()[0])
     timed = {who: Timed(x.loop, device, passes) for who, x in loops.items()}
@@ -119,9 +127,9 @@ def measure_case(
     for (who, one), reason in zip(timed.items(), wrong):
         for direction, samples in one.samples.items():
             if reason is not None:
-                book.add(Row(name, who, direction, note=reason))
+                results_file.add(Row(name, who, direction, note=reason))
                 continue
-            median, low, high = quantiles(samples)
+            median, low, high = quantiles(samples, 1e-6)
             floor = floor_bytes(case)[direction] / bytes_rate * 1e6
             same = bool(loops[who].errors)  # else its products are others
             share = flops(case)[direction] / (median * 1e-6 * flop_rate) if same else None
@@ -130,7 +138,7 @@ def measure_case(
             note = "" if same else OTHER_FUNCTION
             row = Row(name, who, direction, *times, floor, floor / median, share, *found, note)
             rates = {"copy_gb_s": bytes_rate * 1e-9, "matrix_tflop_s": flop_rate * 1e-12}
-            book.add(row._replace(**rates))
+            results_file.add(row._replace(**rates))
 
 
 class Suite(NamedTuple):
@@ -151,18 +159,20 @@ class Run:
         self.suite, self.options, self.device = suite, options, suite.device
         self.budget = Budget(options.budget)
         facts = facts_of(self.device) | {"command": options.command}
-        self.book = Book(options.csv or RESULTS / file_name(facts), facts, options.resume)
+        self.results_file = ResultsFile(
+            options.csv or RESULTS / file_name(facts), facts, options.resume
+        )
 
     def case(self, name: str, case: Case, share: float) -> None:
         wanted = []
         for provider in self.suite.providers:
-            if self.book.has(name, provider.name):
+            if self.results_file.has(name, provider.name):
                 continue
             if (reason := self.budget.refuses(provider, share)) is None:
                 wanted.append(provider)
                 continue
             for direction in provider.directions:
-                self.book.add(Row(name, provider.name, direction, note=reason))
+                self.results_file.add(Row(name, provider.name, direction, note=reason))
         if not wanted:
             return
         try:
@@ -172,16 +182,18 @@ class Run:
                 case,
                 self.device,
                 wanted,
-                self.book,
+                self.results_file,
                 options.rounds,
                 options.limit,
             )
         except Exception as error:  # of the gate or the inputs: no provider is to blame
             traceback.print_exc()
             for provider in wanted:
-                if not self.book.has(name, provider.name):
+                if not self.results_file.has(name, provider.name):
                     for direction in provider.directions:
-                        self.book.add(Row(name, provider.name, direction, note=reason_of(error)))
+                        self.results_file.add(
+                            Row(name, provider.name, direction, note=reason_of(error))
+                        )
         self._stop_if_broken()
         self.device.release()
 
@@ -189,7 +201,7 @@ class Run:
         torch._dynamo.reset()
         forms: dict[str, str | None] = {}
         for form in self.suite.forms:
-            if not self.book.has(name, form):
+            if not self.results_file.has(name, form):
                 runtime = RUNTIMES.get(form)
                 reason = runtime.why_not(self.device.dtype) if runtime else None
                 forms[form] = reason or self.budget.refuses(None, share)
@@ -197,17 +209,17 @@ class Run:
             return
         if all(forms.values()):
             for form, reason in forms.items():
-                self.book.add(Row(name, form, "inference", note=str(reason)))
+                self.results_file.add(Row(name, form, "inference", note=str(reason)))
             return
         try:
             for row in models.rows_of(
                 name, self.device, forms, self.options.model_rounds, self.suite.models
             ):
-                self.book.add(row)
+                self.results_file.add(row)
         except Exception as error:
             traceback.print_exc()
             for form in forms:
-                self.book.add(Row(name, form, "inference", note=reason_of(error)))
+                self.results_file.add(Row(name, form, "inference", note=reason_of(error)))
         self._stop_if_broken()
         self.device.release()
 
@@ -223,7 +235,7 @@ class Run:
         except KeyboardInterrupt:  # what there is, is shown
             print("interrupted", flush=True)
         self.report()
-        return int(any(_is_a_failure_of_ours(r) for r in self.book.rows))
+        return int(any(_is_a_failure_of_ours(r) for r in self.results_file.rows))
 
     def _measure(self) -> None:
         cases, others, names = self.suite.cases, self.suite.others, list(self.suite.models)
@@ -239,9 +251,9 @@ class Run:
             self.model(name, 0.8)
 
     def report(self) -> None:
-        rows = self.book.rows
+        rows = self.results_file.rows
         print()
-        print(", ".join(f"{name} {value}" for name, value in self.book.facts.items()))
+        print(", ".join(f"{name} {value}" for name, value in self.results_file.facts.items()))
         print("medians in µs a call; in brackets the floor as a share of them\n")
         core = [r for r in rows if r.direction in DIRECTIONS]
         whole = [r for r in rows if r.direction not in DIRECTIONS]
@@ -252,7 +264,7 @@ class Run:
         untimed = [r for r in rows if r.median_us is None]
         for row in dict.fromkeys((r.case, r.provider, r.note) for r in untimed):
             print("no time for " + ": ".join(row))
-        print(f"\n{self.book.path}")
+        print(f"\n{self.results_file.path}")
 
 
 def _is_a_failure_of_ours(row: Row) -> bool:

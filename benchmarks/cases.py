@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from benchmarks.device import Cpu, Cuda, Rehearsal
+from benchmarks.device import Cpu, Cuda, DryRunDevice
 from swin_kernels.testing import Case
 
 
@@ -76,4 +76,4 @@ def toy_cases() -> dict[str, Case]:
         "toy tiles": _case(3, 9, 9, 0, 1, 16, cosine=True),
         "toy 3-D": _case(3, (2, 2, 4), (2, 2, 2), (0, 0, 1), 1, 16),
     }
-    return {name: case.but(dtype=Rehearsal.dtype) for name, case in cases.items()}
+    return {name: case.but(dtype=DryRunDevice.dtype) for name, case in cases.items()}

@@ -1,6 +1,6 @@
 """What a benchmark asks of a device: marks in time, graphs, memory, rates.
 
-`Rehearsal` is the twin of `Cuda` with the same methods, so that a benchmark runs from end to end
+`DryRunDevice` is the twin of `Cuda` with the same methods, so that a benchmark runs from end to end
 where there is no GPU; there the Triton kernels run under TRITON_INTERPRET=1.
 """
 
@@ -121,7 +121,7 @@ class Cuda:
         torch.cuda.current_stream(self.device).wait_stream(stream)
 
 
-class Rehearsal:
+class DryRunDevice:
     """The twin of `Cuda` on a CPU: a clock on the wall, calls for graphs, kernels interpreted."""
 
     name = "cpu"
@@ -170,7 +170,7 @@ class Rehearsal:
         return contextlib.nullcontext()
 
 
-class Cpu(Rehearsal):
+class Cpu(DryRunDevice):
     """A CPU with its own kernels."""
 
     backend = "cpu"
@@ -201,7 +201,7 @@ class Cpu(Rehearsal):
         return max(held, default=0)
 
 
-Device = Cuda | Rehearsal
+Device = Cuda | DryRunDevice
 
 
 def keep_freed_memory() -> bool:
@@ -216,7 +216,7 @@ def keep_freed_memory() -> bool:
     return bool(mallopt(trim_threshold, -1) and mallopt(mmap_max, 0))
 
 
-class Yardsticks:
+class MachinePeaks:
     """What the device can do: a copy in its memory and a square product of its dtype, timed."""
 
     def __init__(self, device: Device) -> None:

@@ -21,7 +21,7 @@ from benchmarks import models
 from benchmarks.attention import RESULTS, TRY_AGAIN, Run, Suite, add_options
 from benchmarks.baselines.providers import GPU_PROVIDERS
 from benchmarks.cases import other_cases, swin_cases, toy_cases
-from benchmarks.device import Cuda, Rehearsal
+from benchmarks.device import Cuda, DryRunDevice
 from benchmarks.gpu_tools.targets import verdicts
 from benchmarks.report.rows import command_of, facts_of, file_name
 from benchmarks.sweeps import GPU_IMAGES, UNITS, compared, sweeps
@@ -30,7 +30,7 @@ from benchmarks.timing import Loop, make_inputs, reason_of
 
 def suite_of(options: argparse.Namespace) -> Suite:
     if options.rehearse:
-        return Suite(Rehearsal(), toy_cases(), {}, models.TOYS, GPU_PROVIDERS)
+        return Suite(DryRunDevice(), toy_cases(), {}, models.TOYS, GPU_PROVIDERS)
     if options.sweep is not None:
         device = Cuda()
         varied = sweeps(GPU_IMAGES)[options.sweep]
@@ -94,7 +94,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         options.csv = RESULTS / file_name(facts_of(suite.device), f"gpu-{options.sweep}")
     run = Run(suite, options)
     code = run.measure()
-    print(*verdicts(run.book.rows), sep="\n", flush=True)
+    print(*verdicts(run.results_file.rows), sep="\n", flush=True)
     return code
 
 

@@ -16,10 +16,10 @@ from torch import Tensor, nn
 import swin_kernels
 from benchmarks.baselines import runtimes
 from benchmarks.device import Device
-from benchmarks.report.rows import Row, quantiles
+from benchmarks.report.rows import Row
 from benchmarks.timing import reason_of
 from swin_kernels.testing import FEW, LEAST_INPUTS
-from swin_kernels.testing.timing import STEPS, Outcome, loss_of, run_once
+from swin_kernels.testing.timing import STEPS, Outcome, loss_of, quantiles, run_once
 
 GATE_IMAGES = 8
 PEER_FACTOR = 10  # of the error rule: a runtime rounds every layer its own way
@@ -224,7 +224,7 @@ def rows_of(
             if (reason := wrong[form]) is not None:
                 yield Row(name, form, step, note=reason)
                 continue
-            median, low, high = quantiles(samples[form])
+            median, low, high = quantiles(samples[form], 1e-6)
             times = (median, low, high, rounds)
             error = errors[form].get(JUDGED[step])
             yield Row(name, form, step, *times, peak_mb=peaks[form], error=error)

@@ -14,6 +14,7 @@ namespace swin_kernels {
 
 constexpr int64_t kMaxTokens = int64_t(1)
                                << 15;  // of a window, so that no product of sizes overflows
+constexpr double kNormClamp = 1e-12;   // of norms in cosine attention, as in the reference
 constexpr int kAxes = 3;               // maps of fewer axes have leading axes of one token
 
 struct Axis {

@@ -10,8 +10,7 @@ from swin_kernels.ops.attention import (
     shifted_window_attention_qkvpacked,
 )
 from swin_kernels.patch import explain, patch, patched, unpatch
-
-__version__ = "0.1.0"
+from swin_kernels.version import __version__ as __version__
 
 __all__ = [
     "ShiftedWindowAttentionFunction",

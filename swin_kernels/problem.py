@@ -98,22 +98,6 @@ class Facts(NamedTuple):
         return len(self.shape)
 
 
-class OperandFacts(NamedTuple):
-    """The facts of `Operands`, field by field."""
-
-    query: Facts
-    key: Facts | None
-    value: Facts | None
-    bias: Facts | None
-    bias_table: Facts | None
-    bias_index: Facts | None
-    mask: Facts | None
-    pad_key: Facts | None
-    pad_value: Facts | None
-    logit_scale: Facts | None
-    dropout_seed: Facts | None
-
-
 def _check_number(name: str, number: object) -> None:
     """That it is a plain number: a tensor would be read once and lose its gradient."""
     if isinstance(number, bool) or not isinstance(
@@ -122,22 +106,23 @@ def _check_number(name: str, number: object) -> None:
         raise ValueError(f"{name}: expected a number, got {type(number).__name__}")
 
 
-def _facts(operands: Operands) -> OperandFacts:
+def _facts(operands: Operands) -> Operands:
+    """The operands, each as its `Facts`."""
     for name, x in zip(Operands._fields, operands):
         if not isinstance(x, Tensor) and (x is not None or name == "query"):
             raise ValueError(f"{name}: expected a tensor, got {type(x).__name__}")
         if x is not None and x.layout != torch.strided:
             raise ValueError(f"{name}: expected a dense tensor, got {x.layout}")
-    return OperandFacts._make(
+    return Operands._make(
         None if x is None else Facts(x.shape, x.dtype, x.device) for x in operands
     )
 
 
-def _shape(x: Facts | None) -> str:
+def _shape(x: Tensor | None) -> str:
     return "None" if x is None else str(tuple(x.shape))
 
 
-def _expect(name: str, x: Facts, shape: tuple[int, ...], meaning: str) -> None:
+def _expect(name: str, x: Tensor, shape: tuple[int, ...], meaning: str) -> None:
     if tuple(x.shape) != shape:
         raise ValueError(f"{name}: expected shape {shape}, {meaning}, got {tuple(x.shape)}")
 
@@ -226,7 +211,7 @@ class Problem:
 
 
 def _problem(
-    operands: OperandFacts,
+    operands: Operands,
     window_size: int | Sequence[int],
     shift_size: int | Sequence[int],
     periodic: bool | Sequence[bool],
@@ -291,7 +276,7 @@ def _types(value: object) -> object:
     return tuple(map(type, value)) if isinstance(value, tuple) else type(value)
 
 
-def _check_tokens(operands: OperandFacts) -> tuple[tuple[int, ...], int, int, int]:
+def _check_tokens(operands: Operands) -> tuple[tuple[int, ...], int, int, int]:
     """Spatial size, heads, head dim and value dim of query, key and value, packed or not."""
     query, key, value = operands.query, operands.key, operands.value
     if key is None or value is None:
@@ -334,7 +319,7 @@ def _check_tokens(operands: OperandFacts) -> tuple[tuple[int, ...], int, int, in
     return tuple(size), heads, head_dim, value_dim
 
 
-def _check_floats(operands: OperandFacts) -> None:
+def _check_floats(operands: Operands) -> None:
     query = operands.query
     if query.dtype not in DTYPES:
         raise ValueError(
@@ -353,7 +338,7 @@ def _check_floats(operands: OperandFacts) -> None:
             raise ValueError(f"{name}: expected a floating dtype, got {x.dtype}")
 
 
-def _check_bias(operands: OperandFacts, grid: Grid, heads: int) -> None:
+def _check_bias(operands: Operands, grid: Grid, heads: int) -> None:
     tokens, table, index = grid.tokens, operands.bias_table, operands.bias_index
     if operands.bias is not None:
         if table is not None:
@@ -432,7 +417,7 @@ def _check_mask_gradient(mask: Tensor | None) -> None:
 
 
 def _check_extras(
-    operands: OperandFacts, grid: Grid, heads: int, head_dim: int, value_dim: int
+    operands: Operands, grid: Grid, heads: int, head_dim: int, value_dim: int
 ) -> None:
     mask = operands.mask
     if mask is not None:

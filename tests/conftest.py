@@ -141,7 +141,7 @@ def pytest_collection_modifyitems(config, items):
     elsewhere = {
         "gpu": "needs a GPU: pytest --device cuda",
         "interpreted": "needs TRITON_INTERPRET=1 in the environment",
-        "rehearsed": "needs TRITON_INTERPRET=1 in the environment, or --emulate-cuda",
+        "gpu_dry_run": "needs TRITON_INTERPRET=1 in the environment, or --emulate-cuda",
     }
     for item in items:
         for mark, reason in elsewhere.items():

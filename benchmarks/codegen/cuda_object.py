@@ -1,6 +1,6 @@
 """What the CUDA C++ kernels compile to: registers, shared memory and instructions, without a GPU.
 
-    python -m benchmarks.codegen.cuda_object      writes docs/cuda-machine-code.md
+    python -m benchmarks.codegen.cuda_object      writes build/cuda-machine-code.md
 
 Reads the built object `_C_cuda` with the cuobjdump that comes with Triton, and asks a program of
 the tests, which has the same headers, for the shared memory.
@@ -21,7 +21,7 @@ from benchmarks.codegen import aot
 from swin_kernels.backends import native
 
 ROOT = Path(__file__).resolve().parents[2]
-REPORT = ROOT / "docs" / "cuda-machine-code.md"
+REPORT = ROOT / "build" / "cuda-machine-code.md"
 # unit, element as in a mangled name: precision
 PRECISIONS = {
     ("0", "6__half"): "fp16",
@@ -126,7 +126,7 @@ def kernels_of(path: Path) -> list[Kernel]:
 
 def shared_memory() -> dict[tuple[str, str, int], int]:
     """Bytes of each (kernel, precision, channels), by the headers that the kernels include."""
-    sys.path.insert(0, str(ROOT / "tests"))
+    sys.path.insert(0, str(ROOT / "tests" / "support"))
     from cuda_emulator import build_checks
 
     told = subprocess.check_output([build_checks(), "shared memory"], text=True)

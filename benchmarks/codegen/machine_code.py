@@ -1,6 +1,7 @@
 """What the Triton kernels compile to: registers, shared memory and instructions, without a GPU.
 
-    python -m benchmarks.codegen.machine_code                  writes docs/machine-code.md
+    python -m benchmarks.codegen.machine_code     writes build/machine-code.md, all of it, and a
+                                                  summary to docs/machine-code.md: some 13 minutes
     python -m benchmarks.codegen.machine_code --arch sm_90 --dtype bf16 --case swin
 
 Each case is compiled as a call of it would be launched, forward and backward with every gradient.
@@ -11,7 +12,7 @@ from __future__ import annotations
 import argparse
 import os
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from multiprocessing import get_context
@@ -26,7 +27,11 @@ from benchmarks.codegen.plans import launches_of
 from swin_kernels.backends.triton.config import KNOWN_GPUS
 from swin_kernels.backends.triton.launch_spec import REGISTERS
 
-REPORT = Path(__file__).resolve().parents[2] / "docs" / "machine-code.md"
+ROOT = Path(__file__).resolve().parents[2]
+REPORT = ROOT / "build" / "machine-code.md"
+SUMMARY = ROOT / "docs" / "machine-code.md"
+SHOWN = ("swin", "swin, window 12")  # in the summary, in bf16: a window in one tile, and in several
+PREDICTED_CASES = ("T1 shift 3", "T3 shift 3")
 DTYPES = {
     "bf16": torch.bfloat16,
     "fp16": torch.float16,
@@ -108,6 +113,23 @@ warps: what a window of one head, or a tile of a larger window, costs the issue 
 shortest way and by the longest (a window that a seam of the shift cuts). Nothing spills to memory
 unless the end of this page says so; on gfx942 scalars that overflow their registers are kept in
 lanes of vector registers.\
+"""
+
+SUMMARY_HEADER = """\
+# Machine code
+
+What the Triton kernels compile to, read from their machine code without a GPU: {versions}. Nothing
+here was run or timed. This is an excerpt, in bf16; all {count} kernels of five architectures are in
+build/machine-code.md, and those of CUDA C++ in build/cuda-machine-code.md, after
+
+```bash
+make aot-report   # some 15 minutes on two cores
+```
+
+Registers are a thread's, shared memory a program's in bytes. `a tile` is a trip through the loop
+times warps: what a window of one head, or a tile of a larger one, costs the issue slots, by the
+shortest way and by the longest (a window that a seam of the shift cuts). Tests hold these counts,
+and that nothing spills registers to memory but for: {spilled}.\
 """
 
 PREDICTED = """\
@@ -221,6 +243,38 @@ def report(rows: list[Row], predicted: Iterable[str] = ()) -> str:
     return "\n".join(lines) + "\n"
 
 
+def summary(
+    rows: list[Row],
+    unseen: list[Row],
+    predicted: Mapping[tuple[str, str], Mapping[str, Sequence[predict.Launch]]],
+) -> str:
+    """The page in docs/: a few rows of `report`, what spills anywhere, and how to make the rest."""
+    spilled = [row for row in rows + unseen if row.code.spills]
+    known = ", ".join(dict.fromkeys(f"{x.case} ({x.dtype}, {x.arch})" for x in spilled))
+    versions = f"triton {triton.__version__}, torch {torch.__version__}"
+    text = SUMMARY_HEADER.format(versions=versions, count=len(rows + unseen), spilled=known or "–")
+    lines = [text, "", "| architecture | case | kernel | layout | registers | shared | a tile |"]
+    lines.append("|---|---|---|---|--:|--:|--:|")
+    for row in rows:
+        if row.case in SHOWN and row.dtype == "bf16" and row.code.matrix:
+            tile = " to ".join(f"{n:,}" for n in dict.fromkeys(row.per_tile) if n) or "–"
+            lines.append(
+                f"| {row.arch} | {row.case} | `{row.kernel}` | {row.layout} | "
+                f"{row.code.registers} | {row.code.shared:,} | {tile} |"
+            )
+    lines += ["", PREDICTED, "", "| GPU | case | direction | predicted | of which memory |"]
+    lines.append("|---|---|---|--:|--:|")
+    for (case, arch), directions in predicted.items():
+        for direction, launches in directions.items() if case in PREDICTED_CASES else ():
+            total, memory = (
+                1e6 * sum(seconds)
+                for seconds in zip(*((x.predicted, x.seconds["memory"]) for x in launches))
+            )
+            name = predict.CHIPS[arch].name
+            lines.append(f"| {name} | {case} | {direction} | {total:.0f} µs | {memory:.0f} µs |")
+    return "\n".join(lines) + "\n"
+
+
 def defects_of(rows: list[Row]) -> list[str]:
     """Every defect of every row, a line each."""
     return [
@@ -251,9 +305,11 @@ def main() -> None:
     rows = [row for of_case in found[: len(jobs)] for row in of_case]
     unseen = [row for of_case in found[len(jobs) :] for row in of_case]
     if whole:
-        predicted = predict.tables(predict.predictions(predict.speed_cases(), predict.CHIPS))
-        REPORT.write_text(report(rows, predicted))
-        print(f"wrote {REPORT.relative_to(REPORT.parent.parent)}")
+        predicted = predict.predictions(predict.speed_cases(), predict.CHIPS)
+        REPORT.parent.mkdir(exist_ok=True)
+        REPORT.write_text(report(rows, predict.tables(predicted)))
+        SUMMARY.write_text(summary(rows, unseen, predicted))
+        print(f"wrote {REPORT.relative_to(ROOT)} and {SUMMARY.relative_to(ROOT)}")
     else:
         print(report(rows))
     sys.exit("\n".join(defects_of(rows + unseen)) or 0)

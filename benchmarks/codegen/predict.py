@@ -9,7 +9,7 @@ shared memory, matrices. Instructions are those of the trips through its loop, b
 windows inside, by the long one for those that a seam cuts, and once a program what is outside the
 loop. Waits, bank conflicts and how well units overlap are not in it, nor is the second cache: a
 prediction is a floor of this code. Launches are those of a CUDA graph. `make aot-report` writes the
-tables for every case of the speed table to docs/machine-code.md.
+tables for every case of the speed table to build/machine-code.md.
 """
 
 from __future__ import annotations

@@ -22,22 +22,19 @@ import sys
 import tempfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import NamedTuple
 from unittest import mock
 
 import torch
 
-from benchmarks.attention import RESULTS
 from benchmarks.baselines.providers import ours
 from benchmarks.cases import other_cases, swin_cases, toy_cases
-from benchmarks.device import Cuda, Device, Rehearsal
+from benchmarks.device import Cuda, Device, DryRunDevice
+from benchmarks.report.counted import COUNTED, Counted, table_of, write
 from benchmarks.report.rows import ROOT, facts_of, file_name, print_table
 from benchmarks.timing import Loop, make_inputs
 from swin_kernels.backends.triton.launcher import Run
-from swin_kernels.cli.command import three_digits
 from swin_kernels.testing import Case
 
-COUNTED = RESULTS / "counters"
 FIRST = ("T1 shift 3", "B1 shift 3", "L1 shift 3")
 # sections of a profile, so that no name of a counter has to be known to this GPU
 SECTIONS = (
@@ -51,23 +48,6 @@ SECTIONS = (
 )
 _STALLED = "smsp__average_warps_issue_stalled_", "_per_issue_active.ratio"
 _MICROSECONDS = {"ns": 1e-3, "nsecond": 1e-3}  # base units of time, by version
-
-
-class Counted(NamedTuple):
-    """What was counted of one launch; None where this profiler or GPU has no such counter."""
-
-    case: str
-    direction: str
-    kernel: str
-    microseconds: float | None = None
-    memory_percent: float | None = None  # of the peak rate of device memory
-    memory_bytes: float | None = None
-    l2_hit_percent: float | None = None
-    instructions: float | None = None  # warp-instructions
-    issued_per_clock: float | None = None  # by a scheduler, 1 at most
-    registers: float | None = None
-    warps_percent: float | None = None  # of those that a multiprocessor can hold
-    stalls: str = ""  # warps that wait, for each that issues, by reason: the three most frequent
 
 
 # of these the first that a profile has
@@ -215,51 +195,6 @@ def joined(launched: Sequence[Sequence[str]], text: str) -> list[Counted]:
     return [counted(*launch, values) for launch, (_, values) in zip(launched, profiles)]
 
 
-def read(path: Path) -> tuple[list[Counted], dict[str, str]]:
-    """The rows of a file, and what all of them are kept with."""
-    with path.open(newline="") as file:
-        lines = list(csv.DictReader(file))
-    words = ("case", "direction", "kernel", "stalls")
-    rows = [
-        Counted(
-            **{
-                name: line[name] if name in words else float(line[name]) if line[name] else None
-                for name in Counted._fields
-            }
-        )
-        for line in lines
-    ]
-    return rows, {k: v for k, v in lines[0].items() if k not in Counted._fields}
-
-
-def write(path: Path, rows: Sequence[Counted], facts: dict[str, str]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("w", newline="") as file:
-        writer = csv.writer(file)
-        writer.writerow([*Counted._fields, *facts])
-        for row in rows:
-            cells = ["" if x is None else f"{x:.5g}" if isinstance(x, float) else x for x in row]
-            writer.writerow([*cells, *facts.values()])
-
-
-def table_of(rows: Sequence[Counted]) -> tuple[list[str], list[list[str]]]:
-    """Header and lines."""
-    header = ["case", "direction", "kernel", "µs", "of memory's rate", "MB", "L2 hits"]
-    header += ["instructions", "issued a clock", "registers", "warps", "waits an issue"]
-    lines = []
-    for row in rows:
-        megabytes = None if row.memory_bytes is None else row.memory_bytes * 1e-6
-        shares = [row.memory_percent, row.l2_hit_percent, row.warps_percent]
-        memory, hits, warps = ("–" if x is None else f"{x:.0f} %" for x in shares)
-        numbers = [row.microseconds, megabytes, row.issued_per_clock]
-        time, moved, issued = ("–" if x is None else three_digits(x) for x in numbers)
-        counts = [row.instructions, row.registers]
-        executed, registers = ("–" if x is None else f"{x:,.0f}" for x in counts)
-        cells = [time, memory, moved, hits, executed, issued, registers, warps, row.stalls or "–"]
-        lines.append([row.case, row.direction, row.kernel, *cells])
-    return header, lines
-
-
 def count(name: str, ncu: str, rehearse: bool) -> list[Counted]:
     """The rows of a case, run in a process of its own under the profiler."""
     with tempfile.TemporaryDirectory() as folder:
@@ -295,7 +230,7 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     options = parse(arguments)
-    device: Device = Rehearsal() if options.rehearse else Cuda()
+    device: Device = DryRunDevice() if options.rehearse else Cuda()
     if options.launches is not None:
         options.launches.write_text(json.dumps(run_once(options.cases, device)))
         return 0

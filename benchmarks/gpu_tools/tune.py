@@ -26,9 +26,9 @@ import torch
 from benchmarks.attention import TRY_AGAIN
 from benchmarks.baselines.providers import ours
 from benchmarks.cases import other_cases, swin_cases, toy_cases
-from benchmarks.device import Cuda, Device, Rehearsal
+from benchmarks.device import Cuda, Device, DryRunDevice
 from benchmarks.gpu_tools.override import override
-from benchmarks.report.rows import Book, Row, facts_of
+from benchmarks.report.rows import ResultsFile, Row, facts_of
 from benchmarks.timing import (
     Gate,
     Inputs,
@@ -136,8 +136,10 @@ class Trial:
 
 
 class Tuner:
-    def __init__(self, device: Device, groups: dict, budget: float, book: Book) -> None:
-        self.device, self.groups, self.book = device, groups, book
+    def __init__(
+        self, device: Device, groups: dict, budget: float, results_file: ResultsFile
+    ) -> None:
+        self.device, self.groups, self.results_file = device, groups, results_file
         self.ends = time.perf_counter() + budget
         self.found: dict[str, dict[str, int]] = {}
         self.broken = False
@@ -176,7 +178,7 @@ class Tuner:
     ) -> None:
         layout = " ".join(f"{name}={value}" for name, value in fields.items())
         median = None if seconds is None else seconds * 1e6
-        self.book.add(Row(kernel.key, layout, kernel.direction, median, note=why))
+        self.results_file.add(Row(kernel.key, layout, kernel.direction, median, note=why))
 
 
 def write(path: Path, found: dict[str, dict[str, int]], facts: dict[str, str]) -> None:
@@ -205,12 +207,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if options.rehearse and options.out == config.TUNED:
         raise SystemExit("--rehearse measures nothing: give an --out of its own")
     torch.manual_seed(0)
-    device: Device = Rehearsal() if options.rehearse else Cuda()
+    device: Device = DryRunDevice() if options.rehearse else Cuda()
     cases = toy_cases() if options.rehearse else swin_cases() | other_cases()
     facts, seen = facts_of(device), set()
     home = RESULTS if options.out == config.TUNED else options.out.parent
-    book = Book(home / "tuning" / f"{options.out.stem}.csv", facts)
-    tuner = Tuner(device, TOY_GROUPS if options.rehearse else GROUPS, options.budget, book)
+    results_file = ResultsFile(home / "tuning" / f"{options.out.stem}.csv", facts)
+    tuner = Tuner(device, TOY_GROUPS if options.rehearse else GROUPS, options.budget, results_file)
     for name, case in cases.items():
         if not name.startswith(tuple(options.cases)):
             continue

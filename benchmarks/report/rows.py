@@ -68,13 +68,6 @@ def base_of(row: Row, rows: Iterable[Row]) -> Row | None:
     )
 
 
-def quantiles(seconds: Sequence[float]) -> tuple[float, float, float]:
-    """Median, 20th and 80th percentile, in microseconds."""
-    x = torch.tensor(seconds, dtype=torch.float64) * 1e6
-    median, low, high = torch.quantile(x, torch.tensor([0.5, 0.2, 0.8], dtype=torch.float64))
-    return float(median), float(low), float(high)
-
-
 def commit(root: Path = ROOT) -> str:
     """That of the code; "-dirty" where what can change a time has changed since."""
     if known := os.environ.get("SWIN_KERNELS_COMMIT"):
@@ -123,7 +116,7 @@ def file_name(facts: dict[str, str], kind: str = "gpu") -> str:
     return f"{kind}-{machine}-{facts['date']}.csv"
 
 
-class Book:
+class ResultsFile:
     """Rows in memory and, each as soon as it is known, in a file."""
 
     def __init__(self, path: Path, facts: dict[str, str], resume: bool = False) -> None:

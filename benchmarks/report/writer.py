@@ -20,8 +20,7 @@ from benchmarks import models
 from benchmarks.baselines.providers import DIRECTIONS
 from benchmarks.baselines.runtimes import RUNTIMES
 from benchmarks.cases import cpu_cases, other_cases, other_cpu_cases, swin_cases
-from benchmarks.gpu_tools import counters
-from benchmarks.report import headline, readme
+from benchmarks.report import counted, headline, readme
 from benchmarks.report.plots import (
     IMAGES,
     PANELS,
@@ -235,8 +234,8 @@ def counted_in(folder: Path) -> Iterator[str]:
     for path in sorted(folder.glob("*.csv")):
         if path.name.startswith("gpu-none"):  # of a rehearsal
             continue
-        rows, facts = counters.read(path)
-        header, lines = counters.table_of(rows)
+        rows, facts = counted.read(path)
+        header, lines = counted.table_of(rows)
         yield f"## Counted by Nsight Compute: {facts['machine']}, {facts['date']}\n"
         yield _filled(
             f"`python -m benchmarks.gpu_tools.counters`, commit {facts['commit']}, torch "
@@ -254,10 +253,10 @@ def sources_in(folder: Path) -> list[Measured]:
     return [source for source in map(measured, paths) if source.rows]
 
 
-def page(sources: Sequence[Measured], counted: Iterable[str] = ()) -> str:
+def page(sources: Sequence[Measured], counters: Iterable[str] = ()) -> str:
     on_gpu = any(source.path.name.startswith("gpu") for source in sources)
     sections = [section(source) for source in sources] or ["No rows are kept yet.\n"]
-    sections += counted
+    sections += counters
     drawn = headline.headline(sources) is not None
     return string.Template(TEMPLATE.read_text()).substitute(
         headline=f"![{HEADLINE}](images/{headline.IMAGE})\n\n" if drawn else "",
@@ -271,7 +270,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.parse_args(arguments)
     sources = sources_in(RESULTS)
-    PAGE.write_text(page(sources, counted_in(counters.COUNTED)))
+    PAGE.write_text(page(sources, counted_in(counted.COUNTED)))
     readme.README.write_text(readme.filled(readme.README.read_text(), sources))
     drawn = draw([source.path for source in sources], IMAGES)
     for path in set(IMAGES.glob(FIGURES)) - set(drawn):

@@ -153,11 +153,10 @@ std::vector<bool> rows_held_finite(const Arguments& a, const std::vector<T>& pad
     T squares = 0;
     for (int64_t c = 0; c < p.head_dim; ++c)
       squares += pad_key[size_t(h * p.head_dim + c)] * pad_key[size_t(h * p.head_dim + c)];
-    held[size_t(h)] = std::sqrt(squares) <= T(1e-12);
+    held[size_t(h)] = std::sqrt(squares) <= T(kNormClamp);
   }
   return held;
 }
-
 
 template <class T>
 Gradients backward_as(const Tensor& grad_out, const Arguments& a, const Problem& p, int64_t needs) {

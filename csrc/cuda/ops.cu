@@ -18,7 +18,7 @@ namespace swin_kernels::cuda {
 namespace {
 
 SWIN_KERNEL(32, 1)
-anything(SWIN_PARAMETER int) {}
+probe_kernel(SWIN_PARAMETER int) {}
 
 // f(Precision<…>()) for tokens of a dtype.
 template <class F>
@@ -66,7 +66,7 @@ Gradients window_attention_backward(Tensor grad_out, SWIN_PARAMETERS, bool allow
 }
 
 // Whether this object was built for a device.
-bool cuda_has_code_for(int64_t index) { return Device::has_code(int32_t(index), anything); }
+bool cuda_has_code_for(int64_t index) { return Device::has_code(int32_t(index), probe_kernel); }
 
 }  // namespace
 }  // namespace swin_kernels::cuda

@@ -23,15 +23,16 @@ import swin_kernels
 from swin_kernels.backends import native
 from swin_kernels.testing import FEW
 
-BACKENDS = {"cpu": ("cpu", native.CPU_OBJECT), "cuda": ("cuda", native.CUDA_OBJECT)}
+# the first defines the operation, each has its kernels for one device
+OBJECTS = {"cpu": (native.CPU_OBJECT,), "cuda": (native.CPU_OBJECT, native.CUDA_OBJECT)}
 
 
-def compiled_object(device: str) -> Path:
-    """The shared object that holds the operation for a device; exits where it is missing."""
-    found = BACKENDS[device][1]
-    if found.error is not None or found.path is None:
-        sys.exit(f"export: the operation for {device} is not there: {found.error}")
-    return found.path
+def compiled_objects(device: str) -> str:
+    """The shared objects that a program for this device loads; exits where one is missing."""
+    for found in OBJECTS[device]:
+        if found.error is not None:
+            sys.exit(f"export: the operation for {device} is not there: {found.error}")
+    return ":".join(str(found.path) for found in OBJECTS[device])
 
 
 def make_model(name: str, size: int | None) -> torch.nn.Module:
@@ -48,7 +49,7 @@ def package(model: torch.nn.Module, shape: tuple[int, ...], device: str, out: Pa
 
     `shape` is (B, 3, height, width); the package takes any batch from 1 to 64 where B is above 1.
     """
-    library = compiled_object(device)
+    libraries = compiled_objects(device)
     image = torch.randn(shape)
     with torch.no_grad():
         inputs = -(-FEW // model(image).numel())
@@ -57,14 +58,14 @@ def package(model: torch.nn.Module, shape: tuple[int, ...], device: str, out: Pa
         exact = torch.stack([best(x.double()) for x in images])
         model, image = model.to(device), image.to(device)
         stock = torch.stack([model(x.to(device)) for x in images])
-    print(swin_kernels.patch(model, backend=BACKENDS[device][0]))
+    print(swin_kernels.patch(model, backend=device))
     batch = {0: torch.export.Dim("batch", min=1, max=64)} if len(image) > 1 else {}
     with torch.no_grad():
         program = torch.export.export(model, (image,), dynamic_shapes=(batch,))
     out.mkdir(parents=True, exist_ok=True)
     torch._inductor.aoti_compile_and_package(program, package_path=str(out / "model.pt2"))
     torch.save([images, stock.cpu(), exact], out / "tensors.pt")
-    (out / "library").write_text(f"{library}\n")
+    (out / "library").write_text(f"{libraries}\n")
 
 
 def main() -> None:
@@ -72,7 +73,7 @@ def main() -> None:
     parser.add_argument("--model", default="swin_tiny_patch4_window7_224", help="of timm")
     parser.add_argument("--size", type=int, help="of the square input; default: the model's own")
     parser.add_argument("--batch", type=int, default=2, help="free in the package if above 1")
-    parser.add_argument("--device", choices=BACKENDS, default="cpu")
+    parser.add_argument("--device", choices=OBJECTS, default="cpu")
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "build")
     options = parser.parse_args()
     if options.batch < 1:

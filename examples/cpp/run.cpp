@@ -1,11 +1,12 @@
 // Runs a package of AOTInductor that holds our operation, without Python in the process.
 //
-//     run model.pt2 tensors.pt _C_cpu.abi3.so [ROUNDS]
+//     run model.pt2 tensors.pt _C_cpu.abi3.so[:_C_cuda.abi3.so] [ROUNDS]
 //
-// The shared object registers the operation with torch's dispatcher when it is loaded; the package
-// finds it there by name. tensors.pt is a list of inputs (N, B, 3, height, width), the stock
-// model's logits (N, B, classes) and those in float64. The largest and the mean error of ours may
-// be twice that of stock's, and one ulp. Exit code 0 if they are not more.
+// The shared objects register the operation with torch's dispatcher when they are loaded, the first
+// its schema too; the package finds it there by name. tensors.pt is a list of inputs (N, B, 3,
+// height, width), the stock model's logits (N, B, classes) and those in float64. The largest and
+// the mean error of ours may be twice that of stock's, and one ulp. Exit code 0 if they are not
+// more.
 #include <ATen/ATen.h>
 #include <c10/core/InferenceMode.h>
 #include <dlfcn.h>
@@ -19,6 +20,7 @@
 #include <fstream>
 #include <iterator>
 #include <limits>
+#include <sstream>
 #include <stdexcept>
 #include <string>
 #include <vector>
@@ -71,10 +73,12 @@ double time_of(torch::inductor::AOTIModelPackageLoader& model, const at::Tensor&
   return passed.count() / rounds;
 }
 
-int run(const std::string& package, const std::string& tensors, const std::string& library,
+int run(const std::string& package, const std::string& tensors, const std::string& libraries,
         int rounds) {
-  if (dlopen(library.c_str(), RTLD_NOW | RTLD_GLOBAL) == nullptr)
-    throw std::runtime_error(dlerror());
+  std::istringstream objects(libraries);
+  for (std::string object; std::getline(objects, object, ':');)
+    if (dlopen(object.c_str(), RTLD_NOW | RTLD_GLOBAL) == nullptr)
+      throw std::runtime_error(dlerror());
   bytes_of(package);  // says so where it is missing
   const std::vector<at::Tensor> loaded = tensors_of(tensors);
   at::Tensor images = loaded[0];
@@ -108,7 +112,8 @@ int run(const std::string& package, const std::string& tensors, const std::strin
 
 int main(int count, char** arguments) {
   if (count < 4 || count > 5) {
-    std::fprintf(stderr, "usage: %s model.pt2 tensors.pt SHARED_OBJECT [ROUNDS]\n", arguments[0]);
+    std::fprintf(stderr, "usage: %s model.pt2 tensors.pt SHARED_OBJECT[:SHARED_OBJECT] [ROUNDS]\n",
+                 arguments[0]);
     return 2;
   }
   try {

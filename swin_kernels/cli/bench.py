@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, NamedTuple, cast
 import torch
 from torch import Tensor, nn
 
-from swin_kernels.cli import command, inputs
+from swin_kernels.cli import command, inputs, memory
 from swin_kernels.patch import PatchReport
 from swin_kernels.testing import LEAST_INPUTS, timing
 
@@ -25,7 +25,7 @@ CHECKED = 4  # images at most: the exact result is in float64
 class Prepared(NamedTuple):
     """The options, checked, and what they stand for."""
 
-    spec: timing.Spec
+    spec: memory.Spec
     images: Tensor  # (B, 3, height, width)
     stock: nn.Module
     patched: nn.Module
@@ -100,7 +100,7 @@ def prepare(options: argparse.Namespace) -> Prepared:
             f"--size: at {size[0]}×{size[1]} no window of {options.model} holds a token; "
             "expected a larger one"
         )
-    spec = timing.Spec.of(options.model, images, options.size, options.compile)
+    spec = memory.Spec.of(options.model, images, options.size, options.compile)
     return Prepared(spec, images, stock, patched, timed, report, backend, options.rounds)
 
 
@@ -140,13 +140,12 @@ def _cost_table(
     table.add_column("step")
     for title in ("stock, ms", "patched, ms", "stock ÷ patched", "stock, MB", "patched, MB"):
         table.add_column(title, justify="right", no_wrap=True)
-    levels = torch.tensor([0.5, 0.2, 0.8], dtype=torch.float64)
     for step, of in times.items():
         medians, cells = {}, []
         for name, seconds in of.items():
-            x = torch.tensor(seconds, dtype=torch.float64).quantile(levels) * 1e3
-            medians[name] = float(x[0])
-            cells.append("{} ({}–{})".format(*map(command.three_digits, x.tolist())))
+            x = timing.quantiles(seconds, 1e-3)
+            medians[name] = x[0]
+            cells.append("{} ({}–{})".format(*map(command.three_digits, x)))
         cells.append(f"{medians['stock'] / medians['patched']:.2f}")
         for name in of:
             cells.append(command.three_digits(peaks[name][step] / 1e6) if peaks else "–")
@@ -162,7 +161,7 @@ def _measure(p: Prepared, bar: command.Bar) -> tuple[dict[str, dict[str, list[fl
         times[step] = timing.time_in_turn(step, p.timed, p.images, p.rounds, bar.tick)
     try:
         with bar.untimed("peak memory"):
-            return times, timing.peak_memory(p.spec, tuple(p.timed))
+            return times, memory.peak_memory(p.spec, tuple(p.timed))
     except RuntimeError as error:
         return times, str(error)
 

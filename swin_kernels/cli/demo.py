@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 from torch import Tensor
 
-from swin_kernels.cli import command, inputs
+from swin_kernels.cli import command, inputs, memory
 from swin_kernels.patch import PatchReport
 from swin_kernels.testing import timing
 
@@ -110,13 +110,6 @@ def _cost_table(title: str, costs: dict[str, dict[str, float]]) -> Table:
     return table
 
 
-def _spread(samples: list[float]) -> float:
-    """The 80th percentile over the 20th."""
-    ordered = sorted(samples)
-    fifth = len(ordered) // 5
-    return ordered[-1 - fifth] / ordered[fifth]
-
-
 def _medians(samples: dict[str, list[float]]) -> dict[str, float]:
     return {name: statistics.median(x) for name, x in samples.items()}
 
@@ -179,13 +172,14 @@ def _measure(p: Prepared, console: Console) -> Results:
                         attention[name] = stack.enter_context(timing.attention_clock(module))
                 samples = timing.time_in_turn(step, modules, p.images, p.rounds, bar.tick)
             costs[step] = _medians(samples)
-            spread = max(spread, *map(_spread, samples.values()))
+            levels = [timing.quantiles(x) for x in samples.values()]
+            spread = max(spread, *(high / low for _, low, high in levels))
             if attention:
                 costs["attention alone"] = _medians({x: attention[x][1:] for x in attention})
-        spec = timing.Spec.of(p.name, p.images)
+        spec = memory.Spec.of(p.name, p.images)
         try:
             with bar.untimed("peak memory"):
-                peaks = timing.peak_memory(spec, tuple(modules))
+                peaks = memory.peak_memory(spec, tuple(modules))
         except RuntimeError as error:
             remarks.append(f"Peak memory could not be measured: {error}")
         else:

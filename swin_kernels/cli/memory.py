@@ -1,20 +1,80 @@
-"""Prints the peak memory of each step of one model; a process for `measure.peak_memory`."""
+"""Peak memory of each step of a model, each variant of it in a process of its own: this module."""
 
 from __future__ import annotations
 
 import json
+import os
 import re
+import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from swin_kernels.cli import inputs
-from swin_kernels.testing.timing import STEPS, Spec
+from swin_kernels.testing.timing import STEPS
 
 _STATUS = Path("/proc/self/status")
 _CLEAR = Path("/proc/self/clear_refs")
+
+
+class Spec(NamedTuple):
+    """What another process needs to take the same steps."""
+
+    model: str  # by timm's name
+    size: tuple[int, int] | None  # height and width that it is made for; None: its own
+    batch: int
+    threads: int
+    device: str
+    dtype: str
+    compiled: bool
+
+    @classmethod
+    def of(
+        cls,
+        model: str,
+        images: Tensor,
+        size: tuple[int, int] | None = None,
+        compiled: bool = False,
+    ) -> Spec:
+        dtype = str(images.dtype).removeprefix("torch.")
+        where = torch.get_num_threads(), str(images.device)
+        return cls(model, size, len(images), *where, dtype, compiled)
+
+
+def peak_memory(spec: Spec, variants: Sequence[str]) -> dict[str, dict[str, int]]:
+    """Bytes that each step of each variant adds, at its peak, to what its process held before.
+
+    Each variant in a process of its own: what this one has freed and kept would hide part of the
+    peak. RuntimeError with the last words of a process that failed.
+    """
+    root = str(Path(__file__).resolve().parents[2])
+    environment = {
+        **os.environ,
+        "PYTHONPATH": os.pathsep.join([root, *filter(None, [os.environ.get("PYTHONPATH")])]),
+        # freed blocks go back to the system, so that the high-water mark is what was in use
+        "MALLOC_MMAP_THRESHOLD_": "65536",
+        "MALLOC_TRIM_THRESHOLD_": "65536",
+        "OMP_WAIT_POLICY": "PASSIVE",  # they share the CPUs, and nothing is timed
+    }
+    children = {}
+    for variant in variants:
+        wanted = json.dumps([variant, *spec])
+        command = [sys.executable, "-m", "swin_kernels.cli.memory", wanted]
+        pipe = subprocess.PIPE
+        children[variant] = subprocess.Popen(
+            command, stdout=pipe, stderr=pipe, text=True, env=environment
+        )
+    # all are waited for before one is judged
+    words = {variant: child.communicate() for variant, child in children.items()}
+    for variant, child in children.items():
+        if child.returncode != 0:
+            last = words[variant][1].strip().splitlines() or [f"exit code {child.returncode}"]
+            raise RuntimeError(f"{variant}: {last[-1]}")
+    return {variant: json.loads(out.splitlines()[-1]) for variant, (out, _) in words.items()}
 
 
 def _resident(field: str) -> int:

@@ -37,7 +37,7 @@ def is_plain(module: Any, *kinds: type[nn.Module]) -> bool:
     return type(module) in kinds and not has_hooks(module) and "forward" not in module.__dict__
 
 
-def is_recorded_for_others(x: object) -> bool:
+def is_exporting(x: object) -> bool:
     """Whether a call is recorded for a runtime without our op: TorchScript, symbolic FX, ONNX."""
     if not isinstance(x, Tensor) or torch.jit.is_tracing():
         return True
@@ -99,7 +99,7 @@ def attention_of_qkv(
     else:
         dropping = isinstance(attn_drop, nn.Dropout) and attn_drop.training
         options["dropout_p"] = attn_drop.p if dropping else 0.0
-        options["backend"] = "reference" if is_recorded_for_others(qkv) else backend
+        options["backend"] = "reference" if is_exporting(qkv) else backend
     return operation(window_size, shift_size, scale=scale, **options)
 
 

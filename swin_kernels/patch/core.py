@@ -161,7 +161,7 @@ def _qualified(cls: type) -> str:
     return f"{cls.__module__}.{cls.__qualname__}"
 
 
-def _judge(name: str, block: nn.Module, stock: str) -> Found:
+def _inspect_block(name: str, block: nn.Module, stock: str) -> Found:
     fused: type[Fused] = importlib.import_module(STOCK_CLASSES[stock]).FUSED[stock]
     if isinstance(block, Fused):
         return Found(name, block, fused, True, fused.why_stock(block))
@@ -189,7 +189,7 @@ def survey(model: nn.Module) -> list[Found]:
             (q for cls in type(module).__mro__ if (q := _qualified(cls)) in STOCK_CLASSES), None
         )
         if stock is not None:
-            found.append(_judge(name, module, stock))
+            found.append(_inspect_block(name, module, stock))
     if not found:
         came = sorted(
             {type(module).__name__ for module in model.modules()} - {type(model).__name__}

@@ -18,6 +18,7 @@ from swin_kernels.ops.attention import (
 from swin_kernels.ops.dispatch import BACKENDS, DEFAULT_BACKEND, check_name, reasons_against
 from swin_kernels.patch.core import STOCK_CLASSES, grouped, notes_on, survey
 from swin_kernels.problem import Operands, Problem
+from swin_kernels.version import __version__
 
 
 def explain(*args: Any, **options: Any) -> str:
@@ -59,8 +60,6 @@ def _version(package: str) -> str:
 
 
 def _environment() -> str:
-    from swin_kernels import __version__
-
     lines = [
         f"swin_kernels {__version__}, torch {torch.__version__}, "
         f"Python {platform.python_version()}, {platform.system()} {platform.machine()}",

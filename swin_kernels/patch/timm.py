@@ -22,8 +22,8 @@ from swin_kernels.backends.base import asked_while_tracing
 from swin_kernels.ops.layers import (
     attention_of_map,
     has_hooks,
+    is_exporting,
     is_plain,
-    is_recorded_for_others,
     scale_fits,
     sum_of,
 )
@@ -213,7 +213,7 @@ class _FusedBlock(Fused):
 
     def _fused(self, x: Tensor) -> Tensor | None:
         """The stock method of (B, height, width, C), fused; None where stock must run it."""
-        if is_recorded_for_others(x):
+        if is_exporting(x):
             return None
         masking = self.why_stock(self) or self._masking((x.shape[1], x.shape[2]))
         if isinstance(masking, str):

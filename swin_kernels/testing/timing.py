@@ -1,19 +1,14 @@
-"""What the demo measures: errors against float64, times in turn, peak memory in a fresh process."""
+"""A stock model beside its patched copy: errors against float64, and times in turn."""
 
 from __future__ import annotations
 
 import contextlib
 import copy
-import json
 import math
-import os
-import subprocess
-import sys
 import time
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -198,6 +193,14 @@ def _seconds(step: Callable[[nn.Module, Tensor], Any], module: nn.Module, images
     return time.perf_counter() - start
 
 
+def quantiles(seconds: Sequence[float], unit: float = 1.0) -> tuple[float, float, float]:
+    """Median, 20th and 80th percentile, in units of so many seconds."""
+    x = torch.tensor(seconds, dtype=torch.float64) / unit
+    levels = torch.tensor([0.5, 0.2, 0.8], dtype=torch.float64)
+    median, low, high = torch.quantile(x, levels).tolist()
+    return median, low, high
+
+
 def time_in_turn(
     step: str,
     modules: Mapping[str, nn.Module],
@@ -249,59 +252,3 @@ def attention_clock(module: nn.Module) -> Iterator[list[float]]:
     finally:
         for hook in hooks:
             hook.remove()
-
-
-class Spec(NamedTuple):
-    """What another process needs to take the same steps."""
-
-    model: str  # by timm's name
-    size: tuple[int, int] | None  # height and width that it is made for; None: its own
-    batch: int
-    threads: int
-    device: str
-    dtype: str
-    compiled: bool
-
-    @classmethod
-    def of(
-        cls,
-        model: str,
-        images: Tensor,
-        size: tuple[int, int] | None = None,
-        compiled: bool = False,
-    ) -> Spec:
-        dtype = str(images.dtype).removeprefix("torch.")
-        where = torch.get_num_threads(), str(images.device)
-        return cls(model, size, len(images), *where, dtype, compiled)
-
-
-def peak_memory(spec: Spec, variants: Sequence[str]) -> dict[str, dict[str, int]]:
-    """Bytes that each step of each variant adds, at its peak, to what its process held before.
-
-    Each variant in a process of its own: what this one has freed and kept would hide part of the
-    peak. RuntimeError with the last words of a process that failed.
-    """
-    root = str(Path(__file__).resolve().parents[2])
-    environment = {
-        **os.environ,
-        "PYTHONPATH": os.pathsep.join([root, *filter(None, [os.environ.get("PYTHONPATH")])]),
-        # freed blocks go back to the system, so that the high-water mark is what was in use
-        "MALLOC_MMAP_THRESHOLD_": "65536",
-        "MALLOC_TRIM_THRESHOLD_": "65536",
-        "OMP_WAIT_POLICY": "PASSIVE",  # they share the CPUs, and nothing is timed
-    }
-    children = {}
-    for variant in variants:
-        wanted = json.dumps([variant, *spec])
-        command = [sys.executable, "-m", "swin_kernels.cli.memory", wanted]
-        pipe = subprocess.PIPE
-        children[variant] = subprocess.Popen(
-            command, stdout=pipe, stderr=pipe, text=True, env=environment
-        )
-    # all are waited for before one is judged
-    words = {variant: child.communicate() for variant, child in children.items()}
-    for variant, child in children.items():
-        if child.returncode != 0:
-            last = words[variant][1].strip().splitlines() or [f"exit code {child.returncode}"]
-            raise RuntimeError(f"{variant}: {last[-1]}")
-    return {variant: json.loads(out.splitlines()[-1]) for variant, (out, _) in words.items()}

@@ -13,7 +13,7 @@ pytest.importorskip("rich")
 timm = pytest.importorskip("timm")
 
 from swin_kernels.__main__ import main
-from swin_kernels.cli import bench, inputs
+from swin_kernels.cli import bench, inputs, memory
 from swin_kernels.testing import timing
 
 NAME = "swin_tiny_patch4_window7_224"
@@ -41,7 +41,7 @@ def small(monkeypatch):
         return {variant: dict.fromkeys(timing.STEPS, 3_000_000) for variant in variants}
 
     monkeypatch.setattr(inputs, "create", create)
-    monkeypatch.setattr(timing, "peak_memory", peak_memory)
+    monkeypatch.setattr(memory, "peak_memory", peak_memory)
 
 
 def _rows(text: str) -> dict[str, list[str]]:
@@ -129,7 +129,7 @@ def test_without_a_known_peak_the_times_are_told(cpu_kernels, small, monkeypatch
     def failing(spec, variants):
         raise RuntimeError("stock: out of memory")
 
-    monkeypatch.setattr(timing, "peak_memory", failing)
+    monkeypatch.setattr(memory, "peak_memory", failing)
     assert main(["bench", "--rounds", "1", "--batch", "1"]) == 0
     out = capsys.readouterr().out
     assert _rows(out)["inference"][-2:] == ["–", "–"]

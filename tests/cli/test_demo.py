@@ -18,7 +18,7 @@ timm = pytest.importorskip("timm")
 
 from swin_kernels.__main__ import main
 from swin_kernels.backends import native
-from swin_kernels.cli import command, demo, inputs
+from swin_kernels.cli import command, demo, inputs, memory
 from swin_kernels.ops.dispatch import BACKENDS
 from swin_kernels.patch import patch
 from swin_kernels.testing import timing
@@ -191,7 +191,7 @@ def test_times_are_taken_in_turn_and_modules_left_in_evaluation_mode(prepared):
 
 def test_process_that_measures_memory_and_fails_gives_its_last_words():
     with pytest.raises(RuntimeError, match="no_such_model"):
-        timing.peak_memory(timing.Spec.of("no_such_model", torch.zeros(1)), ("stock",))
+        memory.peak_memory(memory.Spec.of("no_such_model", torch.zeros(1)), ("stock",))
 
 
 @pytest.mark.parametrize("size", [(32, 32), (32, 48), (301, 200)])
@@ -351,7 +351,7 @@ def test_times_that_vary_are_said_to_be_unreliable(monkeypatch, prepared, slowes
     monkeypatch.setattr(timing, "time_in_turn", lambda *_: samples)
     monkeypatch.setattr(timing, "attention_clock", lambda _: contextlib.nullcontext([9.0, 0.5]))
     monkeypatch.setattr(
-        timing, "peak_memory", lambda *_: {x: dict.fromkeys(timing.STEPS, 1) for x in samples}
+        memory, "peak_memory", lambda *_: {x: dict.fromkeys(timing.STEPS, 1) for x in samples}
     )
     results = demo._measure(prepared, command.make_console())
     assert results.costs["inference"] == {"stock": 1.0, "patched": 1.0}

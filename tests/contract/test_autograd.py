@@ -59,7 +59,9 @@ def _leaves(case, seed=0):
 @pytest.mark.parametrize(
     "case",
     [
-        case if case.cosine or len(case.size) != 2 else pytest.param(case, marks=pytest.mark.costly)
+        case
+        if case.cosine or len(case.size) != 2
+        else pytest.param(case, marks=pytest.mark.slow_emulator)
         for case in GRADCHECKS
     ],
     ids=str,

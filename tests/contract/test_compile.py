@@ -140,7 +140,7 @@ def test_autocast_inside_a_compiled_region_equals_eager(fused, mode):
     assert operands.query.grad.dtype == torch.float32
 
 
-@pytest.mark.costly
+@pytest.mark.slow_emulator
 def test_other_sizes_of_a_dynamic_graph_compile_nothing_more(fused):
     def step(qkv, table):
         return shifted_window_attention_qkvpacked(
@@ -214,7 +214,7 @@ def test_exported_inference_equals_eager(fused):
             assert torch.equal(program.module()(x), layer(x))
 
 
-@pytest.mark.costly
+@pytest.mark.slow_emulator
 @thorough("test_examples_cpp.py::test_a_patched_swin_runs_from_cpp_without_python")
 def test_ahead_of_time_compiled_package_equals_eager(tmp_path, fused):
     layer, x = _Layer(fused).eval(), torch.randn(2, 11, 9, 32)

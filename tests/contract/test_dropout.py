@@ -100,7 +100,7 @@ def test_almost_nothing_dropped_is_almost_no_dropout(backend):
     torch.testing.assert_close(call(case, operands, backend), expected)
 
 
-@pytest.mark.costly
+@pytest.mark.slow_emulator
 def test_the_mean_over_seeds_is_the_result_without_dropout(backend):
     operands = make_operands(PLANE)
     expected = call(PLANE.but(dropout_p=0.0), operands, backend)

@@ -88,7 +88,10 @@ def test_row_masked_whole_by_minus_100_matches_float64(case, dtype, backend):
 @over_dtypes
 @pytest.mark.parametrize(
     "window",
-    [pytest.param((16,), id="short"), pytest.param((70,), id="long", marks=pytest.mark.tedious)],
+    [
+        pytest.param((16,), id="short"),
+        pytest.param((70,), id="long", marks=pytest.mark.slow_interpreter),
+    ],
 )
 def test_gradient_of_a_logit_scale_at_its_clamp_matches_float64(window, dtype, backend):
     case = Case(1, window, window, heads=48, head_dim=16, bias="table", cosine=True, dtype=dtype)

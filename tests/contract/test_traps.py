@@ -29,7 +29,7 @@ pytestmark = pytest.mark.every_dtype
 @pytest.mark.parametrize(
     ("pad_order", "reached"), [("roll-pad", [0, 1, 10, 11]), ("pad-roll", [0, 1, 2])]
 )
-def test_trap_1_pad_order_decides_which_rows_see_row_0(pad_order, reached, backend):
+def test_pad_order_decides_which_rows_see_row_0(pad_order, reached, backend):
     qkv = torch.randn(1, 12, 12, 3, 2, 8)
     changed = qkv.clone()
     changed[:, 0] += 1
@@ -62,7 +62,7 @@ def _stock_linear_attention(x, weight, bias, heads, size, window, shift, pad_ord
 
 @pytest.mark.float64
 @pytest.mark.parametrize("pad_order", ["pad-roll", "roll-pad"])
-def test_trap_2_gradients_of_padded_tokens_reach_the_qkv_bias(pad_order, backend):
+def test_gradients_of_padded_tokens_reach_the_qkv_bias(pad_order, backend):
     size, window, shift, heads = (11, 9), (4, 4), (2, 1), 2
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(2, *size, 32, generator=generator, dtype=torch.float64)
@@ -113,7 +113,7 @@ def _against_the_mask(dtype):
 
 
 @over_dtypes
-def test_trap_3_minus_100_is_finite_under_a_large_logit_scale(dtype, backend):
+def test_minus_100_is_finite_under_a_large_logit_scale(dtype, backend):
     query, key, value = _against_the_mask(dtype)
     scale = torch.full((1,), 80.0, dtype=dtype)
     finite, infinite = (
@@ -126,7 +126,7 @@ def test_trap_3_minus_100_is_finite_under_a_large_logit_scale(dtype, backend):
     assert (infinite[:, 1:].double() == 0).all()
 
 
-def test_trap_3_probabilities_below_the_smallest_normal_number_are_flushed(cpu_kernels):
+def test_probabilities_below_the_smallest_normal_number_are_flushed(cpu_kernels):
     query = torch.zeros(1, 8, 1, 16)
     value = torch.zeros(1, 8, 1, 16)
     value[:, :4] = 1e38  # beyond the seam of the one window
@@ -138,14 +138,14 @@ def test_trap_3_probabilities_below_the_smallest_normal_number_are_flushed(cpu_k
 @pytest.mark.in_pairs
 @pytest.mark.parametrize("mask_value", [-100.0, -200.0, -math.inf])
 @over_dtypes
-def test_trap_3_each_mask_value_of_the_libraries_matches(mask_value, dtype, backend):
+def test_each_mask_value_of_the_libraries_matches(mask_value, dtype, backend):
     case = Case(2, (8, 8), (4, 4), (2, 2), dtype=dtype, mask_value=mask_value, cosine=True)
     check(sized(case), backend)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32], ids=str)
 @pytest.mark.parametrize("pad_order", ["pad-roll", "roll-pad"])
-def test_trap_6_zero_vectors_under_cosine_give_no_nan(pad_order, dtype, backend):
+def test_zero_vectors_under_cosine_give_no_nan(pad_order, dtype, backend):
     case = cut(Case(2, (11, 9), (4, 4), (2, 2), dtype=dtype, cosine=True, pad_order=pad_order))
     operands = make_operands(case)
     for x in operands[:2]:
@@ -165,7 +165,7 @@ def test_trap_6_zero_vectors_under_cosine_give_no_nan(pad_order, dtype, backend)
 
 @pytest.mark.float64
 @pytest.mark.parametrize("length", [1e-13, 7e-13, 2e-12, 1e-11])
-def test_trap_6_norms_round_the_clamp_match_autograd(length, backend):
+def test_norms_round_the_clamp_match_autograd(length, backend):
     case = Case(1, (8,), (4,), dtype=torch.float64, cosine=True)
     operands = make_operands(case)
     for x in operands[:2]:
@@ -178,7 +178,7 @@ def test_trap_6_norms_round_the_clamp_match_autograd(length, backend):
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32], ids=str)
-def test_trap_6_tiny_vectors_keep_their_direction(dtype, backend):
+def test_tiny_vectors_keep_their_direction(dtype, backend):
     tiny = 6e-7 if dtype == torch.float16 else 1e-9  # squares underflow in fp16
     query = torch.zeros(1, 4, 1, 8, dtype=dtype)
     query[..., 0] = tiny

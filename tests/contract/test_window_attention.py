@@ -103,11 +103,11 @@ def test_biases_of_another_dtype_match_float64(case, dtype, backend):
     "head_dim",
     [
         *(8, 10, 16, 30, 32, 48, 64, 88, 128),
-        pytest.param(24, marks=pytest.mark.tedious),
-        pytest.param(96, marks=pytest.mark.costly),
+        pytest.param(24, marks=pytest.mark.slow_interpreter),
+        pytest.param(96, marks=pytest.mark.slow_emulator),
     ],
 )
-def test_trap_9_head_dims_match_float64(head_dim, dtype, backend):
+def test_head_dims_match_float64(head_dim, dtype, backend):
     case = Case(1, (11, 8), (4, 4), (2, 2), head_dim=head_dim, dtype=dtype, bias="table")
     case = case.but(packed=head_dim % 16 == 0, pads=True, cosine=head_dim % 3 == 0)
     check(sized(case).but(head_dim=head_dim), backend)
@@ -137,13 +137,14 @@ WINDOWS = (
         pytest.param(
             *case,
             id=str(tokens),
-            marks=[pytest.mark.tedious] * (tokens == 392) + [pytest.mark.in_pairs] * (tokens > 100),
+            marks=[pytest.mark.slow_interpreter] * (tokens == 392)
+            + [pytest.mark.in_pairs] * (tokens > 100),
         )
         for case in WINDOWS
         for tokens in [math.prod(case[1])]
     ],
 )
-def test_trap_9_windows_of_4_to_576_tokens_match_float64(size, window, dtype, backend):
+def test_windows_of_4_to_576_tokens_match_float64(size, window, dtype, backend):
     shift = tuple(w // 2 if s > w else 0 for s, w in zip(size, window))
     case = Case(1, size, window, shift, 1, 32, dtype=dtype, bias="table", pads=True)
     check(case if math.prod(window) > 64 else sized(case), backend)

@@ -128,7 +128,7 @@ def through(request, monkeypatch):
     assert calls
 
 
-@pytest.mark.costly
+@pytest.mark.slow_emulator
 @both
 @pytest.mark.parametrize("with_mask", [False, True], ids=["no mask", "mask"])
 @pytest.mark.parametrize("qkv_bias", [True, False], ids=["bias", "no bias"])
@@ -140,7 +140,7 @@ def test_scale_given_is_used(through):
     _check(_make(WindowAttention, qk_scale=0.5), True)
 
 
-@pytest.mark.tedious
+@pytest.mark.slow_interpreter
 def test_coordinates_of_the_pretraining_window_are_used(through):
     module = _make(WindowAttentionV2, pretrained_window_size=[12, 12])
     plain = _make(WindowAttentionV2)

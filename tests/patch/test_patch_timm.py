@@ -132,7 +132,7 @@ def test_empty_batch(on_cpu_kernels):
 
 
 @kinds
-def test_trap_1_rolls_before_it_pads(kind, on_cpu_kernels):
+def test_rolls_before_it_pads(kind, on_cpu_kernels):
     """12 rows, window 7, shift 3: row 0 reaches 0, 1, 10 and 11; padding first gives 0, 1, 2."""
     block, x = small_block(kind, (12, 12)), torch.randn(1, 12, 12, 16)
     touched = x.clone()
@@ -149,7 +149,7 @@ def test_trap_1_rolls_before_it_pads(kind, on_cpu_kernels):
 
 
 @pytest.mark.parametrize("kind", ["v1", "cr"])
-def test_trap_2_padded_keys_and_values_reach_the_qkv_bias(kind, calls, on_cpu_kernels):
+def test_padded_keys_and_values_reach_the_qkv_bias(kind, calls, on_cpu_kernels):
     model = small_block(kind, (12, 17))
     x = torch.randn(2, 12, 17, 16)
     others = [torch.randn(2, 12, 17, 16) for _ in range(3)]
@@ -172,7 +172,7 @@ def test_trap_2_padded_keys_and_values_reach_the_qkv_bias(kind, calls, on_cpu_ke
     assert (query, key, value) == (False, True, True)
 
 
-def test_trap_3_shift_mask_is_a_finite_100(on_cpu_kernels):
+def test_shift_mask_is_a_finite_100(on_cpu_kernels):
     """At logit_scale 50 masked keys can weigh as much as the others; under −inf they cannot."""
     block, x = small_block("v2", (14, 14)), torch.randn(4, 1, 1, 16).expand(4, 14, 14, 16).clone()
     x[:, :3] *= -1  # the rows that the shift brings to the end, beside rows 10 to 13
@@ -189,14 +189,14 @@ def test_trap_3_shift_mask_is_a_finite_100(on_cpu_kernels):
 
 
 @kinds
-def test_trap_4_map_smaller_than_its_window_shrinks_it_per_axis(kind, calls, on_cpu_kernels):
+def test_map_smaller_than_its_window_shrinks_it_per_axis(kind, calls, on_cpu_kernels):
     block = small_block(kind, (5, 14))
     assert_same_training(block, on_cpu_kernels, [torch.randn(2, 5, 14, 16) for _ in range(4)])
     assert {(c["window"], c["shift"]) for c in calls} == {((5, 7), (0, 3))}
 
 
 @kinds
-def test_trap_4_always_partition_keeps_window_and_shift(kind, calls, on_cpu_kernels):
+def test_always_partition_keeps_window_and_shift(kind, calls, on_cpu_kernels):
     block = small_block(kind, (5, 14), always_partition=True)
     assert_same_training(block, on_cpu_kernels, [torch.randn(2, 5, 14, 16) for _ in range(4)])
     assert {(c["window"], c["shift"]) for c in calls} == {((7, 7), (3, 3))}
@@ -204,7 +204,7 @@ def test_trap_4_always_partition_keeps_window_and_shift(kind, calls, on_cpu_kern
 
 @pytest.mark.parametrize("always_partition", [None, True], ids=["shrink", "always_partition"])
 @kinds
-def test_trap_5_set_input_size_after_patch(kind, always_partition, calls, on_cpu_kernels):
+def test_set_input_size_after_patch(kind, always_partition, calls, on_cpu_kernels):
     model, size = small_model(kind, 56), (72, 100)
     on_cpu_kernels(model)
     arguments = {"window_size": (6, 9), "always_partition": always_partition}
@@ -225,7 +225,7 @@ def test_trap_5_set_input_size_after_patch(kind, always_partition, calls, on_cpu
 
 
 @pytest.mark.parametrize("kind", ["v2", "cr"])
-def test_trap_6_fp16_with_padding_stays_finite(kind, calls, on_cpu_kernels):
+def test_fp16_with_padding_stays_finite(kind, calls, on_cpu_kernels):
     """Stock gives NaN, as 1e-12 is 0 in fp16; ours errs less than stock in coarser bf16."""
     model = small_model(kind, (60, 76))
     images = [image(60, 76, seed=seed) for seed in range(LEAST_INPUTS)]
@@ -291,14 +291,14 @@ def wrap(model: nn.Module, names=("qkv", "proj")) -> None:
 
 
 @pytest.mark.parametrize("kind", ["v1", "cr"])
-def test_trap_7_wrapped_layers_are_called(kind, on_cpu_kernels):
+def test_wrapped_layers_are_called(kind, on_cpu_kernels):
     model = small_model(kind, (60, 76))
     wrap(model)
     trained = assert_same_training(model, on_cpu_kernels, [image(60, 76, seed=s) for s in range(3)])
     assert sum(name.endswith(("down", "up")) for name in trained[0].grads) == 16
 
 
-def test_trap_7_v2_calls_a_wrapped_qkv_where_stock_does(on_cpu_kernels):
+def test_v2_calls_a_wrapped_qkv_where_stock_does(on_cpu_kernels):
     """Stock V2 reads qkv.weight unless qkv_bias_separate: an adapter there has no effect."""
     model = small_model("v2", (60, 76))
     wrap(model)

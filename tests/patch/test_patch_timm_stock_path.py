@@ -37,7 +37,7 @@ HOOKS = {
 
 @pytest.mark.parametrize("hook", HOOKS)
 @pytest.mark.parametrize("place", ["attn", "attn.softmax", "attn.attn_drop"])
-def test_trap_8_hooked_attention_keeps_the_stock_path(place, hook, calls):
+def test_hooked_attention_keeps_the_stock_path(place, hook, calls):
     model = small_model("v1")
     seen, block = [], blocks_of(model)[1]
     handle = HOOKS[hook](block.get_submodule(place), seen)
@@ -51,7 +51,7 @@ def test_trap_8_hooked_attention_keeps_the_stock_path(place, hook, calls):
 
 
 @pytest.mark.parametrize("place", ["attn", "attn.softmax", "attn.attn_drop"])
-def test_trap_8_hook_added_after_patch_is_called_while_it_is_there(place, calls):
+def test_hook_added_after_patch_is_called_while_it_is_there(place, calls):
     model, x, seen = small_model("v1"), image(56, 56), []
     expected = model(x)
     patch(model)
@@ -66,7 +66,7 @@ def test_trap_8_hook_added_after_patch_is_called_while_it_is_there(place, calls)
 
 
 @kinds
-def test_trap_8_replaced_attention_module_keeps_the_stock_path(kind, calls):
+def test_replaced_attention_module_keeps_the_stock_path(kind, calls):
     class Mine(nn.Module):
         def __init__(self, attn):
             super().__init__()
@@ -89,7 +89,7 @@ def test_trap_8_replaced_attention_module_keeps_the_stock_path(kind, calls):
 @pytest.mark.parametrize(
     "name, module", [("softmax", nn.Softmin(-1)), ("attn_drop", nn.Identity())]
 )
-def test_trap_8_replaced_softmax_or_dropout_keeps_the_stock_path(name, module, calls):
+def test_replaced_softmax_or_dropout_keeps_the_stock_path(name, module, calls):
     block, x = small_block("v1", (14, 14)), torch.randn(1, 14, 14, 16)
     patch(block)
     setattr(block.attn, name, module)

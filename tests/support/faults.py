@@ -39,8 +39,8 @@ FAULTS = {
     "cpu kernel: a row whose keys are all masked": Fault(
         "on_cpu",
         "csrc/cpu/isa/softmax.inc",
-        "const V factor = sum[v] == V{} ? V{} : 1 / sum[v];",
-        "const V factor = 1 / sum[v];",
+        "const V factor = row_sum[v] == V{} ? V{} : 1 / row_sum[v];",
+        "const V factor = 1 / row_sum[v];",
     ),
     "cpu kernel: dropout of queries beyond the first tile": Fault(
         "on_cpu",

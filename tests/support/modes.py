@@ -46,9 +46,9 @@ INTERPRETER = Mode(
     ("triton",),
     _NO_FP64 | {torch.bfloat16: "Triton's interpreter multiplies bf16 wrongly"},
     4,
-    ("interpreted", "rehearsed"),
+    ("interpreted", "gpu_dry_run"),
 )
-EMULATOR = Mode("emulator", ("cuda",), {}, 20, ("rehearsed",))
+EMULATOR = Mode("emulator", ("cuda",), {}, 20, ("gpu_dry_run",))
 CUDA = Mode("cuda", ("triton",), _NO_FP64, marks=("gpu",))
 CUDA_CPP = Mode("cuda", ("cuda",), {}, marks=("gpu",))
 
@@ -56,8 +56,11 @@ MODE = pytest.StashKey[Mode]()  # of the session
 
 # where tests marked with these are deselected, and why
 TOO_COSTLY = {
-    "costly": ((INTERPRETER, EMULATOR), "takes minutes there; what it tests, other tests do too"),
-    "tedious": ((INTERPRETER,), "takes a minute there; a case much like it is tested"),
+    "slow_emulator": (
+        (INTERPRETER, EMULATOR),
+        "takes minutes there; what it tests, other tests do too",
+    ),
+    "slow_interpreter": ((INTERPRETER,), "takes a minute there; a case much like it is tested"),
 }
 
 

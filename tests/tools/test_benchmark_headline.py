@@ -11,7 +11,7 @@ image_files = pytest.importorskip("PIL.Image", reason="matplotlib brings it")
 
 from benchmarks.cases import cpu_cases
 from benchmarks.report import headline, plots, readme, writer
-from benchmarks.report.rows import Book, Row
+from benchmarks.report.rows import ResultsFile, Row
 
 README = readme.README
 FACTS = {
@@ -47,10 +47,10 @@ MODELS = [
 
 
 def written(folder, name, rows, **facts):
-    book = Book(folder / name, FACTS | facts)
+    results_file = ResultsFile(folder / name, FACTS | facts)
     for row in rows:
-        book.add(row)
-    return plots.measured(book.path)
+        results_file.add(row)
+    return plots.measured(results_file.path)
 
 
 def texts(axes):

@@ -9,9 +9,8 @@ import pytest
 pytest.importorskip("matplotlib")
 image_files = pytest.importorskip("PIL.Image", reason="matplotlib brings it")
 
-from benchmarks.gpu_tools import counters
-from benchmarks.report import headline, plots, writer
-from benchmarks.report.rows import Book, Row
+from benchmarks.report import counted, headline, plots, writer
+from benchmarks.report.rows import ResultsFile, Row
 from benchmarks.sweeps import sweeps
 
 pytestmark = pytest.mark.slow
@@ -28,10 +27,10 @@ TIMES = {"ours": 1000.0, "unfused": 2500.0}
 
 
 def written(folder, name, rows, facts=FACTS):
-    book = Book(folder / name, facts)
+    results_file = ResultsFile(folder / name, facts)
     for row in rows:
-        book.add(row)
-    return plots.measured(book.path)
+        results_file.add(row)
+    return plots.measured(results_file.path)
 
 
 def timed(case, provider, direction, median, **more):
@@ -82,10 +81,10 @@ def resolution(tmp_path):
 
 def test_counters_have_a_section_of_their_own(tmp_path):
     rows = [
-        counters.Counted("T1 shift 3", "forward", "_single_tile_fwd_kernel", 81.25, 61.0, 231e6),
-        counters.Counted("T1 shift 3", "backward", "_single_tile_bwd_kernel", stalls="wait 2.00"),
+        counted.Counted("T1 shift 3", "forward", "_single_tile_fwd_kernel", 81.25, 61.0, 231e6),
+        counted.Counted("T1 shift 3", "backward", "_single_tile_bwd_kernel", stalls="wait 2.00"),
     ]
-    counters.write(tmp_path / "gpu-a.csv", rows, FACTS)
+    counted.write(tmp_path / "gpu-a.csv", rows, FACTS)
     page = writer.page([], writer.counted_in(tmp_path))
     start = page.index("## Counted by Nsight Compute: A CPU, 2 threads, avx2, 2000-01-01")
     assert "| T1 shift 3 | forward | _single_tile_fwd_kernel | 81.2 | 61 % | 231 |" in page[start:]
@@ -94,7 +93,7 @@ def test_counters_have_a_section_of_their_own(tmp_path):
 
 def test_page_is_what_the_generator_writes():
     assert writer.PAGE.read_text() == writer.page(
-        writer.sources_in(writer.RESULTS), writer.counted_in(counters.COUNTED)
+        writer.sources_in(writer.RESULTS), writer.counted_in(counted.COUNTED)
     ), "run `python -m benchmarks.report`"
 
 

@@ -7,7 +7,7 @@ import subprocess
 
 import pytest
 
-from benchmarks.report.rows import Book, Row, command_of, commit, read
+from benchmarks.report.rows import ResultsFile, Row, command_of, commit, read
 
 FACTS = {"machine": "a, b", "commit": "c0ffee", "date": "2000-01-01"}
 TIMED = Row("T1", "ours", "forward", 2.0, 1.5, 2.5, 7, 1.0, 0.5, 0.25, 12.0, 1.25)
@@ -15,47 +15,47 @@ FAILED = Row("T1", "flex", "forward", note="RuntimeError: no, such kernel")
 
 
 def test_rows_and_facts_come_back_from_the_file(tmp_path):
-    book = Book(tmp_path / "rows.csv", FACTS)
+    results_file = ResultsFile(tmp_path / "rows.csv", FACTS)
     for row in (TIMED, FAILED):
-        book.add(row)
-    assert read(book.path) == ([TIMED, FAILED], FACTS)
+        results_file.add(row)
+    assert read(results_file.path) == ([TIMED, FAILED], FACTS)
 
 
 def test_file_without_a_newer_column_is_read_and_gone_on_with(tmp_path):
-    book = Book(tmp_path / "rows.csv", FACTS)
-    book.add(TIMED)
-    with book.path.open(newline="") as file:
+    results_file = ResultsFile(tmp_path / "rows.csv", FACTS)
+    results_file.add(TIMED)
+    with results_file.path.open(newline="") as file:
         lines = list(csv.DictReader(file))
     older = [name for name in lines[0] if name != "error"]
-    with book.path.open("w", newline="") as file:
+    with results_file.path.open("w", newline="") as file:
         writer = csv.DictWriter(file, older, extrasaction="ignore")
         writer.writeheader()
         writer.writerows(lines)
-    resumed = Book(book.path, FACTS | {"command": "newer"}, resume=True)
+    resumed = ResultsFile(results_file.path, FACTS | {"command": "newer"}, resume=True)
     assert resumed.rows == [TIMED._replace(error=None)]
     resumed.add(FAILED)
-    assert read(book.path) == ([TIMED._replace(error=None), FAILED], FACTS)
+    assert read(results_file.path) == ([TIMED._replace(error=None), FAILED], FACTS)
 
 
 def test_file_has_each_median_beside_ours(tmp_path):
-    book = Book(tmp_path / "rows.csv", FACTS)
+    results_file = ResultsFile(tmp_path / "rows.csv", FACTS)
     peer = TIMED._replace(provider="sdpa", median_us=5.0)
     for row in (TIMED, peer, FAILED, peer._replace(case="T2")):  # of T2 there is none of ours
-        book.add(row)
-    with book.path.open(newline="") as file:
+        results_file.add(row)
+    with results_file.path.open(newline="") as file:
         assert [line["ratio_to_ours"] for line in csv.DictReader(file)] == ["1", "2.5", "", ""]
 
 
 def test_rows_of_another_commit_are_not_gone_on_with(tmp_path):
-    book = Book(tmp_path / "rows.csv", FACTS)
-    book.add(TIMED)
+    results_file = ResultsFile(tmp_path / "rows.csv", FACTS)
+    results_file.add(TIMED)
     with pytest.raises(ValueError, match="commit c0ffee, this is decaf: measure into another"):
-        Book(book.path, FACTS | {"commit": "decaf"}, resume=True)
+        ResultsFile(results_file.path, FACTS | {"commit": "decaf"}, resume=True)
 
 
 def test_empty_file_has_no_rows(tmp_path):
-    book = Book(tmp_path / "rows.csv", FACTS)
-    assert read(book.path) == ([], {})
+    results_file = ResultsFile(tmp_path / "rows.csv", FACTS)
+    assert read(results_file.path) == ([], {})
 
 
 @pytest.mark.parametrize(

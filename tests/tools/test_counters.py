@@ -14,6 +14,7 @@ pytest.importorskip("triton", reason="what is profiled are Triton's kernels")
 from tiers import thorough
 
 from benchmarks.gpu_tools import counters
+from benchmarks.report.counted import read
 
 pytestmark = pytest.mark.slow
 
@@ -69,7 +70,7 @@ def test_a_profile_of_other_launches_is_refused():
 # in the place of Nsight Compute: runs what it is to profile, then writes a page of its launches
 STAND_IN = """\
 import json, subprocess, sys
-sys.path[:0] = [{tests!r}, {root!r}]
+sys.path[:0] = [{tests!r}, {root!r} + "/tests/support", {root!r}]
 from test_counters import page
 arguments = sys.argv[1:]
 command = arguments[arguments.index({python!r}):]
@@ -111,11 +112,13 @@ def rehearsed(ncu: Path, *arguments: str) -> subprocess.CompletedProcess:
     "test_counters.py::test_a_profiler_that_gives_nothing_is_quoted",
 )
 def test_rehearsal_counts_every_launch_of_a_training_step(tmp_path):
-    body = STAND_IN.format(tests=str(ROOT / "tests"), root=str(ROOT), python=sys.executable)
+    body = STAND_IN.format(
+        tests=str(ROOT / "tests" / "tools"), root=str(ROOT), python=sys.executable
+    )
     path = tmp_path / "rows.csv"
     done = rehearsed(profiler(tmp_path, body), "--cases", "toy", "toy tiles", "--csv", str(path))
     assert done.returncode == 0, done.stdout + done.stderr
-    rows, facts = counters.read(path)
+    rows, facts = read(path)
     ran = {row[:3] for row in rows}
     assert ("toy", "forward", "_single_tile_fwd_kernel") in ran
     assert ("toy", "backward", "_single_tile_bwd_kernel") in ran

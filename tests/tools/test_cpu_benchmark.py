@@ -18,7 +18,7 @@ from tiers import thorough
 from benchmarks import cpu
 from benchmarks.baselines import providers
 from benchmarks.cases import cpu_cases, other_cpu_cases, toy_cases
-from benchmarks.device import Cpu, Yardsticks
+from benchmarks.device import Cpu, MachinePeaks
 from benchmarks.models import TOYS
 from benchmarks.timing import DIRECTIONS, Gate, make_inputs
 
@@ -172,7 +172,7 @@ def test_yardsticks_tell_bytes_and_flop_a_second_of_the_median_sample(monkeypatc
     monkeypatch.setattr(Cpu, "matrix_size", 8)
     ends = iter([0.5, 8.0, 0.25, 2.0, 1.0, 4.0])  # seconds of copy, product, copy, …
     monkeypatch.setattr(Cpu, "seconds", lambda self, first, last: next(ends))
-    yardsticks = Yardsticks(Cpu())
+    yardsticks = MachinePeaks(Cpu())
     for _ in range(3):
         yardsticks.sample()
     assert yardsticks.rates() == (2 * 1024 / 0.5, 2 * 8**3 / 4.0)

@@ -23,7 +23,7 @@ from test_window_attention import GEOMETRIES, OPTIONS
 
 import swin_kernels
 from benchmarks.baselines.providers import ours
-from benchmarks.device import Cuda, Rehearsal
+from benchmarks.device import Cuda, DryRunDevice
 from benchmarks.models import PEER_FACTOR, check_errors
 from benchmarks.models import Outcome as Logits
 from benchmarks.timing import Gate, Inputs, Loop, Replayed, make_inputs
@@ -47,12 +47,12 @@ from swin_kernels.testing import (
 )
 
 REHEARSED = bool(os.environ.get("SWIN_KERNELS_REHEARSE"))
-pytestmark = pytest.mark.rehearsed if REHEARSED else pytest.mark.gpu
+pytestmark = pytest.mark.gpu_dry_run if REHEARSED else pytest.mark.gpu
 
 
 @pytest.fixture
 def device(mode):
-    found = Rehearsal() if REHEARSED else Cuda()
+    found = DryRunDevice() if REHEARSED else Cuda()
     found.backend = mode.fused
     yield found
     found.release()  # several processes may share the device

@@ -24,10 +24,10 @@ from triton_calls import call_of
 from benchmarks import attention, gpu, models
 from benchmarks.baselines import providers
 from benchmarks.cases import other_cases, swin_cases, toy_cases
-from benchmarks.device import Cuda, Rehearsal
+from benchmarks.device import Cuda, DryRunDevice
 from benchmarks.gpu_tools.override import override
 from benchmarks.gpu_tools.targets import verdicts
-from benchmarks.report.rows import Book, Row, print_plain, read, table_of
+from benchmarks.report.rows import ResultsFile, Row, print_plain, read, table_of
 from benchmarks.timing import DIRECTIONS, Gate, Loop, Replayed, make_inputs, sample_in_turn
 from swin_kernels.backends.triton import config
 from swin_kernels.backends.triton.config import INTERPRETER
@@ -182,7 +182,7 @@ def test_spent_budget_skips_and_says_so(tmp_path, capsys):
     assert "no time for toy: ours: skipped" in capsys.readouterr().out
 
 
-class Fp32Rehearsal(Rehearsal):
+class Fp32Rehearsal(DryRunDevice):
     dtype = torch.float32
 
 
@@ -253,13 +253,15 @@ def test_failed_provider_is_a_row_and_others_go_on(tmp_path):
     def failing(case, device):
         raise RuntimeError("no such\nkernel")
 
-    book = Book(tmp_path / "rows.csv", FACTS)
+    results_file = ResultsFile(tmp_path / "rows.csv", FACTS)
     wanted = [providers.Provider("bad", failing), providers.Provider("good", providers.unfused)]
-    attention.measure_case("toy", toy(), Fp32Rehearsal(), wanted, book, 1, 1.0)
-    assert {r.note for r in book.rows if r.provider == "bad"} == {"RuntimeError: no such kernel"}
-    assert all(r.median_us for r in book.rows if r.provider == "good")
-    resumed = Book(book.path, FACTS, resume=True)
-    assert [r[:3] for r in resumed.rows] == [r[:3] for r in book.rows]
+    attention.measure_case("toy", toy(), Fp32Rehearsal(), wanted, results_file, 1, 1.0)
+    assert {r.note for r in results_file.rows if r.provider == "bad"} == {
+        "RuntimeError: no such kernel"
+    }
+    assert all(r.median_us for r in results_file.rows if r.provider == "good")
+    resumed = ResultsFile(results_file.path, FACTS, resume=True)
+    assert [r[:3] for r in resumed.rows] == [r[:3] for r in results_file.rows]
     assert resumed.has("toy", "bad")
 
 
@@ -276,7 +278,7 @@ def test_error_while_timing_ends_one_provider_only():
 
 
 def test_device_beyond_use_asks_for_another_process(tmp_path, monkeypatch):
-    monkeypatch.setattr(Rehearsal, "broken", lambda self: True)
+    monkeypatch.setattr(DryRunDevice, "broken", lambda self: True)
     arguments = ["--rehearse", "--csv", str(tmp_path / "rows.csv")]
     monkeypatch.setattr(gpu, "GPU_PROVIDERS", (providers.Provider("peer", providers.unfused),))
     with pytest.raises(SystemExit) as stopped:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import graphlib
 import subprocess
 import sys
 from pathlib import Path
@@ -14,6 +15,7 @@ PACKAGE = ROOT / "swin_kernels"
 
 # what each part of the package may import of the others
 BELOW = {
+    "version": set(),
     "geometry": set(),
     "position_bias": set(),
     "problem": {"geometry", "position_bias"},
@@ -22,7 +24,7 @@ BELOW = {
 }
 BELOW["modules"] = BELOW["ops"] | {"ops"}
 BELOW["models"] = BELOW["modules"] | {"modules"}
-BELOW["patch"] = BELOW["ops"] | {"ops"}
+BELOW["patch"] = BELOW["ops"] | {"ops", "version"}
 BELOW["testing"] = BELOW["patch"] | {"patch"}  # stock beside patched
 TOP = {"__init__", "__main__", "cli"}  # may import everything
 
@@ -86,6 +88,58 @@ def test_libraries_are_imported_only_where_they_belong(path):
         library = name.split(".")[0]
         if library in HOMES:
             assert _part(path) in HOMES[library], f"{path}:{line}: imports {library}"
+
+
+# the files of backends/triton, each of which imports only those before it; device code none of them
+TRITON = ("token_layout", "launch_spec", "config", "kernel_args", "plan", "launcher", "backend")
+# folders of benchmarks, each of which may import of the others those before it
+BENCHMARKS = ("device", "baselines", "report", "codegen", "gpu_tools", "compare")
+
+
+def _named(path: Path) -> str:
+    return ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
+
+
+def _graph(*folders: str) -> dict[str, set[str]]:
+    """The modules that each module of these folders imports, at its top or inside a function."""
+    files = {_named(path): path for folder in folders for path in (ROOT / folder).rglob("*.py")}
+    graph = {}
+    for name, path in files.items():
+        found = set()
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Import):
+                found |= {alias.name for alias in node.names}
+            elif isinstance(node, ast.ImportFrom) and node.module:
+                parts = {f"{node.module}.{alias.name}" for alias in node.names}
+                found |= (parts & files.keys()) or {node.module}
+        graph[name] = {x for x in found if x in files and x != name}
+    return graph
+
+
+def test_no_imports_go_in_a_circle():
+    graph = _graph("swin_kernels", "benchmarks")
+    assert len(graph) > 90
+    graphlib.TopologicalSorter(graph).prepare()  # CycleError names the circle
+
+
+def test_the_files_of_the_triton_backend_go_one_way():
+    package = "swin_kernels.backends.triton"
+    graph = _graph("swin_kernels/backends/triton")
+    for name, imported in graph.items():
+        here = name.removeprefix(f"{package}.")
+        for other in (x.removeprefix(f"{package}.") for x in imported):
+            if here.startswith("kernels."):
+                assert other.startswith("kernels."), f"{here} imports {other}"
+            else:
+                assert TRITON.index(other) < TRITON.index(here), f"{here} imports {other}"
+
+
+def test_the_folders_of_the_benchmarks_go_one_way():
+    for name, imported in _graph("benchmarks").items():
+        here = name.split(".")[1]
+        for other in (x.split(".")[1] for x in imported):
+            if here in BENCHMARKS and other in BENCHMARKS and here != other:
+                assert BENCHMARKS.index(other) < BENCHMARKS.index(here), f"{name} imports {other}"
 
 
 def _modules_after(statement: str) -> set[str]:

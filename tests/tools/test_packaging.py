@@ -39,7 +39,7 @@ def test_version_is_written_once():
     assert re.fullmatch(r"\d+\.\d+\.\d+\S*", swin_kernels.__version__)
     project = (ROOT / "pyproject.toml").read_text()
     assert 'dynamic = ["version", "readme"]' in project
-    assert 'version = { attr = "swin_kernels.__version__" }' in project
+    assert 'version = { attr = "swin_kernels.version.__version__" }' in project
     assert f"## [{swin_kernels.__version__}]" in (ROOT / "CHANGELOG.md").read_text()
 
 

@@ -11,7 +11,7 @@ import torch
 from benchmarks import cpu, gpu
 from benchmarks.attention import OTHER_FUNCTION
 from benchmarks.baselines.providers import DIRECTIONS
-from benchmarks.device import Cpu, Rehearsal
+from benchmarks.device import Cpu, DryRunDevice
 from benchmarks.report.rows import read
 from benchmarks.sweeps import ALTERNATIVES, RESOLUTIONS, UNITS, sweeps, varied
 from swin_kernels.testing import Case
@@ -119,7 +119,7 @@ def test_a_gpu_has_the_same_sweeps_of_more_images(kind, monkeypatch):
 def test_rows_of_a_gpu_sweep_are_in_a_file_of_their_own(tmp_path, monkeypatch):
     """The program from end to end, a CPU in the GPU's place and peers alone."""
 
-    class Small(Rehearsal):
+    class Small(DryRunDevice):
         dtype = torch.float32
 
     small = Case(1, (6, 6), (3, 3), (1, 1), 2, 8, packed=True, bias="table", layout="contiguous")

@@ -40,15 +40,15 @@ SWIN_DEVICE void relate_to_largest(Sum (&dp)[Tiles][4], Sum (&p)[Tiles][4], int 
   for_each_logit(dp, 0, tiles, lane, [&](Sum& x, int, int e, int, int) { x -= reference[e / 2]; });
 }
 
-// The gradient behind `to_unit` of a warp's sums (16, 8·tiles), a gradient of unit vectors still to
-// be scaled by `factor`: dx = (dx̂ − x̂·(x̂·dx̂))/‖x‖, and dx̂/ε where the clamp holds. fp16 cannot hold
-// that: it saturates. `radial` is x̂·dx̂ of a lane's two rows, `unit` and `norms` those of the warp's
-// first.
+// The gradient behind `l2_normalize` of a warp's sums (16, 8·tiles), a gradient of unit vectors
+// still to be scaled by `factor`: dx = (dx̂ − x̂·(x̂·dx̂))/‖x‖, and dx̂/ε where the clamp holds. fp16
+// cannot hold that: it saturates. `radial` is x̂·dx̂ of a lane's two rows, `unit` and `norms` those
+// of the warp's first.
 template <class P, int Tiles>
-SWIN_DEVICE void through_unit(typename P::Sum (&grad)[Tiles][4],
-                              const Operand<typename P::Element>& unit,
-                              const typename P::Sum* norms, typename P::Sum factor,
-                              const WideSum<P> (&radial)[2], int tiles, int lane) {
+SWIN_DEVICE void l2_normalize_bwd(typename P::Sum (&grad)[Tiles][4],
+                                  const Operand<typename P::Element>& unit,
+                                  const typename P::Sum* norms, typename P::Sum factor,
+                                  const WideSum<P> (&radial)[2], int tiles, int lane) {
   using Sum = typename P::Sum;
   using Wide = WideSum<P>;
   const Lane own(lane);

@@ -120,12 +120,12 @@ SWIN_DEVICE void multiply_sides(typename P::Sum (&sums)[Tiles][4], Side<P, Chann
 template <class P>
 struct RunningSoftmax {
   using Sum = typename P::Sum;
-  Sum top[2] = {-INFINITY, -INFINITY}, total[2] = {0, 0};
+  Sum row_max[2] = {-INFINITY, -INFINITY}, row_sum[2] = {0, 0};
 
   // Logits become exponentials on the base of the largest so far; what was summed on the base
-  // before is to be multiplied by `shrink`.
-  SWIN_DEVICE void take(Sum (&s)[kKeyTiles][4], Sum (&shrink)[2], int tiles, int lane) {
-    Sum higher[2] = {top[0], top[1]}, sum[2] = {0, 0};
+  // before is to be multiplied by `alpha`.
+  SWIN_DEVICE void take(Sum (&s)[kKeyTiles][4], Sum (&alpha)[2], int tiles, int lane) {
+    Sum higher[2] = {row_max[0], row_max[1]}, sum[2] = {0, 0};
     for_each_logit(s, 0, tiles, lane,
                    [&](Sum& x, int, int e, int, int) { higher[e / 2] = fmax(higher[e / 2], x); });
     max_over_row(higher);
@@ -133,8 +133,8 @@ struct RunningSoftmax {
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
       base[r] = higher[r] == Sum(-INFINITY) ? Sum(0) : higher[r];
-      shrink[r] = exponential<P>(top[r] - base[r]);
-      top[r] = higher[r];
+      alpha[r] = exponential<P>(row_max[r] - base[r]);
+      row_max[r] = higher[r];
     }
     for_each_logit(s, 0, tiles, lane, [&](Sum& x, int, int e, int, int) {
       x = exponential<P>(x - base[e / 2]);
@@ -142,7 +142,7 @@ struct RunningSoftmax {
     });
     sum_over_row(sum);
 #pragma unroll
-    for (int r = 0; r < 2; ++r) total[r] = total[r] * shrink[r] + sum[r];
+    for (int r = 0; r < 2; ++r) row_sum[r] = row_sum[r] * alpha[r] + sum[r];
   }
 };
 

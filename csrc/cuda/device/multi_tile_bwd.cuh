@@ -14,23 +14,23 @@ tiled_statistics(SWIN_PARAMETER Backward call) {
   using Sum = typename P::Sum;
   auto& memory = *reinterpret_cast<TiledBackwardMemory<P, Channels>*>(shared_memory());
   const TileOfProgram own(call.in.problem);
-  Pass<P, Channels, false> pass(call, memory, own.head, false);
+  BackwardTile<P, Channels, false> pass(call, memory, own.head, false);
   const WindowPlace at(pass.p, own.window);
   const int tokens = pass.tokens, lane = pass.lane;
-  pass.go_to_rows(at, own.window, own.first, call.grad_query, call.grad_query);
+  pass.load_row_tile(at, own.window, own.first, call.grad_query, call.grad_query);
 
   RunningSoftmax<P> softmax;
   Sum delta[2] = {0, 0}, reference[2] = {0, 0};
   for (int column = 0; column < tokens; column += kTile) {
     const int tiles = groups_in(tokens, column, kColumns);
     pass.go_to_columns(at, column);
-    Sum s[kKeyTiles][4], dp[kKeyTiles][4], shrink[2], products[2] = {0, 0};
+    Sum s[kKeyTiles][4], dp[kKeyTiles][4], alpha[2], products[2] = {0, 0};
     pass.logits(s, tiles);
     pass.probability_gradients(dp, tiles);
     for_each_logit(dp, pass.warp_row, tiles, lane,
                    [&](Sum& x, int, int, int i, int j) { x *= pass.kept_factor(i, j); });
-    const Sum before[2] = {softmax.total[0], softmax.total[1]};
-    softmax.take(s, shrink, tiles, lane);
+    const Sum before[2] = {softmax.row_sum[0], softmax.row_sum[1]};
+    softmax.take(s, alpha, tiles, lane);
     if constexpr (kRelative<P>) {
       // where the largest logit so far is in this tile, what was summed is to be relative to its dp
       const Sum ones[2] = {1, 1};
@@ -48,7 +48,7 @@ tiled_statistics(SWIN_PARAMETER Backward call) {
     });
     sum_over_row(products);
 #pragma unroll
-    for (int r = 0; r < 2; ++r) delta[r] = delta[r] * shrink[r] + products[r];
+    for (int r = 0; r < 2; ++r) delta[r] = delta[r] * alpha[r] + products[r];
   }
   Sum* to = static_cast<Sum*>(call.statistics) +
             (own.window * pass.p.heads + own.head) * kStatistics * tokens;
@@ -57,9 +57,9 @@ tiled_statistics(SWIN_PARAMETER Backward call) {
   for (int r = 0; r < 2; ++r) {
     const int i = own.first + pass.warp_row + place.row(2 * r);
     if (place.member != 0 || i >= tokens) continue;
-    const Sum total = softmax.total[r], divides = divisor<P>(total);
-    to[kTop * tokens + i] = total == 0 ? Sum(0) : softmax.top[r];
-    to[kDivisor * tokens + i] = divides;
+    const Sum row_sum = softmax.row_sum[r], divides = divisor<P>(row_sum);
+    to[kRowMax * tokens + i] = row_sum == 0 ? Sum(0) : softmax.row_max[r];
+    to[kRowSum * tokens + i] = divides;
     to[kReference * tokens + i] = reference[r];
     to[kDelta * tokens + i] = divided<P>(delta[r], divides);
   }
@@ -72,15 +72,15 @@ tiled_grad_query(SWIN_PARAMETER Backward call) {
   constexpr int kChannelTiles = Channels / kColumns;
   auto& memory = *reinterpret_cast<TiledBackwardMemory<P, Channels>*>(shared_memory());
   const TileOfProgram own(call.in.problem);
-  Pass<P, Channels, false> pass(call, memory, own.head);
+  BackwardTile<P, Channels, false> pass(call, memory, own.head);
   const WindowPlace at(pass.p, own.window);
   const int tokens = pass.tokens, lane = pass.lane;
   const int warp_row = pass.warp_row;
-  pass.go_to_rows(at, own.window, own.first, call.grad_query, call.grad_query);
+  pass.load_row_tile(at, own.window, own.first, call.grad_query, call.grad_query);
 
-  Turns<Channels> turn(pass.query.dim, pass.query.norms != nullptr);
+  ChannelChunks<Channels> chunks(pass.query.dim, pass.query.norms != nullptr);
   WideSum<P> radial[2] = {0, 0};  // q̂·dq̂
-  for (; !turn.done(); turn.next()) {
+  for (; !chunks.done(); chunks.next()) {
     Sum grad[kChannelTiles][4];
     clear<P>(grad);
     for (int column = 0; column < tokens; column += kTile) {
@@ -88,13 +88,13 @@ tiled_grad_query(SWIN_PARAMETER Backward call) {
       pass.go_to_columns(at, column);
       Sum weights[kKeyTiles][4], ds[kKeyTiles][4];
       pass.tile_gradients(weights, ds, tiles);
-      bring(pass.key, turn.begin, own.head, call.in.by_16_bytes);
-      pass.add_weighted(grad, ds, pass.key, tiles, turn.tiles());
+      bring(pass.key, chunks.begin, own.head, call.in.by_16_bytes);
+      pass.add_weighted(grad, ds, pass.key, tiles, chunks.tiles());
     }
-    if (!pass.finish(grad, radial, pass.query, turn)) continue;
+    if (!pass.finish(grad, radial, pass.query, chunks)) continue;
     block_barrier();  // the keys were read
     store_grad<P, Channels>(grad, pass.key.tile, call.grad_query, memory.row_offsets[2], warp_row,
-                            turn.begin, pass.query.dim, call.in.by_16_bytes, lane);
+                            chunks.begin, pass.query.dim, call.in.by_16_bytes, lane);
   }
   if (call.partial_logit_scale != nullptr) {  // (windows and tiles, H)
     const int64_t row = own.window * tile_count(tokens) + own.first / kTile;
@@ -111,19 +111,20 @@ tiled_grad_key_value(SWIN_PARAMETER Backward call) {
   constexpr int kChannelTiles = Channels / kColumns;
   auto& memory = *reinterpret_cast<TiledBackwardMemory<P, Channels>*>(shared_memory());
   const TileOfProgram own(call.in.problem);
-  Pass<P, Channels, true> pass(call, memory, own.head);
+  BackwardTile<P, Channels, true> pass(call, memory, own.head);
   const WindowPlace at(pass.p, own.window);
   const int tokens = pass.tokens, lane = pass.lane;
   const int warp_row = pass.warp_row, head_dim = pass.key.dim, value_dim = pass.value.dim;
-  pass.go_to_rows(at, own.window, own.first, call.grad_key, call.grad_value);
+  pass.load_row_tile(at, own.window, own.first, call.grad_key, call.grad_value);
 
   // padding of this tile alone: a row (windows and tiles) of partial sums
   const int64_t row = own.window * tile_count(tokens) + own.first / kTile;
   const int64_t partial = row * pass.p.heads + own.head;
-  Turns<Channels> turn(head_dim > value_dim ? head_dim : value_dim, pass.key.norms != nullptr);
+  ChannelChunks<Channels> chunks(head_dim > value_dim ? head_dim : value_dim,
+                                 pass.key.norms != nullptr);
   WideSum<P> radial[2] = {0, 0};  // k̂·dk̂
-  for (; !turn.done(); turn.next()) {
-    const int begin = turn.begin, tiles_out = turn.tiles();
+  for (; !chunks.done(); chunks.next()) {
+    const int begin = chunks.begin, tiles_out = chunks.tiles();
     Sum grad_key[kChannelTiles][4], grad_value[kChannelTiles][4];
     clear<P>(grad_key);
     clear<P>(grad_value);
@@ -141,7 +142,7 @@ tiled_grad_key_value(SWIN_PARAMETER Backward call) {
         pass.add_weighted(grad_key, ds, pass.query, tiles, tiles_out);
       }
     }
-    if (!pass.finish(grad_key, radial, pass.key, turn)) continue;
+    if (!pass.finish(grad_key, radial, pass.key, chunks)) continue;
     PaddingSum<P, kChannelTiles> padding;
     block_barrier();  // queries and gradients of the output were read
     if (begin < head_dim) {
@@ -181,7 +182,7 @@ tiled_grad_bias(SWIN_PARAMETER Backward call) {
   const int first_row = int(block_index() / tiles_a_side % tiles_a_side) * kTile;
   const int64_t program = block_index() / (tiles_a_side * tiles_a_side);
   const int64_t head = program % p.heads, run = program / p.heads;
-  Pass<P, Channels, false> pass(call, memory, head);
+  BackwardTile<P, Channels, false> pass(call, memory, head);
   const int tokens = pass.tokens, lane = pass.lane;
   const int tiles = groups_in(tokens, first_column, kColumns);
 
@@ -192,7 +193,7 @@ tiled_grad_bias(SWIN_PARAMETER Backward call) {
   const int64_t last =
       window + call.windows_per_program < windows ? window + call.windows_per_program : windows;
   for (WindowPlace at(p, window); window < last; ++window, at.next(p)) {
-    pass.go_to_rows(at, window, first_row, call.grad_query, call.grad_query);
+    pass.load_row_tile(at, window, first_row, call.grad_query, call.grad_query);
     pass.go_to_columns(at, first_column);
     Sum weights[kKeyTiles][4], ds[kKeyTiles][4];
     pass.tile_gradients(weights, ds, tiles);

@@ -9,7 +9,7 @@ namespace swin_kernels::cuda {
 
 // Of a query: the largest of its logits, what exp(s − largest) is divided by, what dp is relative
 // to, and Σ p·dp of that.
-enum Statistic { kTop, kDivisor, kReference, kDelta, kStatistics };
+enum Statistic { kRowMax, kRowSum, kReference, kDelta, kStatistics };
 
 template <class P, int Channels>
 struct TiledBackwardMemory {
@@ -31,10 +31,11 @@ struct TiledBackwardMemory {
 // A gradient's channels, as many at a time as a tile holds. Behind unit vectors of more channels
 // every one is computed twice: what x̂·dx̂ takes away is known only after the last.
 template <int Channels>
-struct Turns {
+struct ChannelChunks {
   int dim, turns, begin = 0;
 
-  SWIN_DEVICE Turns(int dim, bool of_units) : dim(dim), turns(of_units && dim > Channels ? 2 : 1) {}
+  SWIN_DEVICE ChannelChunks(int dim, bool of_units)
+      : dim(dim), turns(of_units && dim > Channels ? 2 : 1) {}
 
   SWIN_DEVICE bool done() const { return turns == 0; }
   SWIN_DEVICE bool last() const { return turns == 1; }
@@ -53,7 +54,7 @@ struct Turns {
 // What all passes know: who they are, and the four tensors as sides of a tile of logits, whose rows
 // are queries or, `Transposed`, keys.
 template <class P, int Channels, bool Transposed>
-struct Pass {
+struct BackwardTile {
   using T = typename P::Element;
   using Sum = typename P::Sum;
   using Memory = TiledBackwardMemory<P, Channels>;
@@ -72,7 +73,8 @@ struct Pass {
   int seams = 0;
   Side<P, Channels> query, key, value, grad_out;
 
-  SWIN_DEVICE Pass(const Backward& call, Memory& memory, int64_t head, bool has_statistics = true)
+  SWIN_DEVICE BackwardTile(const Backward& call, Memory& memory, int64_t head,
+                           bool has_statistics = true)
       : call(call),
         p(call.in.problem),
         memory(memory),
@@ -136,8 +138,8 @@ struct Pass {
   }
 
   // To tokens [first, first + kTile) of a window, as rows; also placed in two of their gradients.
-  SWIN_DEVICE void go_to_rows(const WindowPlace& at, int64_t number, int first,
-                              const TokenView& grad, const TokenView& other_grad) {
+  SWIN_DEVICE void load_row_tile(const WindowPlace& at, int64_t number, int first,
+                                 const TokenView& grad, const TokenView& other_grad) {
     block_barrier();  // the rows before were read
     window = number;
     window_number = at.number(p);
@@ -210,8 +212,8 @@ struct Pass {
         const int i = Transposed ? column : row;
         if (kAside)
           weights[n][e] = aside[own.row(e) * memory.logits.kPitch + n * kColumns + own.column(e)];
-        const Sum prob = divided<P>(exponential<P>(weights[n][e] - memory.statistics[kTop][i]),
-                                    memory.statistics[kDivisor][i]);
+        const Sum prob = divided<P>(exponential<P>(weights[n][e] - memory.statistics[kRowMax][i]),
+                                    memory.statistics[kRowSum][i]);
         const Sum kept = kept_factor(row, column);
         Sum dp = ds[n][e] * kept;
         if (kRelative<P>) dp -= memory.statistics[kReference][i];
@@ -232,24 +234,24 @@ struct Pass {
   // From sums of ds times tokens to a gradient of queries or keys; false while x̂·dx̂ is not known.
   template <int Tiles>
   SWIN_DEVICE bool finish(Sum (&grad)[Tiles][4], WideSum<P> (&radial)[2], Side<P, Channels>& side,
-                          const Turns<Channels>& turn) {
+                          const ChannelChunks<Channels>& chunks) {
     if (side.norms == nullptr) {
       scale(grad, factor);
       return true;
     }
-    if (turn.begin >= side.dim) return turn.last();  // values may have more channels
-    bring(side, turn.begin, head, call.in.by_16_bytes);
-    const bool once = turn.dim <= Channels;
-    if (once || !turn.last()) {
+    if (chunks.begin >= side.dim) return chunks.last();  // values may have more channels
+    bring(side, chunks.begin, head, call.in.by_16_bytes);
+    const bool once = chunks.dim <= Channels;
+    if (once || !chunks.last()) {
       WideSum<P> part[2];
-      radial_of<P>(part, grad, side.from(warp_row), turn.tiles(), lane);
+      radial_of<P>(part, grad, side.from(warp_row), chunks.tiles(), lane);
       radial[0] += part[0];
       radial[1] += part[1];
     }
-    if (turn.last())
-      through_unit<P>(grad, side.from(warp_row), side.norms + warp_row, factor, radial,
-                      turn.tiles(), lane);
-    return turn.last();
+    if (chunks.last())
+      l2_normalize_bwd<P>(grad, side.from(warp_row), side.norms + warp_row, factor, radial,
+                          chunks.tiles(), lane);
+    return chunks.last();
   }
 };
 

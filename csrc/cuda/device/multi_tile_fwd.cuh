@@ -73,14 +73,14 @@ tiled_forward(SWIN_PARAMETER Forward call) {
       value.load(begin, head, call.in.by_16_bytes);
       if (cosine) norms_of<T>(memory.norms[1], key.view, key.offsets, key.dim, key.pad, head);
 
-      Sum s[kKeyTiles][4], shrink[2];  // (16, 8·tiles)
+      Sum s[kKeyTiles][4], alpha[2];  // (16, 8·tiles)
       clear<P>(s);
       multiply_sides(s, query, key, call.in, head, warp_row, tiles, lane);
       add_logits(s, memory.logits, factor, warp_row, tiles, lane);
       add_shift_mask(s, Sum(call.in.mask_value), place, seams, warp_row, tiles, lane);
       add_mask<false>(s, call.in.mask, at.number(p), memory.logits, place, tokens, warp_row, tiles,
                       lane);
-      softmax.take(s, shrink, tiles, lane);
+      softmax.take(s, alpha, tiles, lane);
       if (call.in.dropout_threshold != 0)
         for_each_logit(s, first_row + warp_row, tiles, lane, [&](Sum& x, int, int, int i, int j) {
           if (!kept(call.in, window, head, i, first_column + j)) x = 0;
@@ -88,11 +88,11 @@ tiled_forward(SWIN_PARAMETER Forward call) {
 #pragma unroll
       for (int n = 0; n < kChannelTiles; ++n)
 #pragma unroll
-        for (int e = 0; e < 4; ++e) out[n][e] *= shrink[e / 2];
+        for (int e = 0; e < 4; ++e) out[n][e] *= alpha[e / 2];
       multiply_by_weights<P>(out, s, reinterpret_cast<T*>(memory.logits.numbers), warp_row,
                              value.from(0), tiles, value_tiles, lane);
     }
-    divide_rows<P>(out, softmax.total, Sum(call.in.kept_factor));
+    divide_rows<P>(out, softmax.row_sum, Sum(call.in.kept_factor));
     block_barrier();  // the last values were read: the warp's rows of their tile are free
     put(value.tile + warp_row * kPitch, kPitch, out, value_tiles, lane);
     warp_barrier();

@@ -54,7 +54,7 @@ SWIN_DEVICE bool pad_is_zero(const FloatView& pad, int64_t head, int64_t dim) {
     const Sum x = read<Sum>(pad, head * pad.stride[0] + c * pad.stride[1]);
     squares += x * x;
   }
-  return sqrt(squares) <= Sum(1e-12);
+  return sqrt(squares) <= Sum(kNormClamp);
 }
 
 template <class Sum>

@@ -89,8 +89,8 @@ whole_window_backward(SWIN_PARAMETER Backward call) {
     wait_for_copies<0>();
     block_barrier();
     if (cosine) {
-      to_unit<P, Channels>(query, memory.norms[0], first_row, head_dim, lane);
-      to_unit<P, Channels>(key, memory.norms[1], first_row, head_dim, lane);
+      l2_normalize<P, Channels>(query, memory.norms[0], first_row, head_dim, lane);
+      l2_normalize<P, Channels>(key, memory.norms[1], first_row, head_dim, lane);
       block_barrier();
     }
 
@@ -164,11 +164,11 @@ whole_window_backward(SWIN_PARAMETER Backward call) {
       WideSum<P> radial[2];
       radial_of<P>(radial, grad_query, own_queries, head_tiles, lane);
       scale_sum += radial[0] + radial[1];
-      through_unit<P>(grad_query, own_queries, memory.norms[0] + first_row, factor, radial,
-                      head_tiles, lane);
+      l2_normalize_bwd<P>(grad_query, own_queries, memory.norms[0] + first_row, factor, radial,
+                          head_tiles, lane);
       radial_of<P>(radial, grad, own_keys, head_tiles, lane);
-      through_unit<P>(grad, own_keys, memory.norms[1] + first_row, factor, radial, head_tiles,
-                      lane);
+      l2_normalize_bwd<P>(grad, own_keys, memory.norms[1] + first_row, factor, radial, head_tiles,
+                          lane);
     } else {
       scale(grad_query, factor);
       scale(grad, factor);

@@ -99,8 +99,8 @@ whole_window_forward(SWIN_PARAMETER Forward call) {
     T *query = memory.tokens[step % 2][0], *key = memory.tokens[step % 2][1];
     const T* value = memory.tokens[step % 2][2];
     if (cosine) {
-      to_unit<P, Channels>(query, memory.norms[0], first_row, head_dim, lane);
-      to_unit<P, Channels>(key, memory.norms[1], first_row, head_dim, lane);
+      l2_normalize<P, Channels>(query, memory.norms[0], first_row, head_dim, lane);
+      l2_normalize<P, Channels>(key, memory.norms[1], first_row, head_dim, lane);
       block_barrier();
     }
 
@@ -114,8 +114,8 @@ whole_window_forward(SWIN_PARAMETER Forward call) {
     add_shift_mask(s, Sum(call.in.mask_value), place, at.seams(p), first_row, tiles, lane);
     add_mask<false>(s, call.in.mask, at.number(p), mask, place, tokens, first_row, tiles, lane);
 
-    Sum total[2];
-    to_exponentials<P>(s, total, tiles, lane);
+    Sum row_sum[2];
+    to_exponentials<P>(s, row_sum, tiles, lane);
     if (call.in.dropout_threshold != 0)
       for_each_logit(s, first_row, tiles, lane, [&](Sum& x, int, int, int i, int j) {
         if (!kept(call.in, window, head, i, j)) x = 0;
@@ -125,7 +125,7 @@ whole_window_forward(SWIN_PARAMETER Forward call) {
     clear<P>(out);
     multiply_by_weights<P>(out, s, memory.weights, first_row, Operand<T>{value, kPitch}, tiles,
                            value_tiles, lane);
-    divide_rows<P>(out, total, Sum(call.in.kept_factor));
+    divide_rows<P>(out, row_sum, Sum(call.in.kept_factor));
     // through the warp's own queries, which nobody reads any more
     warp_barrier();
     put(query + first_row * kPitch, kPitch, out, value_tiles, lane);

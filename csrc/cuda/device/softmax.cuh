@@ -8,8 +8,6 @@
 
 namespace swin_kernels::cuda {
 
-constexpr double kNormClamp = 1e-12;  // as in the reference
-
 // What the logits of a tile ask of its tokens, in shared memory.
 struct TokenFacts {
   int table_number[kTile], sides[kTile];
@@ -181,29 +179,29 @@ SWIN_DEVICE typename P::Sum exponential(typename P::Sum difference) {
 
 // exp(s − largest) of a warp's rows of a whole window, and its sums; 0 where all keys are at −inf.
 template <class P, int Tiles>
-SWIN_DEVICE void to_exponentials(typename P::Sum (&s)[Tiles][4], typename P::Sum (&total)[2],
+SWIN_DEVICE void to_exponentials(typename P::Sum (&s)[Tiles][4], typename P::Sum (&row_sum)[2],
                                  int tiles, int lane) {
   using Sum = typename P::Sum;
-  Sum top[2] = {-INFINITY, -INFINITY};
-  total[0] = total[1] = 0;
+  Sum row_max[2] = {-INFINITY, -INFINITY};
+  row_sum[0] = row_sum[1] = 0;
   for_each_logit(s, 0, tiles, lane,
-                 [&](Sum& x, int, int e, int, int) { top[e / 2] = fmax(top[e / 2], x); });
-  max_over_row(top);
+                 [&](Sum& x, int, int e, int, int) { row_max[e / 2] = fmax(row_max[e / 2], x); });
+  max_over_row(row_max);
 #pragma unroll
   for (int r = 0; r < 2; ++r)
-    if (top[r] == Sum(-INFINITY)) top[r] = 0;
+    if (row_max[r] == Sum(-INFINITY)) row_max[r] = 0;
   for_each_logit(s, 0, tiles, lane, [&](Sum& x, int, int e, int, int) {
-    x = exponential<P>(x - top[e / 2]);
-    total[e / 2] += x;
+    x = exponential<P>(x - row_max[e / 2]);
+    row_sum[e / 2] += x;
   });
-  sum_over_row(total);
+  sum_over_row(row_sum);
 }
 
 // What a row's exponentials are to be divided by: of 2 bytes as what multiplies them, as that
 // division is rounded far less than they are then. 0 where no key is left.
 template <class P>
-SWIN_DEVICE typename P::Sum divisor(typename P::Sum total) {
-  return P::kUnit == Unit::kHalf && total != 0 ? 1 / total : total;
+SWIN_DEVICE typename P::Sum divisor(typename P::Sum row_sum) {
+  return P::kUnit == Unit::kHalf && row_sum != 0 ? 1 / row_sum : row_sum;
 }
 template <class P>
 SWIN_DEVICE typename P::Sum divided(typename P::Sum x, typename P::Sum divisor) {
@@ -214,18 +212,18 @@ SWIN_DEVICE typename P::Sum divided(typename P::Sum x, typename P::Sum divisor) 
 template <class P, int Tiles>
 SWIN_DEVICE void to_probabilities(typename P::Sum (&s)[Tiles][4], int tiles, int lane) {
   using Sum = typename P::Sum;
-  Sum total[2];
-  to_exponentials<P>(s, total, tiles, lane);
-  const Sum divisors[2] = {divisor<P>(total[0]), divisor<P>(total[1])};
+  Sum row_sum[2];
+  to_exponentials<P>(s, row_sum, tiles, lane);
+  const Sum divisors[2] = {divisor<P>(row_sum[0]), divisor<P>(row_sum[1])};
   for_each_logit(s, 0, tiles, lane,
                  [&](Sum& x, int, int e, int, int) { x = divided<P>(x, divisors[e / 2]); });
 }
 
 // A warp's sums of exponentials times values become outputs.
 template <class P, int Tiles>
-SWIN_DEVICE void divide_rows(typename P::Sum (&out)[Tiles][4], const typename P::Sum (&total)[2],
+SWIN_DEVICE void divide_rows(typename P::Sum (&out)[Tiles][4], const typename P::Sum (&row_sum)[2],
                              typename P::Sum kept_factor) {
-  const typename P::Sum divisors[2] = {divisor<P>(total[0]), divisor<P>(total[1])};
+  const typename P::Sum divisors[2] = {divisor<P>(row_sum[0]), divisor<P>(row_sum[1])};
 #pragma unroll
   for (int n = 0; n < Tiles; ++n)
 #pragma unroll
@@ -250,8 +248,8 @@ SWIN_DEVICE Sum logit_factor(const Call& call, int64_t head) {
 
 // Cosine attention: each of a warp's 16 rows of a tile over its norm, which is kept.
 template <class P, int Channels>
-SWIN_DEVICE void to_unit(typename P::Element* tile, typename P::Sum* norms, int first_row, int dim,
-                         int lane) {
+SWIN_DEVICE void l2_normalize(typename P::Element* tile, typename P::Sum* norms, int first_row,
+                              int dim, int lane) {
   using T = typename P::Element;
   using Sum = typename P::Sum;
   const int row = first_row + lane / 2;

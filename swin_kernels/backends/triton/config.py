@@ -44,7 +44,7 @@ Table = tuple[tuple[str, Any, str], ...]
 
 def _features(call: Call, gpu: Gpu) -> frozenset[str]:
     """What rows may ask: of the call, of its widest tile of channels, and of the device."""
-    crowded = call.fp32 or call.dropout or (call.cosine and call.adds)
+    high_register_pressure = call.fp32 or call.dropout or (call.cosine and call.adds)
     holds = {
         "fp32": call.fp32,
         "tf32": call.tf32,
@@ -53,7 +53,7 @@ def _features(call: Call, gpu: Gpu) -> frozenset[str]:
         "mask": call.explicit_mask,
         "pads": call.fills_padding,
         "adds": call.adds,  # mask or pads
-        "crowded": crowded,  # much beside the logits
+        "high_register_pressure": high_register_pressure,  # much beside the logits
         "not_vectorizable": call.not_vectorizable,
         "unaligned": call.unaligned_head_dim,
         "two_widths": call.head_dim != call.value_dim,
@@ -148,15 +148,15 @@ TILES: dict[str, Table] = {
     "tiled_forward": (
         ("fp32 over_64", (32, 32, 8), "128 channels of four bytes"),
         ("fp32", (32, 32, 4), "an element takes a register"),
-        ("crowded|over_64", (64, 64, 8), "what is beside the logits"),
+        ("high_register_pressure|over_64", (64, 64, 8), "what is beside the logits"),
         ("", (64, 64, 4), "the largest tile of a warp group"),
     ),
     "dq": (
         ("fp32 over_64 tf32", (16, 16, 4), "128 channels of four bytes"),
         ("fp32 over_64", (16, 16, 8), "128 channels of four bytes"),
         ("fp32 over_32 -tf32", (32, 32, 8), "64 channels of four bytes"),
-        ("crowded -fp32 over_64", (32, 32, 8), "what is beside the logits"),
-        ("crowded", (32, 32, 4), "what is beside the logits"),
+        ("high_register_pressure -fp32 over_64", (32, 32, 8), "what is beside the logits"),
+        ("high_register_pressure", (32, 32, 4), "what is beside the logits"),
         ("cosine over_64 from_shared", (32, 64, 8), "norms of 128 channels"),
         ("cosine over_64", (32, 32, 8), "norms of 128 channels, and operands are registers"),
         ("cosine blackwell over_32", (32, 64, 8), "Triton 3.6 compiles no more queries there"),
@@ -171,7 +171,11 @@ TILES: dict[str, Table] = {
         ("fp32 over_64", (16, 16, 8), "two sums of 128 channels of four bytes"),
         ("fp32 over_32 -tf32", (32, 32, 8), "two sums of 64 channels of four bytes"),
         ("-fp32 over_64", (32, 32, 8), "two sums of 128 channels"),
-        ("crowded|over_32", (32, 32, 4), "two sums of 64 channels, or what is beside the logits"),
+        (
+            "high_register_pressure|over_32",
+            (32, 32, 4),
+            "two sums of 64 channels, or what is beside the logits",
+        ),
         ("", (64, 64, 4), "the largest tile of a warp group"),
     ),
     "dbias": (
@@ -180,7 +184,11 @@ TILES: dict[str, Table] = {
         ("over_64 dropout cosine", (16, 32, 8), "random numbers and norms beside the logits"),
         ("over_64 dropout", (16, 32, 4), "random numbers beside the logits"),
         ("over_64", (32, 32, 8), "128 channels"),
-        ("crowded|over_32", (32, 32, 4), "64 channels, or what is beside the logits"),
+        (
+            "high_register_pressure|over_32",
+            (32, 32, 4),
+            "64 channels, or what is beside the logits",
+        ),
         ("from_shared", (64, 64, 8), "the largest tile"),
         ("", (64, 32, 4), "a quarter fewer instructions than a square tile"),
     ),
@@ -252,7 +260,8 @@ def _in_tiles(kernel: str, call: Call, features: frozenset[str]) -> Config:
         warps = max(warps, 8)
     if (
         kernel == "tiled_forward"
-        and not features & {"crowded", "adds", "over_32", "unaligned", "not_vectorizable"}
+        and not features
+        & {"high_register_pressure", "adds", "over_32", "unaligned", "not_vectorizable"}
         and features & {"hopper", "h100"}
     ):
         # a fifth fewer instructions, as keys are prepared half as often, if little more is padded

@@ -8,7 +8,7 @@ from benchmarks.attention import loops_of
 from benchmarks.baselines.providers import PROVIDERS
 from benchmarks.cases import cpu_cases
 from benchmarks.device import Cpu
-from benchmarks.report.rows import Book
+from benchmarks.report.rows import ResultsFile
 from benchmarks.timing import Timed, sample_in_turn
 
 pytestmark = pytest.mark.slow
@@ -21,9 +21,9 @@ STAGES = {name: case.but(batch=2) for name, case in cpu_cases().items()}
 @pytest.mark.parametrize("name", STAGES)
 def test_stage_is_not_slower_than_unfused(cpu_kernels, name, tmp_path):
     device = Cpu()
-    book = Book(tmp_path / "rows.csv", {})
-    loops = loops_of(name, STAGES[name], device, PAIR, book)
-    assert not book.rows, book.rows  # what broke the error rule
+    results_file = ResultsFile(tmp_path / "rows.csv", {})
+    loops = loops_of(name, STAGES[name], device, PAIR, results_file)
+    assert not results_file.rows, results_file.rows  # what broke the error rule
     timed = {
         who: Timed(x.loop, device, {"forward": 1, "forward + backward": 1})
         for who, x in loops.items()

@@ -223,6 +223,18 @@ def test_the_report_has_a_table_for_each_architecture():
     assert "Nothing here was run or timed" in page
 
 
+def test_the_summary_is_short_and_tells_what_spills():
+    launches = [predict.Launch("_single_tile_fwd_kernel", {"memory": 2e-6, "issue": 3e-6})]
+    predicted = {("T1 shift 3", "sm_90"): {"forward": launches}}
+    page = machine_code.summary([_row("sm_90", spills=2)], [], predicted)
+    assert "but for: swin (bf16, sm_90)." in page
+    assert "| sm_90 | swin | `_single_tile_fwd_kernel` |" in page
+    assert "| H200 | T1 shift 3 | forward | 3 µs | 2 µs |" in page
+    shown = machine_code.SUMMARY.read_text()
+    assert len(shown.splitlines()) <= 80
+    assert shown.startswith(machine_code.SUMMARY_HEADER.partition("{")[0])
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("arch", ARCHS)
 def test_every_case_has_launches_for_every_architecture(arch, dtype):

@@ -13,7 +13,7 @@ from benchmarks.codegen import predict
 from benchmarks.codegen.aot import Code
 from benchmarks.codegen.plans import plans_of
 from benchmarks.codegen.predict import CHIPS, Launch, demands, programs_at_once, tables
-from benchmarks.report.rows import Book, Row
+from benchmarks.report.rows import ResultsFile, Row
 from swin_kernels.backends.triton.config import KNOWN_GPUS
 
 pytestmark = pytest.mark.slow
@@ -123,9 +123,9 @@ def test_measured_medians_stand_beside_what_was_predicted(tmp_path, monkeypatch)
     found = launch(Code(128, 0, 0, 28_672, 64, 6), "_fwd_")
     key = ("T1 shift 3", "sm_90")
     assert "| – | – |" in "\n".join(tables({key: {"forward": [found]}}))
-    book = Book(tmp_path / "gpu-h200.csv", {"machine": "NVIDIA H200"})
-    book.add(Row("T1 shift 3", "ours", "forward", 500.0))
-    book.add(Row("T1 shift 3", "ours, graph", "forward", found.predicted * 2e6))
+    results_file = ResultsFile(tmp_path / "gpu-h200.csv", {"machine": "NVIDIA H200"})
+    results_file.add(Row("T1 shift 3", "ours", "forward", 500.0))
+    results_file.add(Row("T1 shift 3", "ours, graph", "forward", found.predicted * 2e6))
     page = "\n".join(tables({key: {"forward": [found]}}))
     assert "| -50% |" in page
     for name, machine, date in (
@@ -133,7 +133,7 @@ def test_measured_medians_stand_beside_what_was_predicted(tmp_path, monkeypatch)
         ("gpu-z.csv", "NVIDIA H200", "2026-01-01"),
         ("gpu-gh200.csv", "NVIDIA GH200 480GB", "2028-01-01"),
     ):
-        other = Book(tmp_path / name, {"machine": machine, "date": date})
+        other = ResultsFile(tmp_path / name, {"machine": machine, "date": date})
         other.add(Row("T1 shift 3", "ours, graph", "forward", float(date[:4])))
     assert predict.measured_seconds("T1 shift 3", H200, "forward") == pytest.approx(2027e-6)
     other = "\n".join(tables({("T1 shift 3", "sm_80"): {"forward": [found]}}))

@@ -9,12 +9,13 @@ axis 1, axis 2, head, channel), in elements.
 import triton
 import triton.language as tl
 
+from swin_kernels.backends.reference.forward import NORM_CLAMP as _NORM_CLAMP
 from swin_kernels.backends.triton.kernels.window import geometric_row
 
 LOG2_E = tl.constexpr(1.4426950408889634)
 # as in launch_spec: in log2 the sum of a bias and of a shift mask as large is still finite
 LARGEST_LOGIT = tl.constexpr(1.1e38)
-NORM_CLAMP = tl.constexpr(1e-12)  # as in the reference
+NORM_CLAMP = tl.constexpr(_NORM_CLAMP)
 
 # the kinds of BIAS
 NO_BIAS = tl.constexpr(0)
