@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import copy
 import re
 from typing import TYPE_CHECKING, NamedTuple, cast
 
@@ -109,13 +108,8 @@ def _check(p: Prepared, bar: command.Bar) -> list[timing.Difference]:
     few = p.images[:CHECKED]
     if len(few) < LEAST_INPUTS:  # whose logits may be too few to be judged
         few = torch.cat([few, *(torch.randn_like(few) for _ in range(LEAST_INPUTS - 1))])
-    outcomes = {}
-    for name, module in (("patched", p.patched), ("stock", p.stock)):
-        with bar.untimed(f"gradients of {name}"):
-            outcomes[name] = timing.run_once(module, few)
-    with bar.untimed("gradients in float64"):
-        exact = timing.run_once(copy.deepcopy(p.stock).double(), few)
-        differences = timing.compare(outcomes["patched"], outcomes["stock"], exact)
+    modules = {"stock": p.stock, "patched": p.patched}
+    differences, exact = command.judged(modules, few, bar)
     if p.spec.compiled:
         # a batch of another size would be compiled again
         batches = few.split(len(p.images)) if len(p.images) < len(few) else [p.images]
@@ -179,19 +173,12 @@ def run(p: Prepared) -> int:
     steps = 3 + len(timing.STEPS) * len(p.timed) * (p.rounds + 1) + 1
     with command.progress(console, steps) as bar:
         differences = _check(p, bar)
-        complaints = [d.complaint for d in differences if d.complaint]
-        times, peaks = ({}, "") if complaints else _measure(p, bar)
+        wrong = any(d.complaint for d in differences)
+        times, peaks = ({}, "") if wrong else _measure(p, bar)
     console.print(command.numbers_table(differences))
-    for complaint in complaints:
-        console.print(f"beyond the error rule: {complaint}", style="bold red", soft_wrap=True)
-    if complaints:
+    if not command.tell_verdict(console, differences):
         console.print("Timings omitted: the results break the error rule.")
         return 1
-    console.print(
-        "Within the error rule: the error against float64 is at most twice stock's, plus one ulp."
-        "\n",
-        style="green",
-    )
     console.print(_cost_table(times, None if isinstance(peaks, str) else peaks))
     console.print(
         f"Times are medians of {p.rounds} calls (20th to 80th percentile), stock and patched "

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import copy
 import importlib.util
 import os
 import platform
@@ -17,7 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 import swin_kernels
 from swin_kernels.backends import native
@@ -238,3 +239,30 @@ def numbers_table(differences: list[timing.Difference]) -> Table:
         ]
         table.add_row(d.name, *cells, style="red" if d.complaint else None)
     return table
+
+
+def judged(
+    modules: Mapping[str, nn.Module], images: Tensor, bar: Bar
+) -> tuple[list[timing.Difference], timing.Outcome]:
+    """Differences of `modules["patched"]` from stock, and stock's exact outcome."""
+    outcomes = {}
+    for name in ("patched", "stock"):
+        with bar.untimed(f"gradients of {name}"):
+            outcomes[name] = timing.run_once(modules[name], images)
+    with bar.untimed("gradients in float64"):
+        exact = timing.run_once(copy.deepcopy(modules["stock"]).double(), images)
+        return timing.compare(outcomes["patched"], outcomes["stock"], exact), exact
+
+
+def tell_verdict(console: Console, differences: list[timing.Difference]) -> bool:
+    """Whether the differences keep the error rule, said in words."""
+    complaints = [d.complaint for d in differences if d.complaint]
+    for complaint in complaints:
+        console.print(f"beyond the error rule: {complaint}", style="bold red", soft_wrap=True)
+    if not complaints:
+        console.print(
+            "Within the error rule: the error against float64 is at most twice stock's, plus one "
+            "ulp.",
+            style="green",
+        )
+    return not complaints

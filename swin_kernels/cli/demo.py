@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import copy
 import statistics
 import tempfile
 from pathlib import Path
@@ -152,15 +151,7 @@ def _measure(p: Prepared, console: Console) -> Results:
     steps = 3 + len(timing.STEPS) * 2 * (p.rounds + 1) + 1
     modules = {"stock": p.model.module, "patched": p.patched}
     with command.progress(console, steps) as bar:
-        outcomes = {}
-        for name, module in modules.items():
-            with bar.untimed(f"gradients of {name}"):
-                outcomes[name] = timing.run_once(module, p.images)
-        with bar.untimed("gradients in float64"):
-            exact = timing.run_once(copy.deepcopy(p.model.module).double(), p.images)
-            differences = timing.compare(outcomes["patched"], outcomes["stock"], exact)
-        del outcomes, exact
-
+        differences, _ = command.judged(modules, p.images, bar)
         costs: dict[str, dict[str, float]] = {}
         remarks, spread = [], 1.0
         for step in timing.STEPS:
@@ -217,15 +208,7 @@ def run(p: Prepared) -> int:
         "In brackets: relative to the largest value. Each gradient: the worst of "
         f"{parameters} parameters, relative to its own largest."
     )
-    complaints = [d.complaint for d in differences if d.complaint]
-    for complaint in complaints:
-        console.print(f"beyond the error rule: {complaint}", style="bold red", soft_wrap=True)
-    if not complaints:
-        console.print(
-            "Within the error rule: the error against float64 is at most twice stock's, plus one "
-            "ulp.",
-            style="green",
-        )
+    within = command.tell_verdict(console, differences)
     console.print(_cost_table(f"batch of {batch}", costs))
     memory = "allocated on the GPU" if p.images.is_cuda else "resident set"
     attention = "Attention alone: inference without the linear layers, norms and MLPs. "
@@ -240,4 +223,4 @@ def run(p: Prepared) -> int:
         console.print("\nTop classes of the first crop", style="bold")
         console.print("\n".join(_top_classes(p)))
     console.print(_draw(p), soft_wrap=True)
-    return 1 if complaints else 0
+    return 0 if within else 1

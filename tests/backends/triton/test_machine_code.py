@@ -227,7 +227,7 @@ def test_the_summary_is_short_and_tells_what_spills():
     launches = [predict.Launch("_single_tile_fwd_kernel", {"memory": 2e-6, "issue": 3e-6})]
     predicted = {("T1 shift 3", "sm_90"): {"forward": launches}}
     page = machine_code.summary([_row("sm_90", spills=2)], [], predicted)
-    assert "but for: swin (bf16, sm_90)." in page
+    assert "but for: swin (bf16, sm_90)." in " ".join(page.split())
     assert "| sm_90 | swin | `_single_tile_fwd_kernel` |" in page
     assert "| H200 | T1 shift 3 | forward | 3 µs | 2 µs |" in page
     shown = machine_code.SUMMARY.read_text()
