@@ -25,8 +25,8 @@ class LoadedObject:
     error: str | None
 
 
-def _load(name: str, *operations: str) -> LoadedObject:
-    """The object of this name, with these of its operations."""
+def _load(name: str, device: str, *operations: str) -> LoadedObject:
+    """The object of this name, with kernels for this kind of device of these operations."""
     candidates = sorted(_PACKAGE.glob(f"{name}.abi3*")) + sorted(
         _PACKAGE.glob(f"{name}*{sysconfig.get_config_var('EXT_SUFFIX') or '.so'}")
     )
@@ -40,18 +40,19 @@ def _load(name: str, *operations: str) -> LoadedObject:
         return LoadedObject(
             name, candidates[0], f"{candidates[0].name} did not load: {error}{cause}"
         )
+    has_kernel = torch._C._dispatch_has_computed_kernel_for_dispatch_key
     for operation in operations:
-        if not hasattr(torch.ops.swin_kernels, operation):
+        known = hasattr(torch.ops.swin_kernels, operation)
+        if not known or not has_kernel(f"swin_kernels::{operation}", device):
             reason = f"{candidates[0].name} lacks swin_kernels::{operation}: build it again"
             return LoadedObject(name, candidates[0], reason)
     return LoadedObject(name, candidates[0], None)
 
 
-CPU_OBJECT = _load(
-    "_C_cpu", "window_attention_forward", "window_attention_backward", "cpu_capability"
-)
+_ATTENTION = ("window_attention_forward", "window_attention_backward")
+CPU_OBJECT = _load("_C_cpu", "CPU", *_ATTENTION, "cpu_capability")
 # its kernels are those of the ops that _C_cpu defines
-CUDA_OBJECT = _load("_C_cuda", "cuda_has_code_for")
+CUDA_OBJECT = _load("_C_cuda", "CUDA", *_ATTENTION, "cuda_has_code_for")
 
 
 def cpu_capability() -> str:
@@ -63,9 +64,8 @@ def cpu_capability() -> str:
 
 @functools.cache
 def _native_ops() -> Ops:
-    return Ops.named(
-        "swin_kernels::window_attention_forward", "swin_kernels::window_attention_backward"
-    )
+    forward, backward = (f"swin_kernels::{name}" for name in _ATTENTION)
+    return Ops.named(forward, backward)
 
 
 def _ops_of(*objects: LoadedObject) -> Ops | None:

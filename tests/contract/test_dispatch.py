@@ -172,7 +172,7 @@ def test_meta_tensors_give_shapes():
 
 
 def test_missing_object_keeps_its_reason():
-    loaded = native._load("_C_absent")
+    loaded = native._load("_C_absent", "CPU")
     assert loaded.path is None
     assert "_C_absent is not built" in loaded.error
     assert "build_ext" in loaded.error
@@ -181,7 +181,7 @@ def test_missing_object_keeps_its_reason():
 def test_object_that_does_not_load_keeps_its_reason(tmp_path, monkeypatch):
     (tmp_path / "_C_broken.abi3.so").write_bytes(b"not an object")
     monkeypatch.setattr(native, "_PACKAGE", tmp_path)
-    loaded = native._load("_C_broken")
+    loaded = native._load("_C_broken", "CPU")
     assert loaded.path == tmp_path / "_C_broken.abi3.so"
     assert "_C_broken.abi3.so did not load" in loaded.error
 
@@ -193,9 +193,12 @@ def test_object_without_its_operations_keeps_its_reason(tmp_path, monkeypatch):
     made = tmp_path / "_C_stale.abi3.so"
     subprocess.run(["cc", "-shared", "-fPIC", empty, "-o", made], check=True)
     monkeypatch.setattr(native, "_PACKAGE", tmp_path)
-    loaded = native._load("_C_stale", "no_such_operation")
+    loaded = native._load("_C_stale", "CPU", "no_such_operation")
     assert loaded.path == made
     assert "_C_stale.abi3.so lacks swin_kernels::no_such_operation" in loaded.error
+    # an operation that is there, but not for this kind of device
+    loaded = native._load("_C_stale", "PrivateUse1", "window_attention_forward")
+    assert "lacks swin_kernels::window_attention_forward: build it again" in loaded.error
 
 
 def test_choice_of_the_reference_is_logged_under_compile(monkeypatch, caplog):
