@@ -21,12 +21,12 @@ from collections.abc import Sequence
 import torch
 
 from benchmarks import models
-from benchmarks.attention import RESULTS, Run, Suite, add_options
 from benchmarks.baselines.providers import PROVIDERS
 from benchmarks.baselines.runtimes import RUNTIMES
 from benchmarks.cases import cpu_cases, other_cpu_cases
 from benchmarks.device import Cpu, keep_freed_memory
 from benchmarks.report.rows import command_of, facts_of, file_name
+from benchmarks.suite import RESULTS, Run, Suite, add_options
 from benchmarks.sweeps import UNITS, compared, sweeps
 from swin_kernels.cli.command import keep_compiled_apart, threads
 from swin_kernels.testing.cases import DTYPE_NAMES

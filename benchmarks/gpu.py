@@ -18,12 +18,12 @@ from collections.abc import Sequence
 import torch
 
 from benchmarks import models
-from benchmarks.attention import RESULTS, TRY_AGAIN, Run, Suite, add_options
 from benchmarks.baselines.providers import GPU_PROVIDERS
 from benchmarks.cases import other_cases, swin_cases, toy_cases
 from benchmarks.device import Cuda, DryRunDevice
 from benchmarks.gpu_tools.targets import verdicts
 from benchmarks.report.rows import command_of, facts_of, file_name
+from benchmarks.suite import RESULTS, TRY_AGAIN, Run, Suite, add_options
 from benchmarks.sweeps import GPU_IMAGES, UNITS, compared, sweeps
 from benchmarks.timing import Loop, make_inputs, reason_of
 

@@ -10,7 +10,7 @@ import math
 import re
 from collections.abc import Sequence
 
-from benchmarks.baselines import alternatives
+from benchmarks.baselines import global_attentions
 from benchmarks.baselines.providers import Attend, Provider
 from benchmarks.cases import cpu_cases
 from benchmarks.device import Device
@@ -57,25 +57,25 @@ def varied(name: str) -> tuple[str, int] | None:
 
 
 def global_attention(case: Case, device: Device) -> Attend:
-    return lambda qkv, *_: alternatives.global_attention(qkv)
+    return lambda qkv, *_: global_attentions.global_attention(qkv)
 
 
 def linformer(case: Case, device: Device) -> Attend:
-    projection = alternatives.projection(math.prod(case.size)).to(device.device, case.dtype)
-    return lambda qkv, *_: alternatives.linformer(qkv, projection)
+    projection = global_attentions.projection(math.prod(case.size)).to(device.device, case.dtype)
+    return lambda qkv, *_: global_attentions.linformer(qkv, projection)
 
 
 def performer(case: Case, device: Device) -> Attend:
-    directions = alternatives.directions(case.head_dim).to(device.device, case.dtype)
-    return lambda qkv, *_: alternatives.performer(qkv, directions)
+    directions = global_attentions.directions(case.head_dim).to(device.device, case.dtype)
+    return lambda qkv, *_: global_attentions.performer(qkv, directions)
 
 
 def routing(case: Case, device: Device) -> Attend:
     """√T clusters of √T tokens, which the paper has as the best."""
     tokens = math.prod(case.size)
     clusters = round(math.sqrt(tokens))
-    centroids = alternatives.centroids(case.head_dim, clusters).to(device.device, case.dtype)
-    return lambda qkv, *_: alternatives.routing(qkv, centroids, math.ceil(tokens / clusters))
+    centroids = global_attentions.centroids(case.head_dim, clusters).to(device.device, case.dtype)
+    return lambda qkv, *_: global_attentions.routing(qkv, centroids, math.ceil(tokens / clusters))
 
 
 ALTERNATIVES = (

@@ -23,12 +23,12 @@ from unittest import mock
 
 import torch
 
-from benchmarks.attention import TRY_AGAIN
 from benchmarks.baselines.providers import ours
 from benchmarks.cases import other_cases, swin_cases, toy_cases
 from benchmarks.device import Cuda, Device, DryRunDevice
 from benchmarks.gpu_tools.override import override
 from benchmarks.report.rows import ResultsFile, Row, facts_of
+from benchmarks.suite import TRY_AGAIN
 from benchmarks.timing import (
     Gate,
     Inputs,

@@ -64,7 +64,7 @@ struct Kernels {
   void (*backward[kElements])(const Backward&, int64_t begin, int64_t end);
 };
 
-extern const Kernels kPortable;
+extern const Kernels kGeneric;
 #if defined(__x86_64__)
 extern const Kernels kAvx2;
 extern const Kernels kAvx512;

@@ -35,7 +35,7 @@ const Kernels& choose_kernels() {
   // every AVX2 processor converts fp16 too; not every compiler can ask for it
   if (!below_256 && __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) return kAvx2;
 #endif
-  return kPortable;
+  return kGeneric;
 }
 
 // The kernels of tokens of one dtype.

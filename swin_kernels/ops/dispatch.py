@@ -5,42 +5,17 @@ from __future__ import annotations
 import logging
 import os
 
-from torch import Tensor
-
-from swin_kernels.backends import native, reference
+from swin_kernels.backends import native
 from swin_kernels.backends.base import Backend, asked_while_tracing
+from swin_kernels.backends.reference.backend import ReferenceBackend
 from swin_kernels.backends.triton.backend import TritonBackend
-from swin_kernels.problem import Operands, Options, Problem
+from swin_kernels.problem import Problem
 
 _log = logging.getLogger("swin_kernels")
 _already_logged: set[str] = set()
 
 # read once: an environment look-up costs as much as an op call
 DEFAULT_BACKEND = os.environ.get("SWIN_KERNELS_BACKEND") or None
-
-
-class ReferenceBackend(Backend):
-    """Plain PyTorch: whatever torch runs on, differentiable to any order."""
-
-    name = "reference"
-
-    def why_not(self, problem: Problem) -> str | None:
-        return None
-
-    def forward(
-        self, operands: Operands, options: Options, differentiable: bool
-    ) -> tuple[Tensor, tuple[Tensor, ...]]:
-        return reference.forward(operands, options), ()
-
-    def backward(
-        self,
-        grad_out: Tensor,
-        operands: Operands,
-        options: Options,
-        saved: tuple[Tensor, ...],
-        needed: tuple[bool, ...],
-    ) -> tuple[Tensor | None, ...]:
-        return reference.backward(grad_out, operands, options)
 
 
 REFERENCE = ReferenceBackend()

@@ -9,12 +9,12 @@ from torch import nn
 pytest.importorskip("timm", reason="whole models are timm's")
 
 from benchmarks import models
-from benchmarks.attention import Run, Suite
 from benchmarks.baselines import runtimes
 from benchmarks.baselines.runtimes import PACKAGES, RUNTIMES, Runtime, versions
 from benchmarks.cpu import CPU_FORMS, parse
 from benchmarks.device import Cpu
 from benchmarks.models import TOYS, Made, Models, rows_of, toy_model
+from benchmarks.suite import Run, Suite
 
 TOY = next(iter(TOYS))
 BOTH = {"toy": Made(toy_model, 3, 24)}

@@ -21,7 +21,7 @@ pytest.importorskip("timm", reason="whole models are timm's")
 from tiers import thorough
 from triton_calls import call_of
 
-from benchmarks import attention, gpu, models
+from benchmarks import gpu, models, suite
 from benchmarks.baselines import providers
 from benchmarks.cases import other_cases, swin_cases, toy_cases
 from benchmarks.device import Cuda, DryRunDevice
@@ -255,7 +255,7 @@ def test_failed_provider_is_a_row_and_others_go_on(tmp_path):
 
     results_file = ResultsFile(tmp_path / "rows.csv", FACTS)
     wanted = [providers.Provider("bad", failing), providers.Provider("good", providers.unfused)]
-    attention.measure_case("toy", toy(), Fp32Rehearsal(), wanted, results_file, 1, 1.0)
+    suite.measure_case("toy", toy(), Fp32Rehearsal(), wanted, results_file, 1, 1.0)
     assert {r.note for r in results_file.rows if r.provider == "bad"} == {
         "RuntimeError: no such kernel"
     }
@@ -290,7 +290,7 @@ def test_interrupted_run_shows_what_it_has(tmp_path, monkeypatch, capsys):
     def interrupted(*_):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(attention, "measure_case", interrupted)
+    monkeypatch.setattr(suite, "measure_case", interrupted)
     assert gpu.main(["--rehearse", "--csv", str(tmp_path / "rows.csv")]) == 0
     assert "interrupted" in capsys.readouterr().out
 
@@ -332,7 +332,7 @@ def test_failure_of_ours_is_the_exit_code(tmp_path, monkeypatch):
         raise RuntimeError("wrong")
 
     monkeypatch.setattr(gpu, "GPU_PROVIDERS", (providers.Provider("ours", failing),))
-    monkeypatch.setattr(attention.Run, "model", lambda *_: None)
+    monkeypatch.setattr(suite.Run, "model", lambda *_: None)
     assert gpu.main(["--rehearse", "--csv", str(tmp_path / "rows.csv")]) == 1
 
 
@@ -340,7 +340,7 @@ def test_error_of_a_case_or_a_model_itself_is_in_its_rows(tmp_path, monkeypatch)
     def failing(*_):
         raise RuntimeError("no memory")
 
-    monkeypatch.setattr(attention, "make_inputs", failing)
+    monkeypatch.setattr(suite, "make_inputs", failing)
     monkeypatch.setattr(models, "Models", failing)
     path = tmp_path / "rows.csv"
     assert gpu.main(["--rehearse", "--csv", str(path)]) == 1

@@ -9,10 +9,11 @@ import pytest
 import torch
 
 from benchmarks import cpu, gpu
-from benchmarks.attention import OTHER_FUNCTION
+from benchmarks.baselines import global_attentions
 from benchmarks.baselines.providers import DIRECTIONS
 from benchmarks.device import Cpu, DryRunDevice
 from benchmarks.report.rows import read
+from benchmarks.suite import OTHER_FUNCTION
 from benchmarks.sweeps import ALTERNATIVES, RESOLUTIONS, UNITS, sweeps, varied
 from swin_kernels.testing import Case
 
@@ -85,11 +86,12 @@ def test_alternative_takes_a_map_of_a_case_and_gives_its_output(provider):
 
 
 def test_routing_has_as_many_clusters_as_a_cluster_has_tokens(monkeypatch):
-    from benchmarks.baselines import alternatives
 
     seen = []
     monkeypatch.setattr(
-        alternatives, "routing", lambda qkv, centroids, cluster: seen.append((centroids, cluster))
+        global_attentions,
+        "routing",
+        lambda qkv, centroids, cluster: seen.append((centroids, cluster)),
     )
     case = sweeps()["resolution"]["resolution 28"]
     next(p for p in ALTERNATIVES if p.name == "routing").make(case, Cpu())(None, None, None)

@@ -1,5 +1,5 @@
 // The kernels for any processor: 16-byte vectors that every 64-bit target has.
-#define SWIN_ISA portable
+#define SWIN_ISA generic
 #define SWIN_VECTOR_BYTES 16
 #define SWIN_COLUMN_VECTORS 2
 #include "cpu/isa/std.h"
@@ -8,5 +8,5 @@
 #include "cpu/isa/kernels.inc"
 
 namespace swin_kernels::cpu {
-constexpr Kernels kPortable = portable::kernels("default");
+constexpr Kernels kGeneric = generic::kernels("default");
 }

@@ -60,7 +60,7 @@ tiled_statistics(SWIN_PARAMETER Backward call) {
     const Sum row_sum = softmax.row_sum[r], divides = divisor<P>(row_sum);
     to[kRowMax * tokens + i] = row_sum == 0 ? Sum(0) : softmax.row_max[r];
     to[kRowSum * tokens + i] = divides;
-    to[kReference * tokens + i] = reference[r];
+    to[kDpAtMax * tokens + i] = reference[r];
     to[kDelta * tokens + i] = divided<P>(delta[r], divides);
   }
 }

@@ -9,7 +9,7 @@ namespace swin_kernels::cuda {
 
 // Of a query: the largest of its logits, what exp(s − largest) is divided by, what dp is relative
 // to, and Σ p·dp of that.
-enum Statistic { kRowMax, kRowSum, kReference, kDelta, kStatistics };
+enum Statistic { kRowMax, kRowSum, kDpAtMax, kDelta, kStatistics };
 
 template <class P, int Channels>
 struct TiledBackwardMemory {
@@ -216,7 +216,7 @@ struct BackwardTile {
                                     memory.statistics[kRowSum][i]);
         const Sum kept = kept_factor(row, column);
         Sum dp = ds[n][e] * kept;
-        if (kRelative<P>) dp -= memory.statistics[kReference][i];
+        if (kRelative<P>) dp -= memory.statistics[kDpAtMax][i];
         ds[n][e] = prob * (dp - memory.statistics[kDelta][i]);
         weights[n][e] = prob * kept;
       }

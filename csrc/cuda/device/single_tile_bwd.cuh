@@ -8,7 +8,7 @@
 namespace swin_kernels::cuda {
 
 template <class P, int Channels>
-struct WholeBackwardMemory {
+struct SingleTileBackwardMemory {
   using T = typename P::Element;
   using Sum = typename P::Sum;
 
@@ -24,10 +24,10 @@ struct WholeBackwardMemory {
 
 template <class P, int Channels>
 SWIN_KERNEL(128, 2)
-whole_window_backward(SWIN_PARAMETER Backward call) {
+single_tile_backward(SWIN_PARAMETER Backward call) {
   using T = typename P::Element;
   using Sum = typename P::Sum;
-  using Memory = WholeBackwardMemory<P, Channels>;
+  using Memory = SingleTileBackwardMemory<P, Channels>;
   constexpr int kPitch = TokenTile<T, Channels>::kPitch, kChannelTiles = Channels / kColumns;
   constexpr int kWeightPitch = WeightTile<P>::kPitch;
   Memory& memory = *reinterpret_cast<Memory*>(shared_memory());

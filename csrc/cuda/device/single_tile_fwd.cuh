@@ -8,7 +8,7 @@
 namespace swin_kernels::cuda {
 
 template <class P, int Channels>
-struct WholeForwardMemory {
+struct SingleTileForwardMemory {
   using T = typename P::Element;
 
   alignas(16) T tokens[2][3][kTile * TokenTile<T, Channels>::kPitch];  // of query, key, value
@@ -20,16 +20,17 @@ struct WholeForwardMemory {
 
   // With an explicit mask a tile of it comes after.
   static int64_t bytes(bool mask) {
-    return int64_t(sizeof(WholeForwardMemory) + (mask ? sizeof(LogitTile<typename P::Sum>) : 0));
+    return int64_t(sizeof(SingleTileForwardMemory) +
+                   (mask ? sizeof(LogitTile<typename P::Sum>) : 0));
   }
 };
 
 template <class P, int Channels>
 SWIN_KERNEL(128, Channels * sizeof(typename P::Element) > 64 ? 2 : 3)
-whole_window_forward(SWIN_PARAMETER Forward call) {
+single_tile_forward(SWIN_PARAMETER Forward call) {
   using T = typename P::Element;
   using Sum = typename P::Sum;
-  using Memory = WholeForwardMemory<P, Channels>;
+  using Memory = SingleTileForwardMemory<P, Channels>;
   constexpr int kPitch = TokenTile<T, Channels>::kPitch, kChannelTiles = Channels / kColumns;
   Memory& memory = *reinterpret_cast<Memory*>(shared_memory());
   auto& mask = *reinterpret_cast<LogitTile<Sum>*>(&memory + 1);  // only with an explicit mask

@@ -53,7 +53,7 @@ Gradients run_backward(const Device& device, const Arguments& a, const Problem& 
   call.windows_per_program = windows_per_program(p, device);
   const int64_t runs = runs_of(p, call.windows_per_program);
   const int64_t channels = std::max(p.head_dim, p.value_dim);
-  constexpr bool kFits = sizeof(WholeBackwardMemory<P, kWholeChannels<P>>) <= kSharedBytes;
+  constexpr bool kFits = sizeof(SingleTileBackwardMemory<P, kWholeChannels<P>>) <= kSharedBytes;
   const bool whole = kFits && p.tokens() <= kTile && channels <= kWholeChannels<P>;
   const int64_t other_rows = whole ? runs : p.batch * p.windows() * tiles_of(p);
   Partials<Sum, Wide> partials(a, p, needs, runs, other_rows);
@@ -63,8 +63,8 @@ Gradients run_backward(const Device& device, const Arguments& a, const Problem& 
     if (whole)
       choose_channels<P>(channels, [&](auto chosen) {
         constexpr int kChannels = decltype(chosen)::value;
-        device.launch(whole_window_backward<P, kChannels>, call, checked_blocks(runs * p.heads),
-                      threads_for(p.tokens()), sizeof(WholeBackwardMemory<P, kChannels>));
+        device.launch(single_tile_backward<P, kChannels>, call, checked_blocks(runs * p.heads),
+                      threads_for(p.tokens()), sizeof(SingleTileBackwardMemory<P, kChannels>));
       });
   }
   if (!whole) {

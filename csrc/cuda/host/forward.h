@@ -20,11 +20,11 @@ void run_forward(const Device& device, const Arguments& a, const Problem& p, con
   static_assert(sizeof(Tiled) <= kSharedBytes);
   choose_channels<P>(channels, [&](auto chosen) {
     constexpr int kChannels = decltype(chosen)::value;
-    const int64_t whole_bytes = WholeForwardMemory<P, kChannels>::bytes(a.mask.has_value());
+    const int64_t whole_bytes = SingleTileForwardMemory<P, kChannels>::bytes(a.mask.has_value());
     if (tokens <= kTile && channels <= kChannels && whole_bytes <= kSharedBytes) {
       call.windows_per_program = windows_per_program(p, device);
       const int64_t blocks = checked_blocks(runs_of(p, call.windows_per_program) * p.heads);
-      device.launch(whole_window_forward<P, kChannels>, call, blocks, threads_for(tokens),
+      device.launch(single_tile_forward<P, kChannels>, call, blocks, threads_for(tokens),
                     whole_bytes);
     } else {
       const int64_t blocks = checked_blocks(p.batch * p.windows() * p.heads * tiles_of(p));

@@ -87,7 +87,7 @@ def _first(table: Table, features: frozenset[str], otherwise: Any) -> Any:
 # Why a kernel does not hold a window in one tile: registers. Forward and backward agree on it for
 # the backward without knowing of TF32, which may change between the two, nor of strides, which a
 # compiler does not promise.
-IN_TILES: dict[str, Table] = {
+WHY_TILED: dict[str, Table] = {
     "forward": (
         ("over_128_tokens", True, "a row of logits is a whole thread's registers"),
         ("over_64_tokens -h100", True, "the bias takes 64 registers, the logits as many"),
@@ -111,7 +111,7 @@ IN_TILES: dict[str, Table] = {
 }
 
 # of kernels that hold a window: (warps for each 16 of its tokens, stages)
-WHOLE: dict[str, Table] = {
+SINGLE_TILE: dict[str, Table] = {
     "forward": (
         ("fp32", (2, 1), "an element takes a register"),
         ("dropout", (2, 2), "random numbers beside the logits"),
@@ -144,7 +144,7 @@ WHOLE: dict[str, Table] = {
 }
 
 # of kernels that work in tiles: (queries, keys, warps)
-TILES: dict[str, Table] = {
+TILED: dict[str, Table] = {
     "tiled_forward": (
         ("fp32 over_64", (32, 32, 8), "128 channels of four bytes"),
         ("fp32", (32, 32, 4), "an element takes a register"),
@@ -194,13 +194,13 @@ TILES: dict[str, Table] = {
     ),
 }
 
-STAGES: dict[str, Table] = {
+TILED_STAGES: dict[str, Table] = {
     "tiled_forward": (("of_64 ampere", 2, "there is room, in fp32 too"),),
     "dq": (("mask -from_shared", 1, "operands are registers, and so is the mask"),),
     "dkv": (),
     "dbias": (("", 1, "its loop is over windows, whose tiles are not neighbours"),),
 }
-_ANY_STAGES: Table = (
+_TILED_STAGES: Table = (
     ("fp32", 1, "tiles of four bytes"),
     ("over_64 small_shared", 1, "two stages of 128 channels need more than 100 KB"),
     ("over_64 mask pads", 1, "128 channels, and two things that are added"),
@@ -249,13 +249,13 @@ REGISTERS_HALF: dict[str, Table] = {
 }
 
 
-def takes_whole_windows(kernel: str, call: Call, gpu: Gpu) -> bool:
+def fits_single_tile(kernel: str, call: Call, gpu: Gpu) -> bool:
     """Whether forward or backward holds a window in one tile."""
-    return not _first(IN_TILES[kernel], _features(call, gpu), False)
+    return not _first(WHY_TILED[kernel], _features(call, gpu), False)
 
 
 def _in_tiles(kernel: str, call: Call, features: frozenset[str]) -> Config:
-    queries, keys, warps = _first(TILES[kernel], features, None)
+    queries, keys, warps = _first(TILED[kernel], features, None)
     if not features & {"unaligned", "fp32"} and call.not_vectorizable:
         warps = max(warps, 8)
     if (
@@ -268,7 +268,7 @@ def _in_tiles(kernel: str, call: Call, features: frozenset[str]) -> Config:
         tiles = -(-call.tokens // queries)
         queries = MOST_QUERIES if tiles % 2 == 0 or tiles > 4 else queries
     largest = block_of(call.tokens)
-    stages = _first((*STAGES[kernel], *_ANY_STAGES), features, None)
+    stages = _first((*TILED_STAGES[kernel], *_TILED_STAGES), features, None)
     return Config(min(queries, largest), min(keys, largest), warps, stages)
 
 
@@ -295,9 +295,9 @@ def tuned_key(kernel: str, call: Call, gpu: Gpu) -> str:
 def config_for(kernel: str, call: Call, gpu: Gpu) -> Config:
     """The layout of one kernel: forward, backward; tiled_forward, dq, dkv or dbias."""
     features = _features(call, gpu)
-    if kernel in WHOLE:
+    if kernel in SINGLE_TILE:
         block = block_of(call.tokens)
-        warps, stages = _first(WHOLE[kernel], features, None)
+        warps, stages = _first(SINGLE_TILE[kernel], features, None)
         programs = 8 if kernel == "forward" else 4
         config = Config(block, block, block // 16 * warps, stages, programs)
     else:

@@ -9,7 +9,7 @@ import torch
 from swin_kernels.backends.triton.config import (
     LARGEST_BLOCK,
     config_for,
-    takes_whole_windows,
+    fits_single_tile,
 )
 from swin_kernels.backends.triton.kernel_args import (
     BIAS_KINDS,
@@ -38,7 +38,7 @@ def kept_shape(call: Call, gpu: Gpu) -> tuple[int, ...]:
 
     `stats` (W, H, 2·N) where the backward works in tiles, else `tiles`.
     """
-    if not takes_whole_windows("backward", call, gpu):
+    if not fits_single_tile("backward", call, gpu):
         return call.stats_shape
     shape = tiles_shape(call.options, call.heads, call.bias != "none", call.explicit_mask)
     return shape if shape[0] > 0 else (0,)
@@ -76,7 +76,7 @@ def forward_plan(call: Call, gpu: Gpu, *, differentiable: bool = False) -> Plan:
         "stats_ptr": "stats" if keep_stats else None,
     }
     scalars = scalar_args(call, out) | {"out_strides": out.strides, "KEEP_STATS": keep_stats}
-    if takes_whole_windows("forward", call, gpu):
+    if fits_single_tile("forward", call, gpu):
         config = config_for("forward", call, gpu)
         run = config.windows_per_program(call, gpu)
         bias_pointers, bias_scalars = bias_args(call)
@@ -144,7 +144,7 @@ def backward_plan(call: Call, gpu: Gpu) -> Plan:
         "logit_scale_sums_ptr": "logit_scale_sums" if call.cosine else None,
         "bias_sums_ptr": "bias_sums" if call.sums_bias else None,
     }
-    whole = takes_whole_windows("backward", call, gpu)
+    whole = fits_single_tile("backward", call, gpu)
     plan = _single_tile_backward if whole else _tiled_backward
     return plan(call, gpu, pointers, scalars, buffers)
 

@@ -16,7 +16,7 @@ from swin_kernels.backends.triton.config import (
     KNOWN_GPUS,
     LARGEST_HEAD_DIM,
     config_for,
-    takes_whole_windows,
+    fits_single_tile,
     tuned_key,
 )
 from swin_kernels.backends.triton.launch_spec import Config, Gpu, block_of
@@ -109,7 +109,7 @@ def test_every_layout_is_one_that_triton_takes(gpu, tokens, dim, dtype):
         if dtype == torch.float32 or not flags[-1]
     ]
     for call, kernel in itertools.product(mixtures, KERNELS):
-        if kernel in ("forward", "backward") and not takes_whole_windows(kernel, call, gpu):
+        if kernel in ("forward", "backward") and not fits_single_tile(kernel, call, gpu):
             continue
         config = config_for(kernel, call, gpu)
         for number in (config.block_m, config.block_n, config.num_warps):

@@ -17,7 +17,7 @@ from swin_kernels.backends.triton.config import (
     INTERPRETER,
     KNOWN_GPUS,
     config_for,
-    takes_whole_windows,
+    fits_single_tile,
     tuned_key,
 )
 from swin_kernels.backends.triton.launch_spec import Call, Config, facts_of
@@ -120,8 +120,8 @@ def test_tokens_channels_and_dtype_decide_between_whole_windows_and_tiles(
     case = Case(1, (tokens,), (tokens,), head_dim=dim, dtype=dtype, bias="table")
     case = case.but(layout="contiguous")
     call = call_of(tokens, dim, dim, dtype, 1, 2)
-    assert takes_whole_windows("forward", call, H100) == forward
-    assert takes_whole_windows("backward", call, H100) == backward
+    assert fits_single_tile("forward", call, H100) == forward
+    assert fits_single_tile("backward", call, H100) == backward
     spread = [] if forward else ["_expand_bias_kernel"]
     kernel = "_single_tile_fwd_kernel" if forward else "_tiled_fwd_kernel"
     assert _kernels(_forward(case)) == [*spread, kernel]
@@ -375,7 +375,7 @@ def test_tf32_changes_layouts_and_products_but_not_what_is_kept():
     for gpu, tokens, dim in itertools.product(GPUS, (16, 49, 98, 144), (16, 32, 64, 128)):
         calls = [call_of(tokens, dim, dim, torch.float32, 100, 4, tf32=x) for x in (False, True)]
         for kernel in ("forward", "backward"):
-            exact, rounded = (takes_whole_windows(kernel, call, gpu) for call in calls)
+            exact, rounded = (fits_single_tile(kernel, call, gpu) for call in calls)
             assert exact == rounded
     fine, rough = (call_of(49, 32, 32, torch.float32, 100, 4, tf32=tf32) for tf32 in (False, True))
     assert tuned_key("forward", fine, H100) == "forward-sm_90-float32-n49-d32-32"

@@ -242,8 +242,8 @@ std::string shared_bytes(const std::string& precision) {
   for (int64_t channels : {1, 64})
     choose_channels<P>(channels, [&](auto chosen) {
       constexpr int kWhole = decltype(chosen)::value;
-      say("whole_window_forward", kWhole, WholeForwardMemory<P, kWhole>::bytes(false));
-      say("whole_window_backward", kWhole, sizeof(WholeBackwardMemory<P, kWhole>));
+      say("single_tile_forward", kWhole, SingleTileForwardMemory<P, kWhole>::bytes(false));
+      say("single_tile_backward", kWhole, sizeof(SingleTileBackwardMemory<P, kWhole>));
     });
   say("tiled_forward", kTiled, sizeof(TiledForwardMemory<P, kTiled>));
   for (const char* kernel :

@@ -6,14 +6,14 @@ import pytest
 import torch
 from torch.testing import assert_close
 
-from benchmarks.baselines import alternatives
-from benchmarks.baselines.alternatives import centroids, directions, projection
+from benchmarks.baselines import global_attentions
+from benchmarks.baselines.global_attentions import centroids, directions, projection
 
 FORMS = {
-    "global": alternatives.global_attention,
-    "linformer": lambda qkv: alternatives.linformer(qkv, projection(qkv[0].numel() // 48, 8)),
-    "performer": lambda qkv: alternatives.performer(qkv, directions(qkv.shape[-1], 32)),
-    "routing": lambda qkv: alternatives.routing(qkv, centroids(qkv.shape[-1], 3), 7),
+    "global": global_attentions.global_attention,
+    "linformer": lambda qkv: global_attentions.linformer(qkv, projection(qkv[0].numel() // 48, 8)),
+    "performer": lambda qkv: global_attentions.performer(qkv, directions(qkv.shape[-1], 32)),
+    "routing": lambda qkv: global_attentions.routing(qkv, centroids(qkv.shape[-1], 3), 7),
 }
 forms = pytest.mark.parametrize("attend", FORMS.values(), ids=FORMS)
 
@@ -46,19 +46,19 @@ def test_output_is_a_map_and_every_token_can_learn(attend, size):
 
 def test_global_attention_is_the_softmax_over_all_tokens():
     qkv = _qkv(4, 5)
-    assert_close(alternatives.global_attention(qkv), _softmax_attention(qkv))
+    assert_close(global_attentions.global_attention(qkv), _softmax_attention(qkv))
 
 
 def test_linformer_with_nothing_projected_away_is_global_attention():
     qkv = _qkv(4, 5)
-    assert_close(alternatives.linformer(qkv, torch.eye(20)), _softmax_attention(qkv))
+    assert_close(global_attentions.linformer(qkv, torch.eye(20)), _softmax_attention(qkv))
 
 
 def test_linformer_sees_as_many_keys_as_its_projection_has_rows():
     qkv = _qkv(4, 5)
     mean = torch.full((1, 20), 1 / 20)
     values = qkv[..., 2, :, :].mean((1, 2), keepdim=True)
-    assert_close(alternatives.linformer(qkv, mean), values.expand(2, 4, 5, 2, 8))
+    assert_close(global_attentions.linformer(qkv, mean), values.expand(2, 4, 5, 2, 8))
 
 
 def test_performer_comes_near_the_softmax_with_more_features():
@@ -67,7 +67,8 @@ def test_performer_comes_near_the_softmax_with_more_features():
     errors = []
     for features in (16, 256, 4096):
         near = (
-            alternatives.performer(qkv, directions(8, features, seed).double()) for seed in range(5)
+            global_attentions.performer(qkv, directions(8, features, seed).double())
+            for seed in range(5)
         )
         errors.append(sum(float((x - exact).square().mean()) for x in near) / 5)
     # a mean over features: the squared error falls as their number grows
@@ -84,16 +85,16 @@ def test_directions_of_a_block_are_orthogonal():
 
 def test_routing_with_one_cluster_of_all_tokens_is_global_attention():
     qkv = _qkv(4, 5)
-    assert_close(alternatives.routing(qkv, centroids(8, 1), 20), _softmax_attention(qkv))
+    assert_close(global_attentions.routing(qkv, centroids(8, 1), 20), _softmax_attention(qkv))
 
 
 def test_routing_keeps_to_clusters():
     qkv = torch.zeros(1, 8, 3, 1, 2)
     qkv[:, :4, :2, :, 0] = qkv[:, 4:, :2, :, 1] = 1.0  # two kinds of tokens
     qkv[:, :4, 2], qkv[:, 4:, 2] = 3.0, 5.0
-    out = alternatives.routing(qkv, torch.eye(2), 4)
+    out = global_attentions.routing(qkv, torch.eye(2), 4)
     assert_close(out, qkv[:, :, 2])  # the values of one's own kind alone
-    few = alternatives.routing(qkv, torch.eye(2)[:1], 4)
+    few = global_attentions.routing(qkv, torch.eye(2)[:1], 4)
     assert_close(few[:, :4], qkv[:, :4, 2])
     assert not few[:, 4:].any()  # in no cluster
 
@@ -101,10 +102,10 @@ def test_routing_keeps_to_clusters():
 @pytest.mark.parametrize(
     ("call", "message"),
     [
-        (lambda x: alternatives.global_attention(x[..., 0, :]), "expected qkv"),
-        (lambda x: alternatives.linformer(x, torch.eye(3)), r"projection \(k, 20\)"),
-        (lambda x: alternatives.performer(x, torch.eye(3)), r"directions \(m, 8\)"),
-        (lambda x: alternatives.routing(x, torch.eye(3)), r"centroids \(c, 8\)"),
+        (lambda x: global_attentions.global_attention(x[..., 0, :]), "expected qkv"),
+        (lambda x: global_attentions.linformer(x, torch.eye(3)), r"projection \(k, 20\)"),
+        (lambda x: global_attentions.performer(x, torch.eye(3)), r"directions \(m, 8\)"),
+        (lambda x: global_attentions.routing(x, torch.eye(3)), r"centroids \(c, 8\)"),
     ],
     ids=FORMS,
 )

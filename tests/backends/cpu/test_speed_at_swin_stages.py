@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import pytest
 
-from benchmarks.attention import loops_of
 from benchmarks.baselines.providers import PROVIDERS
 from benchmarks.cases import cpu_cases
 from benchmarks.device import Cpu
 from benchmarks.report.rows import ResultsFile
+from benchmarks.suite import loops_of
 from benchmarks.timing import Timed, sample_in_turn
 
 pytestmark = pytest.mark.slow
