@@ -14,6 +14,7 @@ from swin_kernels.backends.base import Backend, Ops, asked_while_tracing, tf32_a
 from swin_kernels.problem import DIFFERENTIABLE, Operands, Options, Problem, needs_of
 
 _PACKAGE = Path(__file__).resolve().parent.parent
+_ATTENTION = ("window_attention_forward", "window_attention_backward")
 
 
 @dataclass(frozen=True)
@@ -23,6 +24,12 @@ class LoadedObject:
     name: str
     path: Path | None
     error: str | None
+
+
+def _is_older(operation: str) -> bool:
+    """Whether an op for attention was built from sources with other arguments."""
+    names = {x.name for x in getattr(torch.ops.swin_kernels, operation).default._schema.arguments}
+    return operation in _ATTENTION and "allow_tf32" not in names
 
 
 def _load(name: str, device: str, *operations: str) -> LoadedObject:
@@ -42,14 +49,14 @@ def _load(name: str, device: str, *operations: str) -> LoadedObject:
         )
     has_kernel = torch._C._dispatch_has_computed_kernel_for_dispatch_key
     for operation in operations:
-        known = hasattr(torch.ops.swin_kernels, operation)
-        if not known or not has_kernel(f"swin_kernels::{operation}", device):
-            reason = f"{candidates[0].name} lacks swin_kernels::{operation}: build it again"
+        found = f"swin_kernels::{operation}"
+        known = hasattr(torch.ops.swin_kernels, operation) and has_kernel(found, device)
+        if not known or _is_older(operation):
+            reason = f"{candidates[0].name} lacks {found}: build it again"
             return LoadedObject(name, candidates[0], reason)
     return LoadedObject(name, candidates[0], None)
 
 
-_ATTENTION = ("window_attention_forward", "window_attention_backward")
 CPU_OBJECT = _load("_C_cpu", "CPU", *_ATTENTION, "cpu_capability")
 # its kernels are those of the ops that _C_cpu defines
 CUDA_OBJECT = _load("_C_cuda", "CUDA", *_ATTENTION, "cuda_has_code_for")
@@ -127,7 +134,7 @@ class CudaBackend(_NativeBackend):
 
     def why_not(self, problem: Problem) -> str | None:
         if self.ops is None:
-            return CUDA_OBJECT.error or CPU_OBJECT.error
+            return CPU_OBJECT.error or CUDA_OBJECT.error  # the former defines the ops
         if problem.device.type not in self.device_types:
             return f"runs on CUDA tensors, got {problem.device}"
         return _why_not_on(problem.device) if problem.device.type == "cuda" else None

@@ -28,6 +28,11 @@ _MASK = Operands._fields.index("mask")
 _libraries: dict[str, torch.library.Library] = {}  # a kernel lives as long as its library
 
 
+def _past_autograd() -> Any:
+    """`below_autograd`, but where dynamo records: compiled autograd goes through the Function."""
+    return contextlib.nullcontext() if torch.compiler.is_compiling() else below_autograd()
+
+
 class ShiftedWindowAttentionFunction(torch.autograd.Function):
     """`apply(*Operands, *Options, backend)`: the fused forward and backward, without the checks.
 
@@ -42,7 +47,7 @@ class ShiftedWindowAttentionFunction(torch.autograd.Function):
     def forward(ctx, *args):
         operands, options = Operands(*args[:_OPERANDS]), Options(*args[_OPERANDS:_ARGUMENTS])
         backend = args[_ARGUMENTS]
-        with below_autograd():
+        with _past_autograd():
             out, saved = BACKENDS[backend].forward(operands, options, True)
         ctx.save_for_backward(*operands, *saved)
         ctx.options = options
@@ -66,7 +71,7 @@ class ShiftedWindowAttentionFunction(torch.autograd.Function):
         saved = ctx.saved_tensors
         operands, saved = Operands(*saved[:_OPERANDS]), saved[_OPERANDS:]
         # where a second derivative may follow, the op's own kernel refuses it
-        with contextlib.nullcontext() if torch.is_grad_enabled() else below_autograd():
+        with contextlib.nullcontext() if torch.is_grad_enabled() else _past_autograd():
             grads = BACKENDS[ctx.backend].backward(grad_out, operands, ctx.options, saved, needed)
         kept = [grad if wanted else None for grad, wanted in zip(grads, needed)]
         return (*kept, *others)

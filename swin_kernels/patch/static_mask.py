@@ -6,6 +6,7 @@ of buffers (DDP) leaves no trace in its version.
 
 from __future__ import annotations
 
+import threading
 from dataclasses import dataclass
 from typing import TypeGuard
 from weakref import WeakValueDictionary
@@ -44,20 +45,29 @@ def reads_each_time(mask: Tensor) -> bool:
     return mask.device.type == "cpu"
 
 
-def _watch(mask: Tensor) -> bool:
-    """Have a later write leave a trace, whatever it goes through; False where that cannot be.
-
-    A lazy clone makes the memory copy-on-write, until someone asks for a pointer to write through.
-    """
-    try:
-        mask._lazy_clone()
-    except RuntimeError:  # memory of another process, a file or another library
-        return False
-    return _is_watched(mask)
+# how often memory came to be watched: what was compared before may since have been written to, by
+# way of another mask in the same memory
+_times_watched = [0]
+_lock = threading.Lock()  # making memory copy-on-write is not safe in two threads
 
 
 def _is_watched(mask: Tensor) -> bool:
     return torch._C._is_cow_tensor(mask)  # type: ignore[attr-defined]
+
+
+def _watch(mask: Tensor) -> bool:
+    """Have a later write leave a trace, whatever it goes through; False where that cannot be.
+
+    A lazy clone makes the memory copy-on-write, until someone asks for a pointer to write through;
+    as the clone is gone by then, the memory stays where it is.
+    """
+    if not _is_watched(mask):
+        try:
+            mask._lazy_clone()
+        except RuntimeError:  # memory of another process, a file or another library
+            return False
+        _times_watched[0] += 1
+    return _is_watched(mask)
 
 
 @dataclass(frozen=True, eq=False)
@@ -68,6 +78,7 @@ class CheckedMask:
     version: int
     layout: tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]
     expected: Tensor | None  # the shift mask, where the mask equals it and can be relied on
+    watched: int  # how often memory had come to be watched by then
 
     @classmethod
     def of(
@@ -77,9 +88,12 @@ class CheckedMask:
         expected: Tensor | None = None
         if mask.shape == (grid.windows, grid.tokens, grid.tokens):
             shift_mask = _shift_mask(grid, mask)
-            if torch.equal(mask, shift_mask) and (reads_each_time(mask) or _watch(mask)):
-                expected = shift_mask
-        return cls(mask, mask._version, (padded, window, shift), expected)
+            with _lock:
+                # watched before it is compared, so that no write falls between the two
+                relied_on = reads_each_time(mask) or _watch(mask)
+                if relied_on and torch.equal(mask, shift_mask):
+                    expected = shift_mask
+        return cls(mask, mask._version, (padded, window, shift), expected, _times_watched[0])
 
     def still(self, mask: Tensor | None) -> bool:
         """Whether the answer holds: `mask` is the one compared, and nothing has changed in it.
@@ -93,4 +107,4 @@ class CheckedMask:
             return True
         if reads_each_time(mask):
             return torch.equal(mask, self.expected)
-        return _is_watched(mask)
+        return self.watched == _times_watched[0] and _is_watched(mask)

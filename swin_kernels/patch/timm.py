@@ -157,16 +157,19 @@ class _FusedBlock(Fused):
 
     def _is_shift_mask(self, mask: Tensor, padded: tuple[int, ...]) -> bool:
         """Whether `mask` is known to be what the operation adds by itself at this padded size."""
+        layout = (padded, tuple(self.window_size), tuple(self.shift_size))
         if torch.compiler.is_compiling():
             _look_again(self._swin_kernels.key)
         elif not is_traced_by_mode():
-            self._look_again()
+            known = self._swin_kernels.checked
+            if known is None or known.mask is not mask or known.layout == layout:
+                self._look_again()  # else it is no such mask, whatever it holds
         known = self._swin_kernels.checked
         return (
             known is not None
             and known.mask is mask
             and known.expected is not None
-            and known.layout == (padded, tuple(self.window_size), tuple(self.shift_size))
+            and known.layout == layout
         )
 
     def _masking(self, size: tuple[int, int]) -> dict[str, Any] | str:

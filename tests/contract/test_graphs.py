@@ -114,7 +114,9 @@ def test_graph_of_a_whole_step_gives_its_gradients_and_refuses_theirs(fused):
 def test_compiled_autograd_has_the_gradients_of_an_eager_call(fused):
     module, grad_out = _Call(PLANE, fused), make_grad_out(PLANE)
     expected = _step(module, module.operands.query, grad_out)
-    with compiled_autograd._enable(lambda graph: torch.compile(graph, backend="eager")):
+    with compiled_autograd._enable(
+        lambda graph: torch.compile(graph, backend="eager", fullgraph=True)
+    ):
         _assert_same(_step(module, module.operands.query, grad_out), expected)
 
 

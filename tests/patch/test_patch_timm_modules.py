@@ -289,6 +289,30 @@ def test_watched_mask_is_read_once_until_someone_writes(monkeypatch):
     assert len(read) == 2
 
 
+def test_masks_in_the_same_memory_are_each_compared_after_an_edit(monkeypatch):
+    monkeypatch.setattr(static_mask, "reads_each_time", lambda mask: False)
+    blocks, x = [small_block("v1", (14, 14)) for _ in range(2)], torch.randn(2, 14, 14, 16)
+    masks = torch.stack([block.attn_mask for block in blocks])
+    for block, mask in zip(blocks, masks):
+        block.attn_mask = mask
+        patch(block, strict=True)
+        attend(block, x)
+    assert [masking_of(block, 14) for block in blocks] == [{"mask_value"}] * 2
+    blocks[1].attn_mask.data.zero_()
+    assert masking_of(blocks[0], 14) == {"mask_value"}  # watches the memory of both again
+    assert masking_of(blocks[1], 14) == {"mask", "mask_value"}
+
+
+def test_mask_for_another_layout_is_not_looked_at(monkeypatch):
+    monkeypatch.setattr(static_mask, "reads_each_time", lambda mask: False)
+    block = small_block("v1", (14, 28))
+    patch(block, strict=True)
+    monkeypatch.setattr(torch, "equal", lambda a, b: pytest.fail("was compared"))
+    for _ in range(2):
+        block.attn_mask.data_ptr()  # as a launch asks for it
+        assert set(block._masking((28, 14))) == {"mask", "mask_value"}
+
+
 def test_mask_in_memory_that_cannot_be_watched_is_used_as_it_is(monkeypatch):
     block = small_block("v1", (14, 14))
     block.attn_mask.share_memory_()

@@ -85,6 +85,8 @@ def scalar_args(call: Call, *more: TokenLayout) -> dict[str, Any]:
         "BLOCK_D": block_of(call.head_dim),
         "BLOCK_DV": block_of(call.value_dim),
         "SHARED_STRIDES": query.strides == key.strides == value.strides,
+        "HAS_BIAS": None,  # of tiled kernels: see expanded_bias_args
+        "EXPANDED": None,
         "windows": call.windows,
     }
 
@@ -135,7 +137,9 @@ def expanded_bias_args(
         "bias._expand_bias_kernel",
         -(-(side**2 if biased else side) // pairs) * heads,
         pointers | {"expanded_ptr": written["bias_ptr"], "sides_ptr": written["sides_ptr"]},
-        geometry
+        # what it does not read is the same for all calls, so that it is compiled once
+        dict.fromkeys(Meta._fields)
+        | {name: geometry[name] for name in ("TOKENS", "WINDOW", "REGIONS", "seams")}
         | bias_scalars
         | {"heads": heads, "LOG2": call.logits_in_log2, "EXPANDED": side, "BLOCK": pairs},
         Config(pairs, pairs, 4, 1),
@@ -171,7 +175,7 @@ def arguments_of(spec: LaunchSpec, names: Sequence[str]) -> dict[str, Any]:
     return {
         name: spec.pointers[name]
         if name.endswith("_ptr")
-        else tuples[name]._make(map(spec.scalars.get, tuples[name]._fields))
+        else tuples[name]._make(map(spec.scalars.__getitem__, tuples[name]._fields))
         if name in tuples
         else spec.scalars[name]
         for name in names

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from swin_kernels.backends.triton import launcher
-from swin_kernels.backends.triton.kernel_args import arguments_of
+from swin_kernels.backends.triton.kernel_args import Geometry, Meta, arguments_of
 from swin_kernels.backends.triton.launch_spec import Config, LaunchSpec, Plan
 from swin_kernels.backends.triton.launcher import Run, gpu_of
 
@@ -86,11 +86,14 @@ def test_arguments_come_in_the_order_of_the_kernel():
 
 
 def test_geometry_and_constants_of_a_kernel_come_as_one_argument_each():
-    scalars = {"sizes": (1, 2, 3), "TOKENS": 49, "LOG2": True}
+    scalars = dict.fromkeys((*Geometry._fields, *Meta._fields)) | {"sizes": (1, 2), "TOKENS": 49}
     spec = LaunchSpec("fwd.kernel", 1, {}, scalars, Config(64, 64, 4, 2))
     found = arguments_of(spec, ("geometry", "META"))
-    assert found["geometry"].sizes == (1, 2, 3)
-    assert (found["META"].TOKENS, found["META"].LOG2, found["META"].COSINE) == (49, True, None)
+    assert found["geometry"].sizes == (1, 2)
+    assert (found["META"].TOKENS, found["META"].COSINE) == (49, None)
+    del scalars["COSINE"]
+    with pytest.raises(KeyError, match="COSINE"):  # never taken for a flag that is off
+        arguments_of(spec, ("META",))
 
 
 def test_first_launch_compiles_and_later_ones_run_what_it_compiled(kernel, hook, stream):
