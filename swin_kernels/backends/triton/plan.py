@@ -13,6 +13,7 @@ from swin_kernels.backends.triton.config import (
 )
 from swin_kernels.backends.triton.kernel_args import (
     BIAS_KINDS,
+    Meta,
     bias_args,
     expanded_bias_args,
     make_plan,
@@ -262,9 +263,11 @@ def _table_grad(call: Call) -> Plan | None:
             "index_ptr": "bias_index" if call.bias == "indexed" else None,
             "grad_ptr": "table_grad",
         },
-        {
+        dict.fromkeys(Meta._fields)
+        | {
             "heads": call.heads,
             "table_rows": table.shape[0],
+            "TOKENS": call.tokens,
             "WINDOW": pad_to_3d(call.grid.window, 1),
             "BIAS": BIAS_KINDS[call.bias],
             "BLOCK_ROWS": rows,

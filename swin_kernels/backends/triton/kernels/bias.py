@@ -37,7 +37,7 @@ def _expand_bias_kernel(
     pair = tl.program_id(0) // heads * BLOCK + tl.arange(0, BLOCK)
     i, j = pair // EXPANDED, pair % EXPANDED
     if META.REGIONS[0] or META.REGIONS[1] or META.REGIONS[2]:
-        sides = seam_sides(token_places(j, META.WINDOW), seams)
+        sides = seam_sides(token_places(j, META), seams)
         tl.store(sides_ptr + j, sides, mask=i + head == 0)
     if BIAS != NO_BIAS:
         inside = (i < N) & (j < N)
@@ -46,8 +46,8 @@ def _expand_bias_kernel(
             value = tl.load(start + i * N + j, mask=inside, other=0.0).to(tl.float32)
         else:
             if BIAS == TABLE_BIAS:
-                places_i, places_j = token_places(i, META.WINDOW), token_places(j, META.WINDOW)
-                row = geometric_row(places_i, places_j, META.WINDOW)
+                places_i, places_j = token_places(i, META), token_places(j, META)
+                row = geometric_row(places_i, places_j, META)
             else:
                 row = tl.load(index_ptr + i * N + j, mask=inside, other=0)
             known = (row >= 0) & (row < table_rows)
@@ -67,7 +67,7 @@ def _table_grad_kernel(
     grad_ptr,
     heads,
     table_rows,
-    WINDOW: tl.constexpr,
+    META: tl.constexpr,
     BIAS: tl.constexpr,
     BLOCK_ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
@@ -77,7 +77,7 @@ def _table_grad_kernel(
     A geometric table has at most one key for a row and a query, so it runs over queries; for an
     index of any other kind it compares every pair.
     """
-    N: tl.constexpr = WINDOW[0] * WINDOW[1] * WINDOW[2]
+    N: tl.constexpr = META.TOKENS
     head = tl.program_id(0) % heads
     t = tl.program_id(0) // heads * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
     dense = dense_ptr + head.to(tl.int64) * (N * N)
@@ -90,18 +90,18 @@ def _table_grad_kernel(
             total += tl.where(row[None, :] == t[:, None], grad[None, :], 0.0)
     else:
         # Δ on each axis: place of the query minus place of the key
-        delta0 = t // ((2 * WINDOW[1] - 1) * (2 * WINDOW[2] - 1)) - (WINDOW[0] - 1)
-        delta1 = t // (2 * WINDOW[2] - 1) % (2 * WINDOW[1] - 1) - (WINDOW[1] - 1)
-        delta2 = t % (2 * WINDOW[2] - 1) - (WINDOW[2] - 1)
+        delta0 = t // ((2 * META.WINDOW[1] - 1) * (2 * META.WINDOW[2] - 1)) - (META.WINDOW[0] - 1)
+        delta1 = t // (2 * META.WINDOW[2] - 1) % (2 * META.WINDOW[1] - 1) - (META.WINDOW[1] - 1)
+        delta2 = t % (2 * META.WINDOW[2] - 1) - (META.WINDOW[2] - 1)
         for start in tl.range(0, N, BLOCK):
             i = start + tl.arange(0, BLOCK)
-            places = token_places(i, WINDOW)
+            places = token_places(i, META)
             y0 = places[0][None, :] - delta0[:, None]
             y1 = places[1][None, :] - delta1[:, None]
             y2 = places[2][None, :] - delta2[:, None]
-            meets = (y0 >= 0) & (y0 < WINDOW[0]) & (y1 >= 0) & (y1 < WINDOW[1])
-            meets = meets & (y2 >= 0) & (y2 < WINDOW[2]) & (i < N)[None, :]
-            j = (y0 * WINDOW[1] + y1) * WINDOW[2] + y2
+            meets = (y0 >= 0) & (y0 < META.WINDOW[0]) & (y1 >= 0) & (y1 < META.WINDOW[1])
+            meets = meets & (y2 >= 0) & (y2 < META.WINDOW[2]) & (i < N)[None, :]
+            j = (y0 * META.WINDOW[1] + y1) * META.WINDOW[2] + y2
             total += tl.load(dense + i[None, :] * N + j, mask=meets, other=0.0)
     grad = tl.sum(total, 1)
     grad = grad.to(grad_ptr.dtype.element_ty)

@@ -103,7 +103,7 @@ def _single_tile_bwd_kernel(
     N: tl.constexpr = META.TOKENS
     PRECISION: tl.constexpr = META.PRECISION
     n = tl.arange(0, BLOCK_N)
-    places = token_places(n, META.WINDOW)
+    places = token_places(n, META)
     sides = seam_sides(places, geometry.seams)
     factor = scale
     if META.COSINE:

@@ -84,7 +84,7 @@ def _tiled_dq_kernel(
     added = (bias_ptr, mask_ptr, seed_ptr, sides_ptr)
 
     i = tile * BLOCK_M + tl.arange(0, BLOCK_M)
-    x_i, rows, _padding_i = locate(i, token_places(i, META.WINDOW), place, geometry, META)
+    x_i, rows, _padding_i = locate(i, token_places(i, META), place, geometry, META)
     at_i = (image, head, x_i, rows)
     q = load_tokens(query, at_i, META.HEAD_DIM, BLOCK_D, META)
     do = load_tokens(grad_out, at_i, META.VALUE_DIM, BLOCK_DV, META)
@@ -103,7 +103,7 @@ def _tiled_dq_kernel(
     cosines = tl.zeros((BLOCK_M,), tl.float32)
     for start in tl.range(0, N, BLOCK_N, num_stages=LOOP_STAGES):
         j = start + tl.arange(0, BLOCK_N)
-        x_j, keys, padding = locate(j, token_places(j, META.WINDOW), place, geometry, META)
+        x_j, keys, padding = locate(j, token_places(j, META), place, geometry, META)
         at_j = (image, head, x_j, keys)
         k, v = load_keys(key, value, at_j, BLOCK_D, BLOCK_DV, META)
         k, v = pad_keys(k, v, pads, padding, head, BLOCK_D, BLOCK_DV, META)
@@ -189,7 +189,7 @@ def _tiled_dkv_kernel(
     added = (bias_ptr, mask_ptr, seed_ptr, sides_ptr)
 
     j = tile * BLOCK_N + tl.arange(0, BLOCK_N)
-    x_j, keys, padding = locate(j, token_places(j, META.WINDOW), place, geometry, META)
+    x_j, keys, padding = locate(j, token_places(j, META), place, geometry, META)
     at_j = (image, head, x_j, keys)
     k, v = load_keys(key, value, at_j, BLOCK_D, BLOCK_DV, META)
     k, v = pad_keys(k, v, pads, padding, head, BLOCK_D, BLOCK_DV, META)
@@ -203,7 +203,7 @@ def _tiled_dkv_kernel(
     dv = tl.zeros((BLOCK_N, BLOCK_DV), tl.float32)
     for start in tl.range(0, N, BLOCK_M, num_stages=LOOP_STAGES):
         i = start + tl.arange(0, BLOCK_M)
-        x_i, rows, _padding_i = locate(i, token_places(i, META.WINDOW), place, geometry, META)
+        x_i, rows, _padding_i = locate(i, token_places(i, META), place, geometry, META)
         at_i = (image, head, x_i, rows)
         q = load_tokens(query, at_i, META.HEAD_DIM, BLOCK_D, META)
         do = load_tokens(grad_out, at_i, META.VALUE_DIM, BLOCK_DV, META)
@@ -286,8 +286,8 @@ def _tiled_dbias_kernel(
     key, value = (key_ptr, key_start, key_strides), (value_ptr, value_start, value_strides)
     pads = (pad_key_ptr, pad_value_ptr)
     added = (bias_ptr, mask_ptr, seed_ptr, sides_ptr)
-    places_i = token_places(i, META.WINDOW)
-    places_j = token_places(j, META.WINDOW)
+    places_i = token_places(i, META)
+    places_j = token_places(j, META)
     factor = scale
     if META.COSINE:
         factor = tl.load(logit_scale_ptr + head).to(tl.float32)

@@ -181,7 +181,7 @@ def bias_tile(
     if BIAS == TABLE_BIAS:
         queries = places_i[0][:, None], places_i[1][:, None], places_i[2][:, None]
         keys = places_j[0][None, :], places_j[1][None, :], places_j[2][None, :]
-        row = geometric_row(queries, keys, META.WINDOW)
+        row = geometric_row(queries, keys, META)
         bias = tl.load(bias_ptr + row * heads + head, mask=inside, other=0.0).to(tl.float32)
     if BIAS == INDEXED_BIAS:
         row = tl.load(index_ptr + dense, mask=inside, other=0)

@@ -101,7 +101,7 @@ def _single_tile_fwd_kernel(
     pads = (pad_key_ptr, pad_value_ptr)
 
     n = tl.arange(0, BLOCK_N)
-    places = token_places(n, META.WINDOW)
+    places = token_places(n, META)
     sides = seam_sides(places, geometry.seams)
     mask_value = logits_of(mask_value, META.LOG2)
     bias = bias_tile(bias_ptr, index_ptr, head, heads, table_rows, n, n, places, places, BIAS, META)
@@ -193,7 +193,7 @@ def _tiled_fwd_kernel(
     crossed = seams_crossed(place, geometry, META)
 
     i = tile * BLOCK_M + tl.arange(0, BLOCK_M)
-    x_i, rows, _padding_i = locate(i, token_places(i, META.WINDOW), place, geometry, META)
+    x_i, rows, _padding_i = locate(i, token_places(i, META), place, geometry, META)
     at_i = (image, head, x_i, rows)
     q = load_tokens(query, at_i, META.HEAD_DIM, BLOCK_D, META)
     factor = scale
@@ -208,7 +208,7 @@ def _tiled_fwd_kernel(
     out = tl.zeros((BLOCK_M, BLOCK_DV), tl.float32)
     for start in tl.range(0, N, BLOCK_N, num_stages=LOOP_STAGES):
         j = start + tl.arange(0, BLOCK_N)
-        x_j, keys, padding = locate(j, token_places(j, META.WINDOW), place, geometry, META)
+        x_j, keys, padding = locate(j, token_places(j, META), place, geometry, META)
         at_j = (image, head, x_j, keys)
         k, v = load_keys(key, value, at_j, BLOCK_D, BLOCK_DV, META)
         k, v = pad_keys(k, v, pads, padding, head, BLOCK_D, BLOCK_DV, META)

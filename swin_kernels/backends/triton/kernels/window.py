@@ -32,9 +32,10 @@ def window_place(window, geometry, META: tl.constexpr):
 
 
 @triton.jit
-def token_places(n, WINDOW: tl.constexpr):
+def token_places(n, META: tl.constexpr):
     """Place of token n in its window, on each axis."""
-    return n // (WINDOW[1] * WINDOW[2]), n // WINDOW[2] % WINDOW[1], n % WINDOW[2]
+    plane: tl.constexpr = META.WINDOW[1] * META.WINDOW[2]
+    return n // plane, n // META.WINDOW[2] % META.WINDOW[1], n % META.WINDOW[2]
 
 
 @triton.jit
@@ -108,8 +109,8 @@ def seam_sides(places, seams):
 
 
 @triton.jit
-def geometric_row(places_i, places_j, WINDOW: tl.constexpr):
+def geometric_row(places_i, places_j, META: tl.constexpr):
     """Row of a geometric table where query i meets key j (Liu et al. 2021, eq. 4)."""
-    row = places_i[0] - places_j[0] + (WINDOW[0] - 1)
-    row = row * (2 * WINDOW[1] - 1) + places_i[1] - places_j[1] + (WINDOW[1] - 1)
-    return row * (2 * WINDOW[2] - 1) + places_i[2] - places_j[2] + (WINDOW[2] - 1)
+    row = places_i[0] - places_j[0] + (META.WINDOW[0] - 1)
+    row = row * (2 * META.WINDOW[1] - 1) + places_i[1] - places_j[1] + (META.WINDOW[1] - 1)
+    return row * (2 * META.WINDOW[2] - 1) + places_i[2] - places_j[2] + (META.WINDOW[2] - 1)
