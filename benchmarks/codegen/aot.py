@@ -1,4 +1,4 @@
-"""Compiles launches of a plan for a GPU that is not there, and reads what their code costs.
+"""Compiles a plan's launches for a GPU that need not be present, and reads the machine code's cost.
 
 The specialisation is the one a launch would get: integers equal to 1 are constants, and what 16
 divides is said to be so. cuobjdump comes with Triton.

@@ -6,7 +6,7 @@ NEW is the working tree unless named. Each side is a process of its own, on a tr
 its own compiled object; they are asked for samples in turn, so that the drift of a shared machine
 cancels. Results are held to the error rule before anything is timed. Exit code: 1 where NEW is
 slower than the tolerance allows, with its whole interval, or where a result is wrong; 2 for a
-commit or a case that is not there; else 0.
+commit or a case that is unknown; else 0.
 """
 
 from __future__ import annotations

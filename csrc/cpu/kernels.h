@@ -1,4 +1,4 @@
-// What the fused CPU kernels are told, and the table of their variants: one per instruction set.
+// Parameters of the fused CPU kernels, and the table of their variants: one per instruction set.
 #pragma once
 
 #include <cstdint>

@@ -1,4 +1,4 @@
-// What the kernels are told. Plain structs, passed by value.
+// Parameters of the kernels: plain structs, passed by value.
 #pragma once
 
 #include "window_geometry.h"

@@ -1,7 +1,7 @@
 """What one Triton call is made of: facts of its tensors, of the device, and what is launched on it.
 
 Names and numbers, without tensors and without Triton. So a plan is made once for all calls alike,
-can be compiled for a GPU that is not there, and is tested on tensors without data.
+can be compiled without the GPU it is for, and is tested on tensors without data.
 """
 
 from __future__ import annotations

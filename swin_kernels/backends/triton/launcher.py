@@ -114,7 +114,7 @@ class Run:
     def __init__(self, plan: Plan, given: Sequence[str], device: torch.device) -> None:
         self.plan, self.device = plan, device
         self.buffers = tuple(plan.buffers.values())
-        names = (*given, *plan.buffers, None)  # a tensor that there is not comes last
+        names = (*given, *plan.buffers, None)  # an absent tensor is the last entry
         launches = [Launch(spec) for spec in plan.launches]
         self.launches: list[tuple[Launch, Callable]] = [
             (x, itemgetter(*(names.index(name) for name in x.tensors))) for x in launches
