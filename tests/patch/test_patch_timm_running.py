@@ -6,6 +6,7 @@ import copy
 
 import pytest
 import torch
+from torch import Tensor, nn
 
 pytest.importorskip("timm", reason="the patches are tested on timm's models")
 
@@ -17,14 +18,18 @@ from patch_models import (
     double,
     fused_blocks,
     image,
+    patched_copy,
     small_block,
     small_model,
     train_step,
 )
+from torch.fx.experimental.proxy_tensor import make_fx
+from torch.utils.flop_counter import FlopCounterMode
 
 from swin_kernels import patch, unpatch
 
 kinds = pytest.mark.parametrize("kind", KINDS)
+sizes = pytest.mark.parametrize("size", [(56, 56), (60, 76)], ids=["unpadded", "padded"])
 
 
 @kinds
@@ -94,7 +99,7 @@ def test_checkpointing_gives_the_same_gradients(kind, calls, on_cpu_kernels):
     assert all(torch.equal(plain.grads[n], recomputed.grads[n]) for n in plain.grads)
 
 
-@pytest.mark.parametrize("size", [(56, 56), (60, 76)], ids=["unpadded", "padded"])
+@sizes
 @kinds
 def test_autocast_to_bf16(kind, size, on_cpu_kernels):
     model, images = small_model(kind, size), [image(*size, seed=seed) for seed in range(3)]
@@ -116,7 +121,7 @@ def test_bf16_model(kind, on_cpu_kernels):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("size", [(56, 56), (60, 76)], ids=["unpadded", "padded"])
+@sizes
 @kinds
 def test_compile_fullgraph_trains_as_eager(kind, size, calls, on_cpu_kernels):
     model, x = small_model(kind, size), image(*size)
@@ -238,3 +243,63 @@ def test_per_sample_gradients_by_vmap(kind):
     ours, theirs = per_sample(model), per_sample(stock)
     for name, grad in theirs.items():
         torch.testing.assert_close(ours[name], grad, rtol=1e-4, atol=1e-5)
+
+
+@kinds
+@sizes
+def test_flops_of_a_training_step_are_those_of_stock(kind, size):
+    def counted(model):
+        with FlopCounterMode(display=False) as counter:
+            model(image(*size)).sum().backward()
+        return counter.get_total_flops()
+
+    stock = small_model(kind, size)
+    ours = patched_copy(stock)
+    # of the tokens of padding ours spares the layers
+    assert counted(ours) == pytest.approx(counted(stock), rel=0 if size == (56, 56) else 0.3)
+
+
+@pytest.mark.slow
+@kinds
+@pytest.mark.parametrize("tracing_mode", ["real", "fake", "symbolic"])
+def test_block_is_traced_by_make_fx_without_a_call_before(kind, tracing_mode):
+    block, x = small_block(kind, (12, 17)), torch.randn(2, 12, 17, 16)
+    ours = patched_copy(block)
+    graph = make_fx(ours, tracing_mode=tracing_mode, _allow_non_fake_inputs=True)(x)
+    again = torch.randn(2, 12, 17, 16)
+    torch.testing.assert_close(graph(again), block(again), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.slow
+def test_stock_path_of_a_dynamic_graph_compiles_whole(fresh_dynamo):
+    block, x = small_block("v1", (14, 14)), torch.randn(2, 14, 14, 16)
+    ours = patched_copy(block)
+    for each in (block, ours):
+        each.attn_mask = each.attn_mask[:1].clone()
+    # sizes of a whole graph of symbols take AOTAutograd minutes, in stock too
+    compiled = torch.compile(ours, fullgraph=True, dynamic=True, backend="eager")
+    torch.testing.assert_close(compiled(x), block(x), rtol=1e-4, atol=1e-5)
+
+
+def gradients(model: nn.Module, x: Tensor, parameters: dict) -> dict[str, Tensor]:
+    for parameter in parameters.values():
+        parameter.grad = None
+    model(x).square().sum().backward()
+    return {name: p.grad.clone() for name, p in parameters.items() if p.grad is not None}
+
+
+@pytest.mark.slow
+@kinds
+@pytest.mark.parametrize("strict", [False, True], ids=["traced", "strict"])
+def test_exported_program_trains_as_eager(kind, strict):
+    stock, x = small_model(kind, (60, 76)), image(60, 76)
+    expected = gradients(stock, x, dict(stock.named_parameters()))
+    ours = patched_copy(stock)
+    ours(x)
+    exported = torch.export.export(ours, (x,), strict=strict).module()
+    assert "window_attention_forward" in str(exported.graph)
+    parameters = dict(exported.named_parameters())
+    for run in (exported, torch.compile(exported, backend="aot_eager")):
+        found = gradients(run, x, parameters)
+        assert found.keys() == expected.keys()
+        torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-4)

@@ -1,8 +1,10 @@
-"""Where a patched block of timm takes the stock path, and which mask it adds."""
+"""Where a patched block of timm takes the stock path, and that it says so."""
 
 from __future__ import annotations
 
 import copy
+import logging
+import pickle
 
 import pytest
 import torch
@@ -12,17 +14,18 @@ pytest.importorskip("timm", reason="the patches are tested on timm's models")
 
 from patch_models import (
     KINDS,
-    assert_same_output,
-    assert_same_training,
     attend,
     blocks_of,
+    fused_blocks,
     image,
+    patched_copy,
     small_block,
     small_model,
     train_step,
 )
 
-from swin_kernels import patch, unpatch
+from swin_kernels import explain, patch, patched, unpatch
+from swin_kernels.ops import dispatch
 
 kinds = pytest.mark.parametrize("kind", KINDS)
 
@@ -118,83 +121,6 @@ def test_forward_replaced_on_an_instance_is_called(calls):
     assert len(calls) == 1
 
 
-def mask_arguments(calls) -> list[tuple[bool, float]]:
-    return [("mask" in c, c["mask_value"]) for c in calls]
-
-
-@kinds
-def test_static_mask_of_stock_is_never_read(kind, calls):
-    block = small_block(kind, (12, 17))
-    patch(block)
-    for moved in (block, copy.deepcopy(block), copy.deepcopy(block).double()):
-        attend(moved, torch.randn(1, 12, 17, 16, dtype=moved.norm1.weight.dtype))
-    assert mask_arguments(calls) == [(False, -100.0)] * 3
-
-
-@kinds
-def test_stale_static_mask_is_taken_as_stock_takes_it(kind, calls, on_cpu_kernels):
-    """Made for 14 × 28, run on 28 × 14: as many windows, and the wrong tokens separated."""
-    block = small_block(kind, (14, 28))
-    assert_same_training(block, on_cpu_kernels, [torch.randn(2, 28, 14, 16) for _ in range(4)])
-    assert mask_arguments(calls) == [(True, 0.0)] * 4
-
-
-@kinds
-def test_static_mask_of_another_window_count_takes_the_stock_path(kind, calls):
-    """Where the batch makes up for it stock runs, with the wrong masks; else it raises."""
-    block = small_block(kind, (14, 28))
-    x = torch.randn(2, 14, 14, 16)
-    expected = block(x)
-    patch(block)
-    assert torch.equal(block(x), expected)
-    assert calls == []
-    with pytest.raises(RuntimeError):
-        block(x[:1])
-
-
-@kinds
-def test_mask_of_the_user_is_added(kind, calls, on_cpu_kernels):
-    block, x = small_block(kind, (12, 17)), torch.randn(2, 12, 17, 16)
-    block.attn_mask = torch.randn_like(block.attn_mask)
-    assert_same_output(block, x, on_cpu_kernels)
-    assert mask_arguments(calls) == [(True, 0.0)]
-
-
-@pytest.mark.parametrize(
-    "change",
-    [
-        lambda block: setattr(block, "attn_mask", torch.randn_like(block.attn_mask)),
-        lambda block: block.attn_mask.fill_(0.0),
-        lambda block: block.attn_mask[0, 3].fill_(-7.0),
-        lambda block: setattr(block, "attn_mask", None),
-        lambda block: setattr(block, "shift_size", (1, 2)),
-    ],
-    ids=["replaced", "zeroed in place", "one row in place", "None", "shift changed under it"],
-)
-@kinds
-def test_mask_changed_after_patch_is_seen(kind, change, calls):
-    block, x = small_block(kind, (12, 17)), torch.randn(2, 12, 17, 16)
-    stock = copy.deepcopy(block)
-    patch(block)
-    attend(block, x)
-    with torch.no_grad():
-        torch.manual_seed(3)
-        change(block)
-        torch.manual_seed(3)
-        change(stock)
-    torch.testing.assert_close(attend(block, x), attend(stock, x), rtol=1e-5, atol=1e-6)
-    assert mask_arguments(calls)[-1][1] == 0.0
-
-
-def test_mask_that_requires_grad_keeps_the_stock_path(calls):
-    block, x = small_block("v1", (14, 14)), torch.randn(1, 14, 14, 16)
-    patch(block)
-    block.attn_mask = block.attn_mask.clone().requires_grad_()
-    block(x).sum().backward()
-    assert block.attn_mask.grad is not None
-    assert calls == []
-
-
 def test_shift_that_does_not_fit_its_window_keeps_the_stock_path(calls):
     block, x = small_block("v1", (14, 14)), torch.randn(1, 14, 14, 16)
     block.shift_size = (8, 3)
@@ -207,11 +133,98 @@ def test_shift_that_does_not_fit_its_window_keeps_the_stock_path(calls):
     assert calls == []
 
 
-def test_model_made_in_inference_mode(calls):
-    with torch.inference_mode():
-        block, x = small_block("v1", (12, 17)), torch.randn(1, 12, 17, 16)
-        expected = block(x)
-        patch(block)
-        torch.testing.assert_close(block(x), expected, rtol=1e-5, atol=1e-6)
-    # such a mask has no version, so a change in place could not be seen
-    assert mask_arguments(calls) == [(True, 0.0)]
+def test_fused_attention_of_timm_that_leaves_the_scale_out_stays_stock():
+    block, x = small_block("v1", (14, 14)), torch.randn(2, 14, 14, 16)
+    block.attn.fused_attn = True
+    assert len(patch(copy.deepcopy(block), strict=True).replaced) == 1
+    block.attn.scale = 1.0
+    with pytest.warns(UserWarning, match=r"stock leaves attn\.scale out"):
+        ours = patched_copy(block)
+    assert torch.equal(attend(ours, x), attend(block, x))
+
+
+def test_softmax_over_another_axis_stays_stock():
+    block = small_block("v1", (14, 14))
+    block.attn.softmax = nn.Softmax(dim=-2)
+    with pytest.raises(ValueError, match=r"attn\.softmax is over axis -2"):
+        patch(block, strict=True)
+
+
+def test_scale_of_another_shape_keeps_the_stock_path():
+    block, x = small_block("v1", (14, 14)), torch.randn(2, 14, 14, 16)
+    block.attn.scale = nn.Parameter(torch.full((8,), block.attn.scale))  # one a channel
+    with pytest.warns(UserWarning, match=r"attn\.scale has shape \(8,\)"):
+        ours = patched_copy(block)
+    assert not fused_blocks(ours)
+    assert torch.equal(attend(ours, x), attend(block, x))
+
+
+@pytest.fixture
+def warned(caplog, monkeypatch):
+    """What the log says."""
+    monkeypatch.setattr(dispatch, "_already_logged", set())
+    caplog.set_level(logging.WARNING, logger="swin_kernels")
+    return lambda: [record.getMessage() for record in caplog.records]
+
+
+TO_STOCK = {
+    "hook": (lambda b: b.attn.register_forward_hook(lambda *_: None), "its attn has hooks"),
+    "forward": (lambda b: setattr(b, "forward", b.forward), "its forward was replaced"),
+    "module": (lambda b: setattr(b.attn, "softmax", nn.Identity()), "softmax is a Identity"),
+    "mask": (lambda b: b.attn_mask.requires_grad_(), "attn_mask requires"),
+    "windows": (lambda b: setattr(b, "attn_mask", b.attn_mask[:1]), "another number of windows"),
+}
+
+
+@pytest.mark.parametrize(("change", "reason"), TO_STOCK.values(), ids=TO_STOCK)
+def test_block_that_takes_the_stock_path_says_so_once(change, reason, warned):
+    model = small_model("v1")
+    patch(model)
+    x = image(56, 56)
+    model(x)
+    assert warned() == []
+    change(model.layers[0].blocks[1])
+    for _ in range(2):
+        model(x)
+    (said,) = warned()
+    assert "patched block 'layers.0.blocks.1' runs stock: " in said
+    assert reason in said
+    if "number of windows" not in reason:  # which depends on the map
+        assert reason in explain(model)
+
+
+def test_each_copy_of_a_block_speaks_for_itself(warned):
+    block, x = small_block("v1", (14, 14)), torch.randn(2, 14, 14, 16)
+    size = len(pickle.dumps(block))
+    patch(block)
+    block(x)
+    assert len(pickle.dumps(block)) < size + 1000
+    for each in (block, copy.deepcopy(block), pickle.loads(pickle.dumps(block))):
+        each.attn.register_forward_hook(lambda *_: None)
+        each(x)
+        each(x)
+    assert len(warned()) == 3
+
+
+def test_strict_patch_makes_the_stock_path_an_error(warned):
+    model, x = small_model("v1"), image(56, 56)
+    assert len(patch(model, strict=True).replaced) == 4
+    model(x)
+    handle = model.layers[0].blocks[0].attn.register_forward_hook(lambda *_: None)
+    with pytest.raises(NotImplementedError, match=r"\.blocks\.0' runs stock: its attn has"):
+        model(x)
+    handle.remove()
+    model(x)
+    with patched(model, strict=False):
+        model.layers[0].blocks[0].attn.register_forward_hook(lambda *_: None)
+        model(x)
+    with pytest.raises(NotImplementedError, match="strict=True"):
+        model(x)
+
+
+def test_strict_patch_of_a_block_that_cannot_be_replaced_changes_nothing():
+    model = small_model("v1")
+    model.layers[0].blocks[1].attn.register_forward_hook(lambda *_: None)
+    with pytest.raises(ValueError, match=r"layers\.0\.blocks\.1: its attn has hooks"):
+        patch(model, strict=True)
+    assert not fused_blocks(model)

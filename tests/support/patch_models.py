@@ -247,3 +247,10 @@ def assert_same_output(block: nn.Module, x: Tensor, patch_all: Callable) -> Tens
         actual = attend(block, x)
     assert_outcomes_no_worse([Outcome(actual, {})], [Outcome(eager, {})], [Outcome(exact, {})])
     return actual
+
+
+def patched_copy(model: nn.Module, **options) -> nn.Module:
+    """A copy of the model, patched; the model stays stock."""
+    twin = copy.deepcopy(model)
+    patch(twin, **options)
+    return twin

@@ -1,0 +1,238 @@
+"""The static mask of a patched block of timm: which mask is added, and edits of it."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+pytest.importorskip("timm", reason="the patches are tested on timm's models")
+
+from patch_models import (
+    KINDS,
+    assert_same_output,
+    assert_same_training,
+    attend,
+    patched_copy,
+    small_block,
+)
+
+from swin_kernels import patch, unpatch
+from swin_kernels.patch import static_mask
+
+kinds = pytest.mark.parametrize("kind", KINDS)
+
+
+def mask_arguments(calls) -> list[tuple[bool, float]]:
+    return [("mask" in c, c["mask_value"]) for c in calls]
+
+
+@kinds
+def test_static_mask_of_stock_is_never_read(kind, calls):
+    block = small_block(kind, (12, 17))
+    patch(block)
+    for moved in (block, copy.deepcopy(block), copy.deepcopy(block).double()):
+        attend(moved, torch.randn(1, 12, 17, 16, dtype=moved.norm1.weight.dtype))
+    assert mask_arguments(calls) == [(False, -100.0)] * 3
+
+
+@kinds
+def test_stale_static_mask_is_taken_as_stock_takes_it(kind, calls, on_cpu_kernels):
+    """Made for 14 × 28, run on 28 × 14: as many windows, and the wrong tokens separated."""
+    block = small_block(kind, (14, 28))
+    assert_same_training(block, on_cpu_kernels, [torch.randn(2, 28, 14, 16) for _ in range(4)])
+    assert mask_arguments(calls) == [(True, 0.0)] * 4
+
+
+@kinds
+def test_static_mask_of_another_window_count_takes_the_stock_path(kind, calls):
+    """Where the batch makes up for it stock runs, with the wrong masks; else it raises."""
+    block = small_block(kind, (14, 28))
+    x = torch.randn(2, 14, 14, 16)
+    expected = block(x)
+    patch(block)
+    assert torch.equal(block(x), expected)
+    assert calls == []
+    with pytest.raises(RuntimeError):
+        block(x[:1])
+
+
+@kinds
+def test_mask_of_the_user_is_added(kind, calls, on_cpu_kernels):
+    block, x = small_block(kind, (12, 17)), torch.randn(2, 12, 17, 16)
+    block.attn_mask = torch.randn_like(block.attn_mask)
+    assert_same_output(block, x, on_cpu_kernels)
+    assert mask_arguments(calls) == [(True, 0.0)]
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda block: setattr(block, "attn_mask", torch.randn_like(block.attn_mask)),
+        lambda block: block.attn_mask.fill_(0.0),
+        lambda block: block.attn_mask[0, 3].fill_(-7.0),
+        lambda block: setattr(block, "attn_mask", None),
+        lambda block: setattr(block, "shift_size", (1, 2)),
+    ],
+    ids=["replaced", "zeroed in place", "one row in place", "None", "shift changed under it"],
+)
+@kinds
+def test_mask_changed_after_patch_is_seen(kind, change, calls):
+    block, x = small_block(kind, (12, 17)), torch.randn(2, 12, 17, 16)
+    stock = copy.deepcopy(block)
+    patch(block)
+    attend(block, x)
+    with torch.no_grad():
+        torch.manual_seed(3)
+        change(block)
+        torch.manual_seed(3)
+        change(stock)
+    torch.testing.assert_close(attend(block, x), attend(stock, x), rtol=1e-5, atol=1e-6)
+    assert mask_arguments(calls)[-1][1] == 0.0
+
+
+def test_mask_that_requires_grad_keeps_the_stock_path(calls):
+    block, x = small_block("v1", (14, 14)), torch.randn(1, 14, 14, 16)
+    patch(block)
+    block.attn_mask = block.attn_mask.clone().requires_grad_()
+    block(x).sum().backward()
+    assert block.attn_mask.grad is not None
+    assert calls == []
+
+
+def test_model_made_in_inference_mode(calls):
+    with torch.inference_mode():
+        block, x = small_block("v1", (12, 17)), torch.randn(1, 12, 17, 16)
+        expected = block(x)
+        patch(block)
+        torch.testing.assert_close(block(x), expected, rtol=1e-5, atol=1e-6)
+    # such a mask has no version, so a change in place could not be seen
+    assert mask_arguments(calls) == [(True, 0.0)]
+
+
+@pytest.fixture(params=[True, False], ids=["compared", "watched"])
+def read_each_time(request, monkeypatch):
+    """As on a CPU, or as on devices where a comparison on each call would wait."""
+    monkeypatch.setattr(static_mask, "reads_each_time", lambda mask: request.param)
+
+
+EDITS = {
+    "data": lambda mask: mask.data.zero_(),
+    "numpy": lambda mask: mask.numpy().fill(0.0),
+    "storage": lambda mask: mask.untyped_storage().fill_(0),
+    "one number": lambda mask: mask.data[1, 2].fill_(-7.0),
+    "detached": lambda mask: mask.detach().zero_(),
+}
+
+
+@kinds
+@pytest.mark.parametrize("edit", EDITS.values(), ids=EDITS)
+def test_mask_edited_without_a_trace_is_used(kind, edit, read_each_time):
+    """Longitude that wraps round, in a panorama or on a globe, is often made so."""
+    block, x = small_block(kind, (14, 14)), torch.randn(2, 14, 14, 16)
+    ours = patched_copy(block, strict=True)
+    with torch.no_grad():
+        before = attend(ours, x)
+        for each in (block, ours):
+            edit(each.attn_mask)
+        expected, actual = attend(block, x), attend(ours, x)
+        assert (expected - before).abs().max() > 1e-3
+        torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-5)
+        for each in (block, ours):
+            each.attn_mask.data.fill_(0.5)  # again, now that it is known to be another
+        torch.testing.assert_close(attend(ours, x), attend(block, x), rtol=1e-4, atol=1e-5)
+
+
+@kinds
+@pytest.mark.parametrize("held_as", [Tensor.detach, lambda mask: mask.data], ids=["detach", "data"])
+def test_mask_edited_through_what_was_held_before_the_patch_is_used(kind, held_as, read_each_time):
+    block, x = small_block(kind, (14, 14)), torch.randn(2, 14, 14, 16)
+    held = held_as(block.attn_mask)
+    patch(block, strict=True)
+    with torch.no_grad():
+        attend(block, x)
+        held.zero_()
+        actual = attend(block, x)
+        unpatch(block)
+        torch.testing.assert_close(actual, attend(block, x), rtol=1e-4, atol=1e-5)
+
+
+def masking_of(block: nn.Module, size: int) -> set[str]:
+    return set(block._masking((size, size)))
+
+
+def test_watched_mask_is_read_once_until_someone_writes(monkeypatch):
+    monkeypatch.setattr(static_mask, "reads_each_time", lambda mask: False)
+    read, equal = [], torch.equal
+    monkeypatch.setattr(torch, "equal", lambda a, b: read.append(a) or equal(a, b))
+    block, x = small_block("v1", (14, 14)), torch.randn(2, 14, 14, 16)
+    patch(block, strict=True)
+    for _ in range(3):
+        attend(block, x)
+    block.attn.softmax.dim = 2  # stock reads the mask too
+    block._swin_kernels.strict = False
+    attend(block, x)
+    block.attn.softmax.dim = -1
+    attend(block, x)
+    assert len(read) == 1
+    block.attn_mask.data.copy_(block.attn_mask.clone())  # as DDP broadcasts buffers
+    for _ in range(2):
+        assert masking_of(block, 14) == {"mask_value"}
+    assert len(read) == 2
+
+
+def test_masks_in_the_same_memory_are_each_compared_after_an_edit(monkeypatch):
+    monkeypatch.setattr(static_mask, "reads_each_time", lambda mask: False)
+    blocks, x = [small_block("v1", (14, 14)) for _ in range(2)], torch.randn(2, 14, 14, 16)
+    masks = torch.stack([block.attn_mask for block in blocks])
+    for block, mask in zip(blocks, masks):
+        block.attn_mask = mask
+        patch(block, strict=True)
+        attend(block, x)
+    assert [masking_of(block, 14) for block in blocks] == [{"mask_value"}] * 2
+    blocks[1].attn_mask.data.zero_()
+    assert masking_of(blocks[0], 14) == {"mask_value"}  # watches the memory of both again
+    assert masking_of(blocks[1], 14) == {"mask", "mask_value"}
+
+
+def test_mask_for_another_layout_is_not_looked_at(monkeypatch):
+    monkeypatch.setattr(static_mask, "reads_each_time", lambda mask: False)
+    block = small_block("v1", (14, 28))
+    patch(block, strict=True)
+    monkeypatch.setattr(torch, "equal", lambda a, b: pytest.fail("was compared"))
+    for _ in range(2):
+        block.attn_mask.data_ptr()  # as a launch asks for it
+        assert set(block._masking((28, 14))) == {"mask", "mask_value"}
+
+
+def test_mask_in_memory_that_cannot_be_watched_is_used_as_it_is(monkeypatch):
+    block = small_block("v1", (14, 14))
+    block.attn_mask.share_memory_()
+    assert masking_of(patched_copy(block, strict=True), 14) == {"mask_value"}
+    monkeypatch.setattr(static_mask, "reads_each_time", lambda mask: False)
+    patch(block, strict=True)
+    assert masking_of(block, 14) == {"mask", "mask_value"}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("called", [False, True], ids=["", "after a call"])
+@pytest.mark.parametrize("edit", EDITS.values(), ids=EDITS)
+def test_mask_edited_before_it_is_compiled_is_used(called, edit, read_each_time, fresh_dynamo):
+    block, x = small_block("v1", (14, 14)), torch.randn(2, 14, 14, 16)
+    ours = patched_copy(block, strict=True)
+    with torch.no_grad():
+        if called:
+            ours(x)
+        for each in (block, ours):
+            edit(each.attn_mask)
+        compiled = torch.compile(ours, fullgraph=True, backend="aot_eager")
+        torch.testing.assert_close(compiled(x), block(x), rtol=1e-4, atol=1e-5)
+
+
+def test_mask_that_requires_grad_is_refused_by_strict():
+    block = small_block("v1", (14, 14))
+    block.attn_mask.requires_grad_()
+    with pytest.raises(ValueError, match="attn_mask requires grad"):
+        patch(block, strict=True)
