@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 from modes import sized
 
@@ -21,3 +23,51 @@ def judged(*cases: Case):
 LINE = Case(size=(21,), window=(8,), bias="table", pads=True)
 PLANE = Case(size=(11, 9), window=(4, 4), bias="table", pads=True)
 SPACE = Case(size=(4, 5, 7), window=(2, 3, 4), bias="table", pads=True)
+
+# maps padded, shifted and of one to three axes
+GEOMETRIES = (
+    LINE,
+    LINE.but(size=(24,)),
+    LINE.but(shift=(3,)),
+    LINE.but(shift=(3,), pad_order="roll-pad"),
+    LINE.but(size=(24,), shift=(7,), packed=True),
+    PLANE,
+    PLANE.but(size=(12, 12), shift=(2, 2)),
+    PLANE.but(shift=(2, 2)),
+    PLANE.but(shift=(2, 2), pad_order="roll-pad"),
+    PLANE.but(shift=(0, 2), packed=True),
+    PLANE.but(shift=(3, 0), pad_order="roll-pad", packed=True),
+    PLANE.but(size=(9, 11), window=(3, 5), shift=(1, 4)),
+    PLANE.but(size=(9, 11), window=(3, 5), shift=(1, 4), pad_order="roll-pad", pads=False),
+    SPACE,
+    SPACE.but(size=(4, 6, 8), shift=(1, 1, 2)),
+    SPACE.but(shift=(1, 0, 2)),
+    SPACE.but(shift=(1, 2, 0), pad_order="roll-pad", packed=True),
+    PLANE.but(size=(8, 12), shift=(2, 2), periodic=(False, True)),
+    PLANE.but(shift=(2, 1), periodic=(True, True)),
+    SPACE.but(shift=(1, 1, 2), periodic=(False, False, True), pad_order="roll-pad"),
+)
+
+# what is added to the logits and how they are scaled
+OPTIONS = (
+    PLANE.but(shift=(2, 2), bias="none", pads=False),
+    PLANE.but(shift=(2, 2), bias="dense"),
+    PLANE.but(shift=(2, 2), bias="table+index"),
+    PLANE.but(shift=(2, 2), mask_value=-200.0),
+    PLANE.but(shift=(2, 2), mask_value=-math.inf),
+    PLANE.but(size=(12, 12), shift=(2, 0), mask_value=-math.inf, pad_order="roll-pad"),
+    PLANE.but(mask="soft"),
+    PLANE.but(shift=(2, 2), mask="soft", packed=True),
+    PLANE.but(shift=(2, 1), mask="regions", bias="dense"),
+    PLANE.but(mask="holes", mask_value=-math.inf),
+    PLANE.but(shift=(1, 2), mask="holes", mask_value=-math.inf),
+    PLANE.but(scale=0.11, packed=True),
+    PLANE.but(scale=-1.0),
+    PLANE.but(value_dim=24, heads=3),
+    PLANE.but(value_dim=5, shift=(2, 2), heads=3),
+    PLANE.but(cosine=True),
+    PLANE.but(cosine=True, shift=(2, 2), packed=True, pad_order="roll-pad"),
+    PLANE.but(cosine=True, shift=(2, 2), value_dim=20, mask="soft", bias="dense"),
+    LINE.but(cosine=True, shift=(2,), mask_value=-200.0, bias="table+index"),
+    SPACE.but(cosine=True, shift=(1, 0, 2), pads=False),
+)

@@ -18,8 +18,8 @@ import torch
 
 pytest.importorskip("timm", reason="whole models are timm's")
 
+from contract_cases import GEOMETRIES, OPTIONS
 from patch_models import KINDS, Outcome, assert_outcomes_no_worse, double, small_model
-from test_window_attention import GEOMETRIES, OPTIONS
 
 import swin_kernels
 from benchmarks.baselines.providers import ours

@@ -164,3 +164,17 @@ def test_public_names_exist_and_are_documented():
     assert len(set(swin_kernels.__all__)) == len(swin_kernels.__all__)
     for name in swin_kernels.__all__:
         assert getattr(swin_kernels, name).__doc__, name
+
+
+def test_no_test_imports_another():
+    """Each runs alone: what several use is in tests/support."""
+    tests = sorted((ROOT / "tests").rglob("test_*.py"))
+    assert len(tests) > 50
+    names = {path.stem for path in tests}
+    found = [
+        f"{path.relative_to(ROOT)}:{line}: {name}"
+        for path in tests
+        for name, line in _imports(path)
+        if name.split(".")[0] in names
+    ]
+    assert not found
