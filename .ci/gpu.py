@@ -147,7 +147,7 @@ PYTEST = [sys.executable, "-m", "pytest", "-v", "-ra", "--tb=short", "-p", "no:c
 
 def test_command(rehearse: bool, part: str) -> list[str]:
     command = [*PYTEST, "--part", part]
-    return [*command, "tests/tools/test_gpu.py"] if rehearse else [*command, "--device", "cuda"]
+    return [*command, "tests/gpu"] if rehearse else [*command, "--device", "cuda"]
 
 
 def cuda_test_command(rehearse: bool, part: str) -> list[str]:

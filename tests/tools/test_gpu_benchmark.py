@@ -108,12 +108,12 @@ def rehearsed(*command: str, **variables: str) -> str:
 )
 def test_tests_of_a_gpu_pass_rehearsed():
     """Each of their lines."""
-    rehearsed("-m", "pytest", "-q", "tests/tools/test_gpu.py", TRITON_INTERPRET="1")
+    rehearsed("-m", "pytest", "-q", "tests/gpu", TRITON_INTERPRET="1")
 
 
 @thorough("test_option_pairs.py::test_every_pair_of_options_matches_float64")
 def test_tests_of_a_gpu_pass_rehearsed_with_the_cuda_kernels():
-    rehearsed("-m", "pytest", "-q", "--emulate-cuda", "tests/tools/test_gpu.py")
+    rehearsed("-m", "pytest", "-q", "--emulate-cuda", "tests/gpu")
 
 
 def test_what_the_sanitizer_watches_is_a_program():

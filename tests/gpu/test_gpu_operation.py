@@ -1,31 +1,23 @@
-"""What only a GPU can show: sizes beyond 2^31, graphs, streams, TF32, memory, whole models.
+"""What only a GPU can show of the operation: sizes beyond 2^31, graphs, streams, TF32, memory.
 
 The contract itself runs there by `pytest --device cuda`, with `--backend cuda` for the kernels of
-CUDA C++. With SWIN_KERNELS_REHEARSE=1, and TRITON_INTERPRET=1 or `--emulate-cuda`, these tests run
-on a CPU at toy sizes, so that a typing error is found where no GPU is.
+CUDA C++. With SWIN_KERNELS_REHEARSE=1, and TRITON_INTERPRET=1 or `--emulate-cuda`, the tests of
+this folder run on a CPU at toy sizes, so that a typing error is found where no GPU is.
 """
 
 from __future__ import annotations
 
 import contextlib
 import copy
-import os
 import time
 from collections import defaultdict
 
 import pytest
 import torch
-
-pytest.importorskip("timm", reason="whole models are timm's")
-
 from contract_cases import GEOMETRIES, OPTIONS
-from patch_models import KINDS, Outcome, assert_outcomes_no_worse, double, small_model
+from gpu_dry_run import REHEARSED, gpu_only, sized
 
-import swin_kernels
 from benchmarks.baselines.providers import ours
-from benchmarks.device import Cuda, DryRunDevice
-from benchmarks.models import PEER_FACTOR, check_errors
-from benchmarks.models import Outcome as Logits
 from benchmarks.timing import Gate, Inputs, Loop, Replayed, make_inputs
 from swin_kernels.backends.triton import launcher
 from swin_kernels.backends.triton.backend import INTERPRETED
@@ -46,26 +38,7 @@ from swin_kernels.testing import (
     run_unfused,
 )
 
-REHEARSED = bool(os.environ.get("SWIN_KERNELS_REHEARSE"))
-pytestmark = pytest.mark.gpu_dry_run if REHEARSED else pytest.mark.gpu
-
-
-@pytest.fixture
-def device(mode):
-    found = DryRunDevice() if REHEARSED else Cuda()
-    found.backend = mode.fused
-    yield found
-    found.release()  # several processes may share the device
-
-
-@pytest.fixture
-def exact_products():
-    """fp32 convolutions in fp32, as products are by default; undone afterwards."""
-    assert torch.get_float32_matmul_precision() == "highest"
-    before = torch.backends.cudnn.allow_tf32
-    torch.backends.cudnn.allow_tf32 = False
-    yield
-    torch.backends.cudnn.allow_tf32 = before
+pytestmark = gpu_only
 
 
 def bare_launch(run, operands, out):
@@ -77,10 +50,6 @@ def bare_launch(run, operands, out):
         return lambda: launch(*arguments)
     at = (launch.grid, 1, 1, stream, compiled.function, compiled.packed_metadata)
     return lambda: compiled.run(*at, None, None, None, *arguments)
-
-
-def sized(real, toy):
-    return toy if REHEARSED else real
 
 
 def packed(size, window, shift=0, heads=2, head_dim=32, batch=2, **more) -> Case:
@@ -106,94 +75,6 @@ def test_default_backend_is_triton(device):
     assert choose(problem, "triton").name == "triton"
     if device.name == "cuda":
         assert choose(problem).name == "triton"
-
-
-# whole models
-
-
-def model_of(kind: str, device) -> torch.nn.Module:
-    with torch.device("cpu"):  # its numbers are drawn there
-        size = {"embed_dim": 16, "window_size": 3, "num_heads": (1, 2)} if REHEARSED else {}
-        return small_model(kind, sized(56, 24), **size).to(device.device)
-
-
-def images_of(device, dtype: torch.dtype, count: int = 8) -> list[torch.Tensor]:
-    generator = torch.Generator("cpu").manual_seed(0)
-    shape = (2, 3, *(sized(56, 24),) * 2)
-    return [
-        torch.randn(shape, generator=generator, device="cpu").to(device.device, dtype)
-        for _ in range(sized(count, 4))
-    ]
-
-
-def train(model: torch.nn.Module, x: torch.Tensor) -> Outcome:
-    """Output, and the gradient of every parameter."""
-    model.zero_grad(set_to_none=True)
-    out = model(x)
-    generator = torch.Generator("cpu").manual_seed(1)
-    grad = torch.randn(out.shape, generator=generator, device="cpu").to(out.device, out.dtype)
-    out.backward(grad)
-    return Outcome(out.detach(), {n: p.grad.clone() for n, p in model.named_parameters()})
-
-
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
-@pytest.mark.parametrize("kind", KINDS)
-def test_patched_model_is_no_worse_than_stock(kind, dtype, device, exact_products):
-    if INTERPRETED and dtype == torch.bfloat16:
-        pytest.skip("the interpreter of Triton multiplies bfloat16 wrongly")
-    model, images = model_of(kind, device).to(dtype), images_of(device, dtype)
-    best = double(model)
-    exact = [train(best, x.double()) for x in images]
-    stock = [train(model, x) for x in images]
-    assert swin_kernels.patch(model, backend=device.backend).left == {}
-    patched = [train(model, x) for x in images]
-    assert_outcomes_no_worse(patched, stock, exact)
-
-
-@pytest.mark.parametrize("kind", KINDS)
-def test_patched_model_under_autocast_is_no_worse_than_stock(kind, device, exact_products):
-    model, images = model_of(kind, device), images_of(device, torch.float32)
-    best = double(model)
-    exact = [train(best, x.double()) for x in images]
-    with torch.autocast(device.device.type, device.dtype):
-        stock = [train(model, x) for x in images]
-        swin_kernels.patch(model, backend=device.backend)
-        patched = [train(model, x) for x in images]
-    assert patched[0].out.dtype == device.dtype
-    assert_outcomes_no_worse(patched, stock, exact)
-
-
-@pytest.mark.parametrize("kind", sized(KINDS, KINDS[:1]))
-def test_compiled_model_trains_as_the_patched_one(kind, device, exact_products):
-    model, x = model_of(kind, device), torch.cat(images_of(device, torch.float32, 4))
-    exact = train(double(model), x.double())
-    swin_kernels.patch(model, backend=device.backend)
-    eager = train(model, x)
-    compiled = train(device.compiled(model, fullgraph=True), x)
-    grads = {n.removeprefix("_orig_mod."): g for n, g in compiled.grads.items()}
-    outcomes = (
-        Logits(outcome.out, grads)
-        for outcome, grads in ((compiled, grads), (eager, eager.grads), (exact, exact.grads))
-    )
-    check_errors(*outcomes, PEER_FACTOR)
-
-
-@pytest.mark.parametrize("kind", sized(KINDS, KINDS[:1]))
-def test_mask_edited_without_a_trace_is_used(kind, device, exact_products):
-    model, x = model_of(kind, device), images_of(device, torch.float32)[0]
-    swin_kernels.patch(model, backend=device.backend, strict=True)
-    with torch.no_grad():
-        before = model(x)
-        for block in model.modules():
-            if getattr(block, "attn_mask", None) is not None:
-                block.attn_mask.data.zero_()
-        edited = model(x)
-        swin_kernels.unpatch(model)
-        stock = model(x)
-    assert (edited - before).abs().max() > 100 * (edited - stock).abs().max()
-
-
-# the operation
 
 
 def inputs_of(case: Case, device, seed: int = 0) -> Inputs:
