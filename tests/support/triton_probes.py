@@ -1,7 +1,9 @@
-"""Two kernels that the tests of the guard break."""
+"""Kernels for tests: two that the guard must stop, and one around device code of the backward."""
 
 import triton
 import triton.language as tl
+
+from swin_kernels.backends.triton.kernels.bwd_common import load_stats, tile_gradients
 
 
 @triton.jit
@@ -15,3 +17,29 @@ def copy_kernel(x_ptr, y_ptr, count, step):
 @triton.jit
 def atomic_kernel(x_ptr):
     tl.atomic_add(x_ptr + tl.arange(0, 8), 1.0)
+
+
+@triton.jit
+def tile_gradients_kernel(
+    q_ptr, k_ptr, v_ptr, do_ptr, stats_ptr, delta_ptr, out_ptr, scale, row, META: tl.constexpr
+):
+    """Writes what `tile_gradients` gives of a tile of 16 × 16, four times that, one by one."""
+    i = tl.arange(0, 16)
+    at = i[:, None] * 16 + i[None, :]
+    q, k, v, do = (
+        tl.load(q_ptr + at),
+        tl.load(k_ptr + at),
+        tl.load(v_ptr + at),
+        tl.load(do_ptr + at),
+    )
+    stats = load_stats(stats_ptr, row, i, META.TOKENS)
+    delta = tl.load(delta_ptr + i)
+    window, head = (row, row, 0), tl.program_id(0)
+    added, scalars = (None, None, None, None), (scale, 0.0, 1.0)
+    weights, ds, p, products = tile_gradients(
+        q, k, v, do, stats, delta, window, head, i, i, added, scalars, META
+    )
+    tl.store(out_ptr + at, weights)
+    tl.store(out_ptr + 256 + at, ds)
+    tl.store(out_ptr + 512 + at, p)
+    tl.store(out_ptr + 768 + at, products)
