@@ -1,13 +1,17 @@
-"""What the tests of the contract are run over: dtypes, and maps that windows do not divide."""
+"""What the tests of the contract are run over, dtypes and maps, and what several of them ask."""
 
 from __future__ import annotations
 
+import functools
 import math
 
 import pytest
+import torch
 from modes import sized
+from torch import Tensor
 
-from swin_kernels.testing import DTYPE_NAMES, Case
+from swin_kernels.problem import Operands
+from swin_kernels.testing import DTYPE_NAMES, Case, call, make_operands, with_grad
 
 over_dtypes = pytest.mark.parametrize("dtype", DTYPE_NAMES, ids=DTYPE_NAMES.values())
 
@@ -71,3 +75,22 @@ OPTIONS = (
     LINE.but(cosine=True, shift=(2,), mask_value=-200.0, bias="table+index"),
     SPACE.but(cosine=True, shift=(1, 0, 2), pads=False),
 )
+
+
+# of tensors, and of whatever holds them
+assert_same_bits = functools.partial(torch.testing.assert_close, rtol=0, atol=0)
+
+
+def needing(operands: Operands, name: str) -> Operands:
+    """The same memory, where `name` alone requires grad."""
+    return operands._replace(**{name: getattr(operands, name).detach().requires_grad_()})
+
+
+def saved_by_a_call(case: Case, backend: str) -> tuple[Tensor, list[Tensor]]:
+    """The output, and what autograd keeps beside the operands, all of which it keeps."""
+    operands, saved = with_grad(make_operands(case)), []
+    with torch.autograd.graph.saved_tensors_hooks(lambda x: saved.append(x) or x, lambda x: x):
+        out = call(case, operands, backend)
+    given = {x.data_ptr() for x in operands if x is not None}
+    assert given <= {x.data_ptr() for x in saved}
+    return out, [x for x in saved if x.data_ptr() not in given]
