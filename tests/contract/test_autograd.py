@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import functools
+import math
+
 import pytest
 import torch
+import torch.autograd.forward_ad as forward_ad
+from contract_cases import assert_same_bits, needing, over, saved_by_a_call
 from modes import cut
 from torch.utils.checkpoint import checkpoint
 
@@ -31,17 +36,7 @@ from swin_kernels.testing import (
 SMALL = Case(1, (5, 4), (3, 2), (1, 1), 2, 4, dtype=torch.float64, bias="table", pads=True)
 SINGLE = SMALL.but(dtype=torch.float32)
 PLANE = cut(Case(2, (11, 9), (4, 4), (2, 2), bias="table", pads=True))
-
-GRADCHECKS = (
-    SMALL,
-    SMALL.but(packed=True, pad_order="roll-pad"),
-    SMALL.but(value_dim=3, bias="dense", mask="soft"),
-    SMALL.but(bias="table+index", cosine=True, packed=True),
-    SMALL.but(mask="holes", mask_value=-float("inf"), pads=False, layout="channels-inside"),
-    SMALL.but(size=(5,), window=(4,), shift=(1,), bias="none", cosine=True),
-    SMALL.but(size=(2, 3, 3), window=(2, 2, 2), shift=(0, 1, 1), heads=1, periodic=(True,) * 3),
-    SMALL.but(dropout_p=0.3),
-)
+NAMES = ("query", "key", "value", "bias_table", "pad_key", "pad_value")  # its gradients
 
 
 def _leaves(case, seed=0):
@@ -55,14 +50,22 @@ def _leaves(case, seed=0):
     return function, [getattr(operands, name) for name in names]
 
 
-# of the larger ones the emulator takes 15 s each
+_larger = functools.partial(pytest.param, marks=pytest.mark.slow_emulator)  # 15 s each there
+
+
 @pytest.mark.parametrize(
     "case",
     [
-        case
-        if case.cosine or len(case.size) != 2
-        else pytest.param(case, marks=pytest.mark.slow_emulator)
-        for case in GRADCHECKS
+        _larger(SMALL),
+        _larger(SMALL.but(packed=True, pad_order="roll-pad")),
+        _larger(SMALL.but(value_dim=3, bias="dense", mask="soft")),
+        SMALL.but(bias="table+index", cosine=True, packed=True),
+        _larger(
+            SMALL.but(mask="holes", mask_value=-math.inf, pads=False, layout="channels-inside")
+        ),
+        SMALL.but(size=(5,), window=(4,), shift=(1,), bias="none", cosine=True),
+        SMALL.but(size=(2, 3, 3), window=(2, 2, 2), shift=(0, 1, 1), heads=1, periodic=(True,) * 3),
+        _larger(SMALL.but(dropout_p=0.3)),
     ],
     ids=str,
 )
@@ -71,22 +74,7 @@ def test_gradcheck_passes(case, backend):
     assert torch.autograd.gradcheck(lambda *x: function(*x, backend=backend), leaves)
 
 
-@pytest.mark.parametrize("case", GRADCHECKS, ids=str)
-def test_gradcheck_passes_for_the_written_backward(case):
-    operands = with_grad(make_operands(case))
-    if case.dropout_p > 0:
-        operands = operands._replace(dropout_seed=torch.tensor([7]))
-    options = Problem.checked(operands, **case.options).options
-    names = [name for name in DIFFERENTIABLE if getattr(operands, name) is not None]
-
-    def function(*leaves):
-        given = operands._replace(**dict(zip(names, leaves)))
-        return ShiftedWindowAttentionFunction.apply(*given, *options, "reference")
-
-    assert torch.autograd.gradcheck(function, [getattr(operands, name) for name in names])
-
-
-@pytest.mark.parametrize("case", [SMALL.but(pads=False), SMALL.but(cosine=True)], ids=str)
+@over(SMALL.but(pads=False), SMALL.but(cosine=True))
 def test_gradgradcheck_passes_for_the_reference(case):
     function, leaves = _leaves(case)
     assert torch.autograd.gradgradcheck(lambda *x: function(*x, backend="reference"), leaves)
@@ -103,19 +91,9 @@ def test_forward_mode_gives_the_derivative_and_not_zeros():
     )
     assert tangent.abs().max() > 0.1
     torch.testing.assert_close(tangent, (up - down) / (2 * step), rtol=1e-6, atol=1e-6)
-
-
-def test_dual_tensors_carry_the_derivative():
-    import torch.autograd.forward_ad as forward_ad
-
-    function, leaves = _leaves(SMALL)
-    primals = [x.detach() for x in leaves]
-    tangent = torch.randn_like(primals[0])
-    expected = torch.func.jvp(lambda x: function(x, *primals[1:]), (primals[0],), (tangent,))[1]
     with forward_ad.dual_level():
-        out = function(forward_ad.make_dual(primals[0], tangent), *primals[1:])
-        actual = forward_ad.unpack_dual(out).tangent
-    torch.testing.assert_close(actual, expected)
+        dual = function(*map(forward_ad.make_dual, primals, tangents))
+        torch.testing.assert_close(forward_ad.unpack_dual(dual).tangent, tangent)
 
 
 def test_functorch_grad_and_jacobian_match_autograd():
@@ -178,15 +156,6 @@ def test_second_derivative_along_another_path_raises_too(fused):
         torch.autograd.grad((inner**2).sum() + weight**2, weight)
 
 
-def test_first_derivative_survives_create_graph(fused):
-    function, leaves = _leaves(SINGLE)
-    expected = torch.autograd.grad(function(*leaves, backend=fused).pow(2).sum(), leaves)
-    out = function(*leaves, backend=fused).pow(2).sum()
-    actual = torch.autograd.grad(out, leaves, create_graph=True)
-    for a, b in zip(actual, expected):
-        assert torch.equal(a, b)
-
-
 def test_raw_ops_are_private():
     assert set(swin_kernels.__all__) <= set(dir(swin_kernels))
     for name in swin_kernels.__all__:
@@ -195,11 +164,8 @@ def test_raw_ops_are_private():
 
 def test_needed_gradient_goes_through_the_function_and_not_the_raw_op(fused):
     operands = make_operands(PLANE)
-    for name in DIFFERENTIABLE:
-        if (x := getattr(operands, name)) is None:
-            continue
-        one = operands._replace(**{name: x.detach().requires_grad_()})
-        node = call(PLANE, one, fused).grad_fn
+    for name in NAMES:
+        node = call(PLANE, needing(operands, name), fused).grad_fn
         assert type(node).__name__ == "ShiftedWindowAttentionFunctionBackward"
 
 
@@ -212,11 +178,11 @@ def test_without_grad_there_is_no_graph(backend):
     assert not call(PLANE, make_operands(PLANE), backend).requires_grad
 
 
-@pytest.mark.parametrize("name", ["query", "key", "value", "bias_table", "pad_key", "pad_value"])
+@pytest.mark.parametrize("name", NAMES)
 def test_one_gradient_alone_equals_it_among_all(name, backend):
     operands, grad_out = make_operands(PLANE), make_grad_out(PLANE)
     expected = run(PLANE, operands, grad_out, backend).grads[name]
-    alone = operands._replace(**{name: getattr(operands, name).detach().requires_grad_()})
+    alone = needing(operands, name)
     out = call(PLANE, alone, backend)
     actual = torch.autograd.grad(out, getattr(alone, name), grad_out)[0]
     torch.testing.assert_close(actual, expected, rtol=0, atol=1e-6)
@@ -233,8 +199,7 @@ def test_gradients_that_nobody_needs_are_not_computed(cpu_kernels, monkeypatch):
     monkeypatch.setattr(BACKENDS["cpu"], "ops", Ops(ops.forward, recorded))
     operands = make_operands(PLANE)
     for name in ("query", "bias_table", "pad_value"):
-        one = operands._replace(**{name: getattr(operands, name).detach().requires_grad_()})
-        call(PLANE, one, "cpu").sum().backward()
+        call(PLANE, needing(operands, name), "cpu").sum().backward()
     assert asked == [0, NEEDS["bias_table"], NEEDS["pad_value"]]
 
 
@@ -259,22 +224,21 @@ def test_absent_gradient_of_the_output_passes_none_on(backend):
 
 def test_mask_that_requires_grad_raises(backend_name):
     case = PLANE.but(mask="soft")
-    operands = make_operands(case)
-    operands = operands._replace(mask=operands.mask.detach().requires_grad_())
+    operands = needing(make_operands(case), "mask")
     with pytest.raises(ValueError, match="mask requires grad"):
         call(case, operands, backend_name)
     with torch.no_grad():
         call(case, operands, backend_name)
 
 
-def test_two_backwards_through_one_graph_agree(backend):
+def test_backwards_through_one_graph_agree(backend):
     operands, grad_out = with_grad(make_operands(PLANE)), make_grad_out(PLANE)
     out = call(PLANE, operands, backend)
     leaves = [x for x in operands if x is not None and x.requires_grad]
-    first = torch.autograd.grad(out, leaves, grad_out, retain_graph=True)
-    second = torch.autograd.grad(out, leaves, grad_out)
-    for a, b in zip(first, second):
-        assert torch.equal(a, b)
+    expected = torch.autograd.grad(out, leaves, grad_out, retain_graph=True)
+    for create_graph in (True, False):
+        again = torch.autograd.grad(out, leaves, grad_out, create_graph=create_graph)
+        assert_same_bits(again, expected)
 
 
 def test_function_can_be_applied_directly(backend):
@@ -294,21 +258,9 @@ def test_function_can_be_applied_directly(backend):
     assert_within_error_rule(*zip(*results))
 
 
-def _saved_by_a_call(case, backend):
-    """What autograd keeps beside the operands, and the output."""
-    operands, saved = with_grad(make_operands(case)), []
-    with torch.autograd.graph.saved_tensors_hooks(lambda x: saved.append(x) or x, lambda x: x):
-        out = call(case, operands, backend)
-    given = {x.data_ptr() for x in operands if x is not None}
-    assert given <= {x.data_ptr() for x in saved}
-    out.sum().backward()
-    assert operands.query.grad is not None
-    return [x for x in saved if x.data_ptr() not in given]
-
-
 def test_what_is_saved_beside_the_operands_does_not_grow_with_the_map(fused):
-    few = _saved_by_a_call(PLANE, fused)
-    many = _saved_by_a_call(PLANE.but(batch=5), fused)
+    _, few = saved_by_a_call(PLANE, fused)
+    _, many = saved_by_a_call(PLANE.but(batch=5), fused)
     assert [x.shape for x in few] == [x.shape for x in many]
     if fused == "cpu":
         assert not few
@@ -347,9 +299,8 @@ def test_checkpointing_changes_no_bit(use_reentrant, dropout_p, backend):
     torch.manual_seed(3)
     out = checkpoint(segment, *(getattr(leaves, n) for n in names), use_reentrant=use_reentrant)
     out.backward(grad_out)
-    assert torch.equal(out, expected.out)
-    for name in names:
-        assert torch.equal(getattr(leaves, name).grad, expected.grads[name])
+    grads = {name: getattr(leaves, name).grad for name in names}
+    assert_same_bits((out, grads), expected)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
@@ -367,10 +318,8 @@ def test_autocast_casts_the_tokens_and_returns_fp32_gradients(dtype, packed, bac
     tokens = {n: x.to(dtype) for n, x in zip(Operands._fields, operands[:3]) if x is not None}
     expected = run(case, operands._replace(**tokens), grad_out, backend)
     assert actual.out.dtype == dtype
-    assert torch.equal(actual.out, expected.out)
-    for name, grad in actual.grads.items():
-        assert grad.dtype == torch.float32
-        assert torch.equal(grad, expected.grads[name].float())
+    grads = {name: grad.float() for name, grad in expected.grads.items()}
+    assert_same_bits(actual, (expected.out, grads))
 
 
 @pytest.mark.float64
@@ -397,7 +346,6 @@ def test_function_refuses_a_mask_that_requires_grad(fused):
     case = PLANE.but(mask="soft")
     operands = make_operands(case)
     options = Problem.checked(operands, **case.options).options
-    operands = operands._replace(mask=operands.mask.requires_grad_())
-    out = ShiftedWindowAttentionFunction.apply(*operands, *options, fused)
+    out = ShiftedWindowAttentionFunction.apply(*needing(operands, "mask"), *options, fused)
     with pytest.raises(ValueError, match="mask requires grad"):
         out.sum().backward()
