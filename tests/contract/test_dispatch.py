@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import logging
-import os
 import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
 from frames import frames_open_at
+from programs import last_line_of, run_program
 
 from swin_kernels import shifted_window_attention, shifted_window_attention_qkvpacked
 from swin_kernels.backends import native
@@ -18,7 +16,6 @@ from swin_kernels.ops import dispatch
 from swin_kernels.ops.dispatch import BACKENDS, REFERENCE, choose, reasons_against
 from swin_kernels.problem import Operands, Problem
 
-ROOT = Path(__file__).resolve().parents[2]
 QKV = torch.randn(1, 8, 8, 3, 2, 8)
 
 
@@ -101,14 +98,21 @@ def test_reasons_name_every_backend(monkeypatch):
     assert reasons["reference"] is None
 
 
-def test_choice_of_the_reference_is_logged_once_with_the_reasons(monkeypatch, caplog):
+@pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
+def test_choice_of_the_reference_is_logged_once_with_the_reasons(
+    compiled, monkeypatch, caplog, fresh_dynamo
+):
+    def attend(qkv):
+        return shifted_window_attention_qkvpacked(qkv, 4)
+
     _refuse(monkeypatch, "cpu")
     with caplog.at_level(logging.WARNING, logger="swin_kernels"):
+        function = torch.compile(attend, backend="eager", fullgraph=True) if compiled else attend
         for _ in range(3):
-            out = shifted_window_attention_qkvpacked(QKV, 4)
-    assert len(caplog.records) == 1
-    assert "reference" in caplog.text
-    assert "cpu: it is Sunday" in caplog.text
+            out = function(QKV)
+    (message,) = [r.getMessage() for r in caplog.records if r.name == "swin_kernels"]
+    assert "reference" in message
+    assert message.count("cpu: it is Sunday") == 1
     assert torch.equal(out, shifted_window_attention_qkvpacked(QKV, 4, backend="reference"))
 
 
@@ -124,17 +128,6 @@ def test_default_name_is_used_and_a_given_one_goes_first(monkeypatch, cpu_kernel
     assert choose(_problem(), "cpu").name == "cpu"
 
 
-def _with_environment(value: str, program: str) -> subprocess.CompletedProcess:
-    return subprocess.run(
-        [sys.executable, "-c", program],
-        cwd=ROOT,
-        env={**os.environ, "PYTHONPATH": str(ROOT), "SWIN_KERNELS_BACKEND": value},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-
-
 _WHICH = """
 import torch
 from swin_kernels import shifted_window_attention_qkvpacked
@@ -145,14 +138,12 @@ print(type(out.grad_fn).__name__)
 
 @pytest.mark.parametrize("value", ["", "cpu", "reference"])
 def test_environment_variable_sets_the_default(value, cpu_kernels):
-    done = _with_environment(value, _WHICH)
-    assert done.returncode == 0, done.stderr
-    fused = "ShiftedWindowAttentionFunction" in done.stdout
-    assert fused == (value != "reference")
+    node = last_line_of(_WHICH, SWIN_KERNELS_BACKEND=value)
+    assert ("ShiftedWindowAttentionFunction" in node) == (value != "reference")
 
 
 def test_unknown_name_in_the_environment_is_a_value_error():
-    done = _with_environment("tpu", _WHICH)
+    done = run_program(_WHICH, SWIN_KERNELS_BACKEND="tpu")
     assert done.returncode != 0
     assert "ValueError: backend: expected one of" in done.stderr
     assert "got 'tpu'" in done.stderr
@@ -199,22 +190,6 @@ def test_object_without_its_operations_keeps_its_reason(tmp_path, monkeypatch):
     # an operation that is there, but not for this kind of device
     loaded = native._load("_C_stale", "PrivateUse1", "window_attention_forward")
     assert "lacks swin_kernels::window_attention_forward: build it again" in loaded.error
-
-
-def test_choice_of_the_reference_is_logged_under_compile(monkeypatch, caplog):
-    monkeypatch.setattr(native.CpuBackend, "why_not", lambda self, problem: "not today")
-    monkeypatch.setattr(dispatch, "_already_logged", set())
-    x = torch.randn(1, 4, 3, 1, 8)
-    torch._dynamo.reset()
-    with caplog.at_level(logging.WARNING, logger="swin_kernels"):
-        compiled = torch.compile(
-            lambda x: shifted_window_attention_qkvpacked(x, 2), backend="eager", fullgraph=True
-        )
-        compiled(x)
-    torch._dynamo.reset()
-    assert [
-        r.getMessage().count("not today") for r in caplog.records if r.name == "swin_kernels"
-    ] == [1]
 
 
 @pytest.mark.parametrize("trained", [False, True], ids=["inference", "training"])
