@@ -10,6 +10,8 @@ from contract_cases import (
     GEOMETRIES,
     OPTIONS,
     PLANE,
+    TILES,
+    assert_same_bits,
     judged,
     over,
     over_dtypes,
@@ -19,6 +21,7 @@ from modes import cut, sized
 from swin_kernels import shifted_window_attention, shifted_window_attention_qkvpacked
 from swin_kernels.position_bias import relative_position_index
 from swin_kernels.testing import (
+    LAYOUTS,
     LEAST_INPUTS,
     Case,
     assert_within_error_rule,
@@ -32,30 +35,29 @@ from swin_kernels.testing import (
     with_grad,
 )
 
-
-@pytest.mark.in_pairs
-@over_dtypes
-@judged(*GEOMETRIES)
-def test_padding_shift_and_axes_match_float64(case, dtype, backend):
-    check(case.but(dtype=dtype), backend)
-
-
-@pytest.mark.in_pairs
-@over_dtypes
-@judged(*OPTIONS)
-def test_bias_mask_scale_and_cosine_match_float64(case, dtype, backend):
-    check(case.but(dtype=dtype), backend)
-
-
-@pytest.mark.in_pairs
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64], ids=str)
-@judged(
-    PLANE.but(shift=(2, 2), bias="dense", mask="soft"),
-    PLANE.but(shift=(2, 2), cosine=True, packed=True),
-    PLANE.but(bias="table+index", pad_order="roll-pad", shift=(1, 3)),
+SMALLER_THAN_A_WINDOW = (
+    Case(2, (3, 5), (7, 7), (3, 3), bias="table", pads=True),
+    Case(2, (3, 5), (7, 7), (3, 3), bias="table", pads=True, pad_order="roll-pad", cosine=True),
+    Case(1, (1,), (4,), (2,), pads=True),
+    Case(1, (1, 1, 1), (2, 2, 2), (1, 0, 1), pad_order="roll-pad", pads=True),
 )
-def test_biases_of_another_dtype_match_float64(case, dtype, backend):
-    check(case.but(dtype=dtype, extras_dtype=torch.float32), backend)
+BIASES_OF_ANOTHER_DTYPE = (
+    PLANE.but(shift=(2, 2), bias="dense", mask="soft", extras_dtype=torch.float32),
+    PLANE.but(shift=(2, 2), cosine=True, packed=True, extras_dtype=torch.float32),
+    PLANE.but(bias="table+index", pad_order="roll-pad", shift=(1, 3), extras_dtype=torch.float32),
+)
+MEMORY_LAYOUTS = tuple(
+    PLANE.but(shift=(2, 2), bias="dense", mask="soft", layout=layout, packed=packed)
+    for layout in LAYOUTS
+    for packed in (False, True)
+)
+
+
+@pytest.mark.in_pairs
+@over_dtypes
+@judged(*GEOMETRIES, *OPTIONS, *SMALLER_THAN_A_WINDOW, *BIASES_OF_ANOTHER_DTYPE, *MEMORY_LAYOUTS)
+def test_geometries_options_and_layouts_match_float64(case, dtype, backend):
+    check(case.but(dtype=dtype), backend)
 
 
 @over_dtypes
@@ -133,15 +135,6 @@ def test_wide_heads_without_padding_match_float64(bias, dtype, backend):
     check(case, backend)
 
 
-@pytest.mark.in_pairs
-@over_dtypes
-@pytest.mark.parametrize("layout", ["contiguous", "strided", "channels-inside"])
-@pytest.mark.parametrize("packed", [False, True], ids=["separate", "packed"])
-def test_memory_layout_does_not_matter(layout, packed, dtype, backend):
-    case = PLANE.but(shift=(2, 2), bias="dense", mask="soft", dtype=dtype, packed=packed)
-    check(sized(case).but(layout=layout), backend)
-
-
 @over_dtypes
 def test_views_of_one_packed_buffer_match_packed(dtype, backend):
     case = cut(PLANE.but(shift=(2, 2), dtype=dtype, packed=True))
@@ -150,11 +143,8 @@ def test_views_of_one_packed_buffer_match_packed(dtype, backend):
     query, key, value = operands.query.unbind(-3)
     apart = operands._replace(query=query, key=key, value=value)
     separate = run(case.but(packed=False), apart, grad_out, backend)
-    assert torch.equal(packed.out, separate.out)
-    for part, name in enumerate(("query", "key", "value")):
-        assert torch.equal(packed.grads["query"].select(-3, part), separate.grads[name])
-    for name in ("bias_table", "pad_key", "pad_value"):
-        assert torch.equal(packed.grads[name], separate.grads[name])
+    tokens = dict(zip(("query", "key", "value"), packed.grads["query"].unbind(-3)))
+    assert_same_bits(separate, (packed.out, packed.grads | tokens))
 
 
 @over_dtypes
@@ -172,9 +162,7 @@ def test_expanded_operands_match_their_copies(dtype, backend):
         **{n: getattr(wide, n).clone() for n in ("key", "value", "bias", "mask")}
     )
     expanded, copied = (run(case, x, grad_out, backend) for x in (wide, copies))
-    assert torch.equal(expanded.out, copied.out)
-    for name in expanded.grads:
-        assert torch.equal(expanded.grads[name], copied.grads[name])
+    assert_same_bits(expanded, copied)
 
 
 @over_dtypes
@@ -208,13 +196,10 @@ def test_index_of_any_stride_and_int_dtype_matches(index_dtype, backend):
     index = operands.bias_index.to(index_dtype)
     flipped = index.T.contiguous().T
     sliced = torch.stack((index, index), dim=-1)[..., 0]
-    results = [
-        run(case, operands._replace(bias_index=x), grad_out, backend)
-        for x in (operands.bias_index, index, flipped, sliced)
-    ]
-    for result in results[1:]:
-        assert torch.equal(result.out, results[0].out)
-        assert torch.equal(result.grads["bias_table"], results[0].grads["bias_table"])
+    expected = run(case, operands, grad_out, backend)
+    for other in (index, flipped, sliced):
+        actual = run(case, operands._replace(bias_index=other), grad_out, backend)
+        assert_same_bits(actual, expected)
 
 
 def test_geometric_index_given_equals_none(backend):
@@ -239,16 +224,17 @@ def test_empty_batch_gives_empty_output_and_zero_bias_gradients(case, dtype, bac
         assert not actual.grads[name].any()
 
 
-@pytest.mark.in_pairs
-@over_dtypes
-@judged(
-    Case(2, (3, 5), (7, 7), (3, 3), bias="table", pads=True),
-    Case(2, (3, 5), (7, 7), (3, 3), bias="table", pads=True, pad_order="roll-pad", cosine=True),
-    Case(1, (1,), (4,), (2,), pads=True),
-    Case(1, (1, 1, 1), (2, 2, 2), (1, 0, 1), pad_order="roll-pad", pads=True),
-)
-def test_map_smaller_than_the_window_matches_float64(case, dtype, backend):
-    check(case.but(dtype=dtype), backend)
+@pytest.mark.parametrize("layout", ["strided", "channels-inside"])
+@over(cut(PLANE.but(shift=(2, 2), mask="soft")), TILES.but(mask="soft"))
+def test_operands_are_left_as_they_were(case, layout, backend):
+    case = case.but(layout=layout)
+    operands, grad_out = make_operands(case), make_grad_out(case)
+    given = [x for x in (*operands, grad_out) if x is not None]
+    # of the whole storage: what lies between the rows of a strided tensor is another's
+    whole = [x.new_empty(0).set_(x.untyped_storage()) for x in given]
+    before = [x.clone() for x in whole]
+    run(case, operands, grad_out, backend)
+    assert all(map(torch.equal, whole, before))
 
 
 def test_one_token_windows_return_the_value(backend):

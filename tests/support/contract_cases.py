@@ -27,6 +27,8 @@ def judged(*cases: Case):
 LINE = Case(size=(21,), window=(8,), bias="table", pads=True)
 PLANE = Case(size=(11, 9), window=(4, 4), bias="table", pads=True)
 SPACE = Case(size=(4, 5, 7), window=(2, 3, 4), bias="table", pads=True)
+# of so many tokens a window that Triton's kernels take it in tiles
+TILES = Case(2, (90,), (70,), (20,), heads=1, bias="table", pads=True, cosine=True)
 
 # maps padded, shifted and of one to three axes
 GEOMETRIES = (

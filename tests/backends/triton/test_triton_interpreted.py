@@ -4,20 +4,23 @@ from __future__ import annotations
 
 import pytest
 import torch
+from contract_cases import TILES, assert_same_bits, over, saved_by_a_call
 
 from benchmarks.codegen.plans import facts_by_name
 from swin_kernels import shifted_window_attention
-from swin_kernels.backends.reference.dropout import dropout_factor
 from swin_kernels.backends.triton.config import INTERPRETER, config_for
 from swin_kernels.backends.triton.launch_spec import Call, Config
 from swin_kernels.ops.dispatch import BACKENDS
 from swin_kernels.problem import Operands, Problem
-from swin_kernels.testing import Case, call, check, make_grad_out, make_operands, run, with_grad
+from swin_kernels.testing import Case, call, check, make_grad_out, make_operands, run
 
 pytest.importorskip("triton")
 
+from triton.runtime.interpreter import interpreter_builder
 from triton_calls import call_of
 from triton_interpreter import fast_interpreter
+from triton_memory import Traffic, guarded
+from triton_probes import atomic_kernel, copy_kernel
 
 from swin_kernels.backends.triton import kernel_args, launch_spec, launcher, plan
 from swin_kernels.backends.triton.kernels import common
@@ -25,7 +28,6 @@ from swin_kernels.backends.triton.kernels import common
 pytestmark = pytest.mark.interpreted
 
 WHOLE = Case(2, (7, 5), (4, 4), (2, 2), heads=2, head_dim=16, bias="table", pads=True)
-TILES = Case(2, (90,), (70,), (20,), heads=1, head_dim=16, bias="table", pads=True, cosine=True)
 REGIMES = pytest.mark.parametrize("case", [WHOLE, TILES], ids=["whole", "tiles"])
 DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=["fp32", "fp16"])
 
@@ -37,19 +39,6 @@ def triton_call(case):
 
 def _run(case):
     return run(case, make_operands(case), make_grad_out(case), "triton")
-
-
-def _assert_same_bits(first, second, names=None):
-    assert torch.equal(first.out, second.out)
-    for name in names or first.grads:
-        assert torch.equal(first.grads[name], second.grads[name]), name
-
-
-@REGIMES
-@DTYPES
-def test_two_calls_give_the_same_bits(case, dtype):
-    case = case.but(dtype=dtype, dropout_p=0.2)
-    _assert_same_bits(_run(case), _run(case))
 
 
 @pytest.fixture
@@ -72,7 +61,9 @@ def test_windows_do_not_depend_on_the_run_they_are_in(case, dtype, windows_a_pro
         windows_a_program(number)
         results.append(_run(case.but(dtype=dtype)))
     for other in results[1:]:
-        _assert_same_bits(results[0], other, ("query", "key", "value"))
+        for name in ("query", "key", "value"):
+            assert_same_bits(other.grads[name], results[0].grads[name])
+        assert_same_bits(other.out, results[0].out)
         # sums over windows are cut elsewhere, and so rounded otherwise
         torch.testing.assert_close(other.grads, results[0].grads, rtol=2e-3, atol=2e-3)
 
@@ -87,14 +78,15 @@ def test_tiles_do_not_depend_on_the_windows_worked_on_at_once(number, monkeypatc
         plan, "tile_args", lambda *args: tile_args(*args) | {"group_windows": number}
     )
     launcher.forget()
-    _assert_same_bits(usual, _run(case))
+    assert_same_bits(_run(case), usual)
     launcher.forget()
 
 
-@pytest.mark.parametrize("axes", [1, 3])
-def test_seams_cut_windows_in_tiles_that_have_no_bias(axes):
-    shapes = {1: ((150,), (75,), (30,)), 3: ((4, 6, 6), (4, 6, 3), (1, 2, 1))}
-    case = Case(1, *shapes[axes], heads=1, head_dim=16, bias="none", layout="contiguous")
+@over(
+    Case(1, (150,), (75,), (30,), heads=1, layout="contiguous"),
+    Case(1, (4, 6, 6), (4, 6, 3), (1, 2, 1), heads=1, layout="contiguous"),
+)
+def test_seams_cut_windows_in_tiles_that_have_no_bias(case):
     check(case, "triton")
 
 
@@ -147,19 +139,6 @@ def test_an_index_beyond_32_bits_is_not_taken_for_a_row():
 
 
 @REGIMES
-@pytest.mark.parametrize("layout", ["strided", "channels-inside"])
-def test_operands_are_left_as_they_were(case, layout):
-    case = case.but(layout=layout, mask="soft")
-    operands, grad_out = make_operands(case), make_grad_out(case)
-    given = [x for x in (*operands, grad_out) if x is not None]
-    # of the whole storage: what lies between the rows of a strided tensor is another's
-    whole = [x.new_empty(0).set_(x.untyped_storage()) for x in given]
-    before = [x.clone() for x in whole]
-    run(case, operands, grad_out, "triton")
-    assert all(map(torch.equal, whole, before))
-
-
-@REGIMES
 def test_no_buffer_is_read_before_it_is_written(case, monkeypatch):
     filled_with_nan = _run(case)  # as all are in this session
     empty, empty_like = torch.empty, torch.empty_like
@@ -167,7 +146,7 @@ def test_no_buffer_is_read_before_it_is_written(case, monkeypatch):
     monkeypatch.setattr(torch, "empty_like", lambda *a, **k: empty_like(*a, **k).fill_(7))
     filled_with_numbers = _run(case)
     monkeypatch.undo()
-    _assert_same_bits(filled_with_nan, filled_with_numbers)
+    assert_same_bits(filled_with_nan, filled_with_numbers)
     assert all(grad.isfinite().all() for grad in filled_with_nan.grads.values())
 
 
@@ -191,49 +170,23 @@ def test_fresh_buffers_of_this_session_hold_nan(tensors_of_launches):
     assert out.isfinite().all()
 
 
-@pytest.mark.parametrize("tokens", [9, 70], ids=["whole", "tiles"])
-@pytest.mark.parametrize("p", [0.1, 0.7])
-def test_dropped_probabilities_are_exactly_the_reference_s(tokens, p):
-    batch, windows, heads = 2, 2, 2
-    # equal logits, and values and gradients that are unit vectors: out is P, dV its transpose
-    query = torch.zeros(batch, windows * tokens, heads, tokens)
-    unit = torch.eye(tokens)[None, None, :, None].expand(batch, windows, -1, heads, -1)
-    value = unit.reshape(query.shape).clone().requires_grad_()
-    torch.manual_seed(2**40 + 3)
-    out = shifted_window_attention(query, query, value, tokens, dropout_p=p, backend="triton")
-    (d_value,) = torch.autograd.grad(out, value, value.detach())
-    torch.manual_seed(2**40 + 3)
-    seed = torch.randint(2**63 - 1, (1,), dtype=torch.int64)
-    kept = dropout_factor(seed, p, batch, windows, heads, tokens) > 0  # (B, nW, H, N, N)
-
-    def rows(x):
-        return x.detach().view(batch, windows, tokens, heads, tokens).transpose(2, 3)
-
-    assert torch.equal(rows(out) > 0, kept)
-    assert torch.equal(rows(d_value).mT > 0, kept)
-
-
-@REGIMES
-def test_a_few_tiles_are_saved_or_two_numbers_a_row_with_the_output(case):
-    operands, saved = with_grad(make_operands(case)), []
-    with torch.autograd.graph.saved_tensors_hooks(lambda x: saved.append(x) or x, lambda x: x):
-        out = call(case, operands, "triton")
-    given = {x.data_ptr() for x in operands if x is not None}
-    more = [x for x in saved if x.data_ptr() not in given]
-    if case is WHOLE:  # bias and mask of a head, for each of four ways that the shift cuts windows
-        assert [tuple(x.shape) for x in more] == [(2, 4, 16, 16)]
-    else:
-        assert [tuple(x.shape) for x in more] == [tuple(out.shape), (4, 1, 2 * 70)]
-        assert more[0].data_ptr() == out.data_ptr()
-    assert more[-1].dtype == torch.float32
-
-
-def test_whole_windows_without_bias_mask_or_idle_lanes_save_nothing():
-    case = Case(1, (8, 8), (4, 4))
-    operands, saved = with_grad(make_operands(case)), []
-    with torch.autograd.graph.saved_tensors_hooks(lambda x: saved.append(x) or x, lambda x: x):
-        call(case, operands, "triton")
-    assert {x.data_ptr() for x in saved} == {x.data_ptr() for x in operands[:3]}
+@pytest.mark.parametrize(
+    ("case", "shapes"),
+    [
+        # bias and mask of a head, for each of four ways that the shift cuts windows
+        (WHOLE, [(2, 4, 16, 16)]),
+        (TILES, [(2, 90, 1, 16), (4, 1, 2 * 70)]),
+        # whole windows without bias, mask or idle lanes
+        (Case(1, (8, 8), (4, 4)), []),
+    ],
+    ids=["whole", "tiles", "nothing"],
+)
+def test_a_few_tiles_are_saved_or_two_numbers_a_row_with_the_output(case, shapes):
+    out, saved = saved_by_a_call(case, "triton")
+    assert [tuple(x.shape) for x in saved] == shapes
+    assert {x.dtype for x in saved} <= {torch.float32}
+    if case is TILES:
+        assert saved[0].data_ptr() == out.data_ptr()
 
 
 @REGIMES
@@ -258,72 +211,54 @@ class TestGuard:
     """The guard itself: what it must let pass, and what it must not."""
 
     @staticmethod
-    def _launch(kernel, readable, writable, *arguments):
-        from triton_memory import Traffic, guarded
-
+    def _copied(x, y, count, step):
+        """The traffic of a copy from x to y."""
         traffic = Traffic()
-        with guarded(readable, writable, traffic):
-            kernel[(1,)](*arguments)
+        with guarded({"x": x}, {"y": y}, traffic):
+            copy_kernel[(1,)](x, y, count, step)
         return traffic
 
     def test_active_lanes_inside_are_counted(self):
-        from triton_probes import copy_kernel
-
         x, y = torch.arange(8.0), torch.empty(8)
-        traffic = self._launch(copy_kernel, {"x": x}, {"y": y}, x, y, 6, 1)
+        traffic = self._copied(x, y, 6, 1)
         assert torch.equal(y[:6], x[:6])
         assert traffic.loaded == {"x": 24}
         assert traffic.stored == {"y": 24}
 
     def test_a_second_read_is_not_distinct(self):
-        from triton_probes import copy_kernel
-
-        x, y = torch.arange(8.0), torch.empty(8)
-        traffic = self._launch(copy_kernel, {"x": x}, {"y": y}, x, y, 8, 0)
+        traffic = self._copied(torch.arange(8.0), torch.empty(8), 8, 0)
         assert traffic.loaded == {"x": 32}
         assert traffic.distinct_loaded == {"x": 4}
 
     @pytest.mark.parametrize(
-        ("length", "step", "count", "message"),
+        ("x", "count", "step", "message"),
         [
-            (8, 1, 9, "outside of all tensors"),
-            (8, 2, 8, "outside of all tensors"),
-            (8, -1, 2, "outside of all tensors"),
+            (torch.arange(8.0), 9, 1, "outside of all tensors"),
+            (torch.arange(8.0), 8, 2, "outside of all tensors"),
+            (torch.arange(8.0), 2, -1, "outside of all tensors"),
+            (torch.zeros(4, 5)[:, :3], 4, 1, "between the elements of"),
         ],
+        ids=["beyond", "far beyond", "before", "between rows"],
     )
-    def test_a_lane_outside_raises(self, length, step, count, message):
-        from triton_probes import copy_kernel
-
-        x, y = torch.arange(float(length)), torch.empty(16)
+    def test_a_lane_that_is_no_element_raises(self, x, count, step, message):
         with pytest.raises(Exception, match=message):
-            self._launch(copy_kernel, {"x": x}, {"y": y}, x, y, count, step)
-
-    def test_a_lane_between_the_rows_of_a_strided_tensor_raises(self):
-        from triton_probes import copy_kernel
-
-        x, y = torch.zeros(4, 5)[:, :3], torch.empty(16)
-        with pytest.raises(Exception, match="between the elements of"):
-            self._launch(copy_kernel, {"x": x}, {"y": y}, x, y, 4, 1)
+            self._copied(x, torch.empty(16), count, step)
 
     def test_a_store_to_an_operand_raises(self):
-        from triton_probes import copy_kernel
-
         x, y = torch.arange(8.0), torch.zeros(8)
-        with pytest.raises(Exception, match="store to y, which is read only"):
-            self._launch(copy_kernel, {"x": x, "y": y}, {}, x, y, 8, 1)
+        with (
+            pytest.raises(Exception, match="store to y, which is read only"),
+            guarded({"x": x, "y": y}, {}),
+        ):
+            copy_kernel[(1,)](x, y, 8, 1)
         assert not y.any()
 
     def test_an_atomic_raises(self):
-        from triton_probes import atomic_kernel
-
         x = torch.zeros(8)
-        with pytest.raises(Exception, match="an atomic"):
-            self._launch(atomic_kernel, {}, {"x": x}, x)
+        with pytest.raises(Exception, match="an atomic"), guarded({}, {"x": x}):
+            atomic_kernel[(1,)](x)
 
     def test_afterwards_the_interpreter_is_as_it_was(self):
-        from triton.runtime.interpreter import interpreter_builder
-        from triton_memory import guarded
-
         with guarded({}, {}):
             assert "create_masked_load" in vars(interpreter_builder)
         assert "create_masked_load" not in vars(interpreter_builder)

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import itertools
 import math
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
+from contract_cases import over
+from programs import last_line_of
 from triton_calls import call_of
 
 from benchmarks.gpu_tools.override import override
@@ -22,11 +21,10 @@ from swin_kernels.backends.triton.config import (
 )
 from swin_kernels.backends.triton.launch_spec import Call, Config, facts_of
 from swin_kernels.backends.triton.plan import backward_plan, forward_plan
-from swin_kernels.backends.triton.token_layout import contiguous_stride, divisor, needs_wide_offsets
+from swin_kernels.backends.triton.token_layout import divisor, needs_wide_offsets
 from swin_kernels.problem import NEEDS, Operands, Problem
 from swin_kernels.testing import Case, make_grad_out, make_operands
 
-ROOT = Path(__file__).resolve().parents[3]
 H100 = KNOWN_GPUS["sm_90"]
 PLANE = Case(2, (11, 9), (4, 4), (2, 2), bias="table", pads=True, layout="contiguous")
 KERNELS = ("forward", "backward", "tiled_forward", "dq", "dkv", "dbias")
@@ -50,10 +48,14 @@ def _backward(case, gpu=H100, device="meta", needed=EVERYTHING):
     return backward_plan(Call(facts, call.options, needs=needs), gpu)
 
 
-def _of_shape(*shape, window, dtype=torch.float16, gpu=H100):
+def _meta(*shape):
+    return torch.empty(shape, device="meta")
+
+
+def _of_shape(*shape, window):
     """The forward's launch for a query, key and value of this shape, which may be of any size."""
-    x = torch.empty(shape, dtype=dtype, device="meta")
-    return forward_plan(_call(Operands(x, x, x), window_size=window), gpu).launches[-1]
+    x = _meta(*shape).half()
+    return forward_plan(_call(Operands(x, x, x), window_size=window), H100).launches[-1]
 
 
 def _kernels(plan):
@@ -61,16 +63,13 @@ def _kernels(plan):
     return [launch.kernel.split(".")[1] for launch in (*plan.launches, *after)]
 
 
-CASES = (
+@over(
     PLANE,
     PLANE.but(packed=True, pad_order="roll-pad", cosine=True, dropout_p=0.5),
     PLANE.but(layout="strided", bias="table+index", mask="soft", value_dim=24),
     Case(1, (30,), (100,), bias="dense", pads=True),
     Case(1, (8, 7, 12), (8, 7, 7), bias="table", cosine=True, dtype=torch.float16),
 )
-
-
-@pytest.mark.parametrize("case", CASES, ids=str)
 def test_a_plan_depends_on_facts_alone(case):
     for plan in (_forward, _backward):
         assert plan(case) == plan(case)
@@ -85,10 +84,7 @@ sys.path[:0] = ["tests/backends/triton", "tests/support"]
 import test_triton_plan as t
 print(len(t._forward(t.PLANE).launches), len(t._backward(t.PLANE).launches))
 """
-    done = subprocess.run(
-        [sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=False
-    )
-    assert done.stdout.split() == ["1", "1"], done.stderr
+    assert last_line_of(program) == "1 1"
 
 
 # tokens of a window, channels, dtype; whether forward and backward hold it whole
@@ -154,46 +150,37 @@ def test_the_wider_of_keys_and_values_decides():
     assert (step.scalars["BLOCK_D"], step.scalars["BLOCK_DV"]) == (32, 128)
 
 
-# 16 channels: an image of n tokens of one head has elements up to 16n − 1
-@pytest.mark.parametrize(("tokens", "wide"), [(2**27, False), (2**27 + 1, True)])
-def test_offsets_are_wide_where_the_last_element_of_an_image_needs_more_than_31_bits(tokens, wide):
-    assert needs_wide_offsets((1, tokens, 1, 16), (tokens * 16, 16, 16, 1)) == wide
-    assert _of_shape(1, tokens, 1, 16, window=64).scalars["WIDE"] == wide
-
-
-@pytest.mark.parametrize(("tokens", "wide"), [(2**25, False), (2**25 + 1, True)])
-def test_heads_are_found_with_64_bits_anyway(tokens, wide):
-    # the last token begins at 64·(n − 1); its last head lies 48 elements further
-    assert _of_shape(1, tokens, 4, 16, window=64).scalars["WIDE"] == wide
-
-
-def test_a_batch_of_any_size_needs_no_wide_offsets():
-    step = _of_shape(2**20, 8, 8, 4, 32, window=8)  # 2^33 elements
-    assert not step.scalars["WIDE"]
-
-
-@pytest.mark.parametrize(("rows", "wide"), [(2**11, False), (2**11 + 1, True)])
-def test_offsets_of_all_axes_add_up(rows, wide):
-    shape = (1, rows, 2**10, 2**6, 1, 16)
-    assert needs_wide_offsets(shape, contiguous_stride(shape)) == wide
-
-
-def test_expanded_axes_have_no_reach():
-    x = torch.empty(1, 1, 1, 16, device="meta").expand(1, 2**30, 1, 16)
-    assert not needs_wide_offsets(tuple(x.shape), x.stride())
-    x = torch.empty(1, 2**27 + 1, 1, 1, device="meta").expand(1, -1, 1, 16)
-    assert not needs_wide_offsets(tuple(x.shape), x.stride())
-
-
-@pytest.mark.parametrize(("tokens", "wide"), [(2**23, False), (2**23 + 1, True)])
-def test_channels_outside_of_tokens_count(tokens, wide):
-    x = torch.empty(1, 256, tokens, 1, device="meta").permute(0, 2, 3, 1)  # (B, S, H, D)
+@pytest.mark.parametrize(
+    ("x", "wide"),
+    [
+        # 16 channels: an image of n tokens of one head has elements up to 16n − 1
+        (_meta(1, 2**27, 1, 16), False),
+        (_meta(1, 2**27 + 1, 1, 16), True),
+        # heads are found with 64 bits: the last token begins at 64·(n − 1), its last head lies
+        # 48 elements further
+        (_meta(1, 2**25, 4, 16), False),
+        (_meta(1, 2**25 + 1, 4, 16), True),
+        # a batch of any size
+        (_meta(2**20, 8, 8, 4, 32), False),
+        # all axes add up
+        (_meta(1, 2**11, 2**10, 2**6, 1, 16), False),
+        (_meta(1, 2**11 + 1, 2**10, 2**6, 1, 16), True),
+        # channels outside of tokens
+        (_meta(1, 256, 2**23, 1).permute(0, 2, 3, 1), False),
+        (_meta(1, 256, 2**23 + 1, 1).permute(0, 2, 3, 1), True),
+        # expanded axes have no reach
+        (_meta(1, 1, 1, 16).expand(1, 2**30, 1, 16), False),
+        (_meta(1, 2**27 + 1, 1, 1).expand(1, -1, 1, 16), False),
+    ],
+)
+def test_offsets_are_wide_where_the_last_element_of_an_image_needs_more_than_31_bits(x, wide):
     assert needs_wide_offsets(tuple(x.shape), x.stride()) == wide
+    if x.is_contiguous():  # as the output is
+        assert _of_shape(*x.shape, window=8).scalars["WIDE"] == wide
 
 
 def test_one_tensor_that_is_wide_makes_the_call_wide():
-    narrow = torch.empty(1, 2**27 + 1, 1, 1, device="meta").expand(1, -1, 1, 16)
-    wide = torch.empty(1, 2**27 + 1, 1, 16, device="meta")
+    narrow, wide = _meta(1, 2**27 + 1, 1, 1).expand(1, -1, 1, 16), _meta(1, 2**27 + 1, 1, 16)
     for tensors in ((narrow, narrow, wide), (narrow, wide, narrow), (wide, narrow, narrow)):
         plan = forward_plan(_call(Operands(*tensors), window_size=64), H100)
         assert plan.launches[0].scalars["WIDE"]
@@ -314,47 +301,49 @@ def test_an_empty_batch_launches_nothing_but_the_sum_of_the_table(tokens):
         assert any(shape[axis] == 0 for axis in axes)  # its sum is zeros
 
 
-def test_missing_axes_lead():
-    step = _forward(Case(1, (10,), (4,), (1,), bias="table")).launches[0]
-    assert step.scalars["WINDOW"] == (1, 1, 4)
-    assert step.scalars["sizes"] == (1, 1, 10)
-    assert step.scalars["counts"] == (1, 1, 3)
-    assert step.scalars["seams"] == (1, 1, 3)
-    assert step.scalars["REGIONS"] == (False, False, True)
-
-
-def test_the_roll_goes_round_the_map_or_round_the_padded_map():
-    case = Case(1, (3, 10), (7, 4), (5, 1))
-    numbers = _forward(case).launches[0].scalars
-    assert (numbers["periods"], numbers["rolls"]) == ((1, 7, 12), (0, 5, 1))
-    numbers = _forward(case.but(pad_order="roll-pad")).launches[0].scalars
-    assert (numbers["periods"], numbers["rolls"]) == ((1, 3, 10), (0, 2, 1))
-
-
-def test_a_periodic_axis_has_no_regions():
-    step = _forward(PLANE.but(periodic=(True, False))).launches[0]
-    assert step.scalars["REGIONS"] == (False, False, True)
-    assert step.scalars["ROLLED"]
+SLIM = Case(1, (3, 10), (7, 4), (5, 1))
 
 
 @pytest.mark.parametrize(
-    ("p", "threshold", "factor"), [(0.0, 0, 1.0), (0.5, 2**31, 2.0), (1.0, 2**32 - 1, 0.0)]
+    ("case", "expected"),
+    [
+        pytest.param(
+            Case(1, (10,), (4,), (1,), bias="table"),
+            {
+                "WINDOW": (1, 1, 4),
+                "sizes": (1, 1, 10),
+                "counts": (1, 1, 3),
+                "seams": (1, 1, 3),
+                "REGIONS": (False, False, True),
+            },
+            id="missing axes lead",
+        ),
+        pytest.param(SLIM, {"periods": (1, 7, 12), "rolls": (0, 5, 1)}, id="rolls what is padded"),
+        pytest.param(
+            SLIM.but(pad_order="roll-pad"),
+            {"periods": (1, 3, 10), "rolls": (0, 2, 1)},
+            id="rolls the map",
+        ),
+        pytest.param(
+            PLANE.but(periodic=(True, False)),
+            {"REGIONS": (False, False, True), "ROLLED": True},
+            id="a periodic axis has no regions",
+        ),
+        pytest.param(
+            PLANE.but(size=(12, 12)),
+            {"HAS_PAD_KEY": False, "HAS_PAD_VALUE": False, "PADDED": False},
+            id="pads without padding are not read",
+        ),
+        # a threshold of 32 bits
+        (PLANE, {"DROPOUT_THRESHOLD": 0, "kept_factor": 1.0}),
+        (PLANE.but(dropout_p=0.5), {"DROPOUT_THRESHOLD": 2**31, "kept_factor": 2.0}),
+        (PLANE.but(dropout_p=1.0), {"DROPOUT_THRESHOLD": 2**32 - 1, "kept_factor": 0.0}),
+    ],
+    ids=str,
 )
-def test_dropout_is_a_threshold_of_32_bits(p, threshold, factor):
-    numbers = _forward(PLANE.but(dropout_p=p)).launches[0].scalars
-    assert (numbers["DROPOUT_THRESHOLD"], numbers["kept_factor"]) == (threshold, factor)
-
-
-def test_products_of_fp32_are_exact_unless_tf32_was_allowed():
-    assert _forward(PLANE).launches[0].scalars["PRECISION"] == "ieee"
-    assert _forward(PLANE, tf32=True).launches[0].scalars["PRECISION"] == "tf32"
-
-
-def test_pads_without_padding_are_not_read():
-    numbers = _forward(PLANE.but(size=(12, 12))).launches[0].scalars
-    assert not numbers["HAS_PAD_KEY"]
-    assert not numbers["HAS_PAD_VALUE"]
-    assert not numbers["PADDED"]
+def test_scalars_of_a_forward(case, expected):
+    scalars = _forward(case).launches[0].scalars
+    assert {name: scalars[name] for name in expected} == expected
 
 
 def test_a_measured_configuration_is_the_one_of_the_plan():
