@@ -54,14 +54,6 @@ def test_sizes_follow_from_the_window(grid):
 
 
 @over_grids
-def test_each_token_has_one_place_and_padding_fills_the_rest(grid):
-    for axis, (size, padded) in enumerate(zip(grid.size, grid.padded)):
-        sources = [grid.source(axis, i) for i in range(padded)]
-        assert sorted(s for s in sources if s is not None) == list(range(size))
-        assert sources.count(None) == padded - size
-
-
-@over_grids
 def test_source_is_where_pad_and_roll_put_a_token(grid):
     for axis, (size, padded, shift) in enumerate(zip(grid.size, grid.padded, grid.shift)):
         line, tail = torch.arange(size), torch.full((padded - size,), -1)
@@ -127,37 +119,7 @@ def test_classic_map_of_six_with_window_three_and_shift_two_has_nine_regions():
     ]
 
 
-def test_unshifted_map_has_one_region_and_no_mask():
-    grid = Grid.checked((7, 9), 4)
-    assert not grid.region_map().any()
-    assert not grid.shift_mask().any()
-
-
 def test_mask_takes_dtype_and_device():
     mask = Grid.checked((8,), 4, 2).shift_mask(dtype=torch.bfloat16, device="meta")
     assert mask.dtype == torch.bfloat16
     assert mask.device.type == "meta"
-
-
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        (((8, 8), 0), r"window_size: expected at least 1 on each axis, got \(0, 0\)"),
-        (((8, 8), (4, -1)), r"window_size: expected at least 1 .* got \(4, -1\)"),
-        (((8, 8), 4, 4), r"0 <= shift < window on each axis, got shift \(4, 4\) with window"),
-        (((8, 8), 4, (0, -1)), r"0 <= shift < window on each axis, got shift \(0, -1\)"),
-        (((8, 8), (4, 4, 4)), "window_size: expected one number or one for each of 2 axes"),
-        (((8, 8), 4, (1,)), "shift_size: expected one number or one for each of 2 axes"),
-        (((8, 8), 4.0), "window_size: expected whole numbers, got 4.0"),
-        (((8, 0), 4), r"at least 1 token on each axis, got \(8, 0\)"),
-        (
-            ((8, 8), 4, 1, (True,)),
-            r"periodic: expected a bool or one for each of 2 axes, got \(True,",
-        ),
-        (((8, 8), 4, 1, 1), "periodic: expected a bool or one for each of 2 axes, got 1"),
-        (((8, 8), 4, 1, False, "roll"), r"pad_order: expected one of .*'roll-pad'.* got 'roll'"),
-    ],
-)
-def test_grid_that_does_not_fit_raises_with_what_came_and_what_was_expected(arguments, message):
-    with pytest.raises(ValueError, match=message):
-        Grid.checked(*arguments)

@@ -47,6 +47,7 @@ TOKENS = (
     ({"value": _zeros(2, 8, 8, 3, 16).half()}, "value is torch.float16, query torch.float32: cast"),
     ({"key": _zeros(2, 8, 8, 3, 16, device="meta")}, "key is on meta, query on cpu: move"),
     ({"query": [1.0]}, "expected a tensor.*, got list"),
+    ({"query": None}, "query: expected a tensor, got NoneType"),
     ({"key": None}, "key and value: expected tensors.*qkvpacked"),
     ({"value": None}, "key and value: expected tensors.*qkvpacked"),
 )
@@ -66,6 +67,7 @@ def test_tokens_that_do_not_fit_raise(changes, message):
         ((2, 8, 8, 144), "unflatten"),
         ((2, 2, 2, 2, 2, 3, 3, 16), r"with 1, 2 or 3 axes S.* got \(2, 2, 2, 2, 2, 3, 3, 16\)"),
         ((2, 8, 3, 0, 16), "at least one head and one channel, got 0 heads"),
+        ((2, 0, 8, 3, 2, 8), r"at least 1 token on each axis, got \(0, 8\)"),
     ],
 )
 def test_packed_tokens_that_do_not_fit_raise(shape, message):
@@ -110,6 +112,7 @@ EXTRAS = (
     ),
     ({"mask": _zeros(3, 16, 16)}, r"mask: expected shape \(4, 16, 16\).*got \(3, 16, 16\)"),
     ({"mask": _zeros(16, 16)}, r"mask: expected shape \(4, 16, 16\).*got \(16, 16\)"),
+    ({"mask": _zeros(4, 16, 16).to_sparse()}, r"mask: expected a dense tensor, got torch\.sparse_"),
     ({"mask": _zeros(4, 16, 16).bool()}, "mask: expected a floating dtype, got torch.bool"),
     ({"mask": _zeros(4, 16, 16, requires_grad=True)}, "mask requires grad, but has no gradient"),
     ({"pad_key": _zeros(3, 8)}, r"pad_key: expected shape \(3, 16\), \(H, D\), got \(3, 8\)"),
@@ -137,18 +140,32 @@ def test_extras_that_do_not_fit_raise(extras, message):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"window_size": 0}, "window_size: expected at least 1"),
+        ({"window_size": 0}, r"window_size: expected at least 1 on each axis, got \(0, 0\)"),
+        ({"window_size": (4, -1)}, r"window_size: expected at least 1 .* got \(4, -1\)"),
         ({"window_size": (4, 4, 4)}, "window_size: expected one number or one for each of 2 axes"),
         ({"window_size": 4.0}, "window_size: expected whole numbers, got 4.0"),
-        ({"shift_size": 4}, "shift_size: expected 0 <= shift < window"),
-        ({"shift_size": -1}, "shift_size: expected 0 <= shift < window"),
-        ({"periodic": (True,)}, "periodic: expected a bool or one for each of 2 axes"),
-        ({"pad_order": "pad"}, "pad_order: expected one of"),
+        ({"shift_size": 4}, r"0 <= shift < window on each axis, got shift \(4, 4\) with window"),
+        ({"shift_size": (0, -1)}, r"0 <= shift < window on each axis, got shift \(0, -1\)"),
+        ({"shift_size": (1,)}, "shift_size: expected one number or one for each of 2 axes"),
+        (
+            {"periodic": (True,)},
+            r"periodic: expected a bool or .* 2 axes, got \(True,",
+        ),
+        ({"periodic": 1}, "periodic: expected a bool or one for each of 2 axes, got 1"),
+        ({"pad_order": "roll"}, "pad_order: expected one of .*'roll-pad'.* got 'roll'"),
         ({"mask_value": float("nan")}, "mask_value: expected a finite number or -inf, got nan"),
         ({"mask_value": float("inf")}, "mask_value: expected a finite number or -inf, got inf"),
         ({"dropout_p": -0.1}, "dropout_p: expected a probability between 0 and 1, got -0.1"),
         ({"dropout_p": 1.5}, "dropout_p: expected a probability between 0 and 1, got 1.5"),
         ({"dropout_p": float("nan")}, "dropout_p: expected a probability between 0 and 1, got nan"),
+        ({"window_size": 2**31}, "at most 32768 tokens in a window"),
+        ({"window_size": (2**10, 2**10)}, "at most 32768 tokens in a window"),
+        ({"scale": torch.tensor(0.1)}, "scale: expected a number, got Tensor"),
+        ({"scale": [1]}, "scale: expected a number, got list"),
+        ({"scale": math.nan}, "scale: expected a finite number, got nan"),
+        ({"mask_value": "x"}, "mask_value: expected a number, got str"),
+        ({"mask_value": None}, "mask_value: expected a number, got NoneType"),
+        ({"dropout_p": "0.1"}, "dropout_p: expected a number, got str"),
         ({"backend": "fast"}, "backend: expected one of .* or None, got 'fast'"),
     ],
 )
@@ -156,11 +173,6 @@ def test_options_that_do_not_fit_raise(options, message):
     arguments = {"window_size": 4, "shift_size": 2} | options
     with pytest.raises(ValueError, match=message):
         shifted_window_attention(*GOOD[:3], **arguments)
-
-
-def test_map_without_tokens_raises():
-    with pytest.raises(ValueError, match=r"at least 1 token on each axis, got \(0, 8\)"):
-        shifted_window_attention_qkvpacked(torch.zeros(2, 0, 8, 3, 2, 8), 4)
 
 
 def test_problem_holds_the_facts_of_the_call():
@@ -225,33 +237,6 @@ def test_index_that_was_changed_is_checked_again():
     with pytest.raises(ValueError, match="expected rows of the table, 0 to 8, got 0 to 9"):
         Problem.checked(operands, 4)
     Problem.checked(operands._replace(bias_table=torch.zeros(10, 3)), 4)
-
-
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        ({"window_size": 2**31}, "at most 32768 tokens in a window"),
-        ({"window_size": (2**10, 2**10)}, "at most 32768 tokens in a window"),
-        ({"scale": torch.tensor(0.1)}, "scale: expected a number, got Tensor"),
-        ({"scale": [1]}, "scale: expected a number, got list"),
-        ({"scale": math.nan}, "scale: expected a finite number, got nan"),
-        ({"mask_value": "x"}, "mask_value: expected a number, got str"),
-        ({"mask_value": None}, "mask_value: expected a number, got NoneType"),
-        ({"dropout_p": "0.1"}, "dropout_p: expected a number, got str"),
-    ],
-    ids=str,
-)
-def test_number_that_is_none_or_too_large_is_refused(options, message):
-    with pytest.raises(ValueError, match=message):
-        Problem.checked(GOOD, **{"window_size": 4} | options)
-
-
-def test_what_is_no_dense_tensor_is_refused():
-    with pytest.raises(ValueError, match="query: expected a tensor, got NoneType"):
-        Problem.checked(Operands(None), 4)
-    sparse = GOOD._replace(mask=torch.zeros(4, 16, 16).to_sparse())
-    with pytest.raises(ValueError, match=r"mask: expected a dense tensor, got torch\.sparse_coo"):
-        Problem.checked(sparse, 4)
 
 
 def test_index_made_in_inference_mode_is_checked():

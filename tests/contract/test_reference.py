@@ -7,14 +7,15 @@ import math
 
 import pytest
 import torch
+from contract_cases import over
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from swin_kernels.backends import reference
-from swin_kernels.backends.reference.dropout import dropout_factor, philox_first_word
-from swin_kernels.backends.reference.windows import from_windows, padding_of, to_windows
-from swin_kernels.problem import Operands, Problem
-from swin_kernels.testing import DIFFERENTIABLE, Case, make_grad_out, make_operands, with_grad
+from swin_kernels.backends.reference.dropout import philox_first_word
+from swin_kernels.position_bias import relative_position_index
+from swin_kernels.problem import Problem
+from swin_kernels.testing import Case, differentiate, make_grad_out, make_operands, with_grad
 
 PLANE = Case(
     2, (5, 4), (3, 2), (1, 1), 2, 4, dtype=torch.float64, bias="table", pads=True, value_dim=3
@@ -41,7 +42,6 @@ CASES = (
     SPACE,
     SPACE.but(cosine=True, pad_order="roll-pad", mask_value=-2.0, periodic=(True, False, False)),
 )
-over_cases = pytest.mark.parametrize("case", CASES, ids=str)
 
 
 def _operands(case):
@@ -51,12 +51,8 @@ def _operands(case):
     return operands
 
 
-def _place(rolled, size, padded, shift, pad_order):
-    """Where the token at position `rolled` of an axis comes from; None for padding."""
-    if pad_order == "pad-roll":
-        place = (rolled + shift) % padded
-        return place if place < size else None
-    return (rolled + shift) % size if rolled < size else None
+def _options(case, operands):
+    return Problem.checked(operands, **case.options).options
 
 
 def _philox(counter, seed):
@@ -72,11 +68,10 @@ def _philox(counter, seed):
 def _attend_by_loops(case, operands):
     """The contract, one number at a time."""
     q, k, v = (x.tolist() for x in operands.unpacked())
-    axes, tokens = range(len(case.size)), math.prod(case.window)
-    padded = [-(-s // w) * w for s, w in zip(case.size, case.window)]
-    counts = [p // w for p, w in zip(padded, case.window)]
-    wraps = case.periodic or (False,) * len(case.size)
-    index = None if operands.bias_index is None else operands.bias_index.tolist()
+    grid, axes = case.grid, range(len(case.size))  # held to torch's own in test_geometry.py
+    index = operands.bias_index
+    if index is None:  # held to loops in test_position_bias.py
+        index = relative_position_index(case.window)
     out = torch.full((case.batch, *case.size, case.heads, case.dv), torch.nan).double()
 
     def fetch(x, image, place, head, filler, width):
@@ -90,37 +85,24 @@ def _attend_by_loops(case, operands):
         norm = max(math.sqrt(sum(a * a for a in x)), 1e-12)
         return [a / norm for a in x]
 
-    def region(rolled):
-        codes = []
-        for a in axes:
-            inside = case.shift[a] > 0 and not wraps[a]
-            last = rolled[a] >= padded[a] - case.window[a]
-            codes.append((last + (rolled[a] >= padded[a] - case.shift[a])) if inside else 0)
-        return codes
-
-    def bias(head, i, j, first, second):
+    def bias(head, i, j):
         total = 0.0 if operands.bias is None else float(operands.bias[head, i, j])
         if operands.bias_table is not None:
-            row = 0
-            for a in axes:
-                row = row * (2 * case.window[a] - 1) + first[a] - second[a] + case.window[a] - 1
-            total += float(operands.bias_table[row if index is None else index[i][j], head])
+            total += float(operands.bias_table[index[i, j], head])
         return total
 
     inner = list(itertools.product(*map(range, case.window)))
     for image in range(case.batch):
-        for number, corner in enumerate(itertools.product(*map(range, counts))):
+        for number, corner in enumerate(itertools.product(*map(range, grid.counts))):
             rolled = [[corner[a] * case.window[a] + step[a] for a in axes] for step in inner]
-            places = [
-                [_place(r[a], case.size[a], padded[a], case.shift[a], case.pad_order) for a in axes]
-                for r in rolled
-            ]
-            for head, i in itertools.product(range(case.heads), range(tokens)):
+            places = [[grid.source(a, r[a]) for a in axes] for r in rolled]
+            regions = [[grid.region(a, r[a]) for a in axes] for r in rolled]
+            for head, i in itertools.product(range(case.heads), range(grid.tokens)):
                 if None in places[i]:
                     continue
                 query = fetch(q, image, places[i], head, None, case.head_dim)
                 logits = []
-                for j in range(tokens):
+                for j in range(grid.tokens):
                     key = fetch(k, image, places[j], head, operands.pad_key, case.head_dim)
                     if operands.logit_scale is None:
                         scale = case.head_dim**-0.5 if case.scale is None else case.scale
@@ -128,8 +110,8 @@ def _attend_by_loops(case, operands):
                     else:
                         cosine = sum(a * b for a, b in zip(unit(query), unit(key)))
                         logit = cosine * float(operands.logit_scale[head])
-                    logit += bias(head, i, j, inner[i], inner[j])
-                    if region(rolled[i]) != region(rolled[j]):
+                    logit += bias(head, i, j)
+                    if regions[i] != regions[j]:
                         logit += case.mask_value
                     if operands.mask is not None:
                         logit += float(operands.mask[number, i, j])
@@ -138,11 +120,11 @@ def _attend_by_loops(case, operands):
                 weights = [0.0 if top == -math.inf else math.exp(x - top) for x in logits]
                 total = sum(weights) or 1.0
                 row = [0.0] * case.dv
-                for j in range(tokens):
+                for j in range(grid.tokens):
                     weight = weights[j] / total
                     if case.dropout_p > 0:
-                        window = image * math.prod(counts) + number
-                        counter = (i * tokens + j, head, window & 0xFFFFFFFF, window >> 32)
+                        window = image * grid.windows + number
+                        counter = (i * grid.tokens + j, head, window & 0xFFFFFFFF, window >> 32)
                         word = _philox(counter, int(operands.dropout_seed))
                         kept = word >= int(case.dropout_p * 2**32)
                         weight = weight / (1 - case.dropout_p) if kept else 0.0
@@ -152,80 +134,46 @@ def _attend_by_loops(case, operands):
     return out
 
 
-@over_cases
+@over(*CASES)
 def test_forward_equals_loops_over_tokens(case):
     operands = _operands(case)
-    options = Problem.checked(operands, **case.options).options
+    actual = reference.forward(operands, _options(case, operands))
     expected = _attend_by_loops(case, operands)
-    torch.testing.assert_close(
-        reference.forward(operands, options), expected, rtol=1e-12, atol=1e-12
-    )
+    torch.testing.assert_close(actual, expected, rtol=1e-12, atol=1e-12)
 
 
-@over_cases
+def _assert_backward_equals_autograd(case, operands, rtol, atol):
+    options, grad_out = _options(case, operands), make_grad_out(case)
+    expected = differentiate(lambda x: reference.forward(x, options), operands, grad_out).grads
+    actual = reference.backward(grad_out, operands, options)._asdict()
+    assert expected.keys() == {name for name, grad in actual.items() if grad is not None}
+    for name, grad in expected.items():
+        torch.testing.assert_close(actual[name], grad, rtol=rtol, atol=atol, msg=name)
+
+
+@over(*CASES)
 def test_written_backward_equals_autograd(case):
-    operands, grad_out = _operands(case), make_grad_out(case)
-    options = Problem.checked(operands, **case.options).options
-    leaves = with_grad(operands)
-    names = [name for name in DIFFERENTIABLE if getattr(leaves, name) is not None]
-    expected = torch.autograd.grad(
-        reference.forward(leaves, options),
-        [getattr(leaves, name) for name in names],
-        grad_out,
-        allow_unused=True,
-        materialize_grads=True,
-    )
-    actual = reference.backward(grad_out, operands, options)
-    for name, grad in zip(names, expected):
-        torch.testing.assert_close(getattr(actual, name), grad, rtol=1e-11, atol=1e-12, msg=name)
-    for name in set(Operands._fields) - set(names):
-        assert getattr(actual, name) is None
+    _assert_backward_equals_autograd(case, _operands(case), rtol=1e-11, atol=1e-12)
 
 
 def test_written_backward_equals_autograd_below_the_norm_clamp():
     case = PLANE.but(cosine=True)
-    operands, grad_out = make_operands(case), make_grad_out(case)
+    operands = make_operands(case)
     for x in (operands.query, operands.key, operands.pad_key):
         x[0] = 0
         x[1] *= 1e-13
-    options = Problem.checked(operands, **case.options).options
-    leaves = with_grad(operands)
-    names = [name for name in DIFFERENTIABLE if getattr(leaves, name) is not None]
-    out = reference.forward(leaves, options)
-    expected = torch.autograd.grad(out, [getattr(leaves, n) for n in names], grad_out)
-    actual = reference.backward(grad_out, operands, options)
-    for name, grad in zip(names, expected):
-        torch.testing.assert_close(getattr(actual, name), grad, rtol=1e-9, atol=1e-11, msg=name)
+    _assert_backward_equals_autograd(case, operands, rtol=1e-9, atol=1e-11)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32], ids=str)
 def test_gradients_take_the_dtype_of_their_operands(dtype):
     case = PLANE.but(dtype=dtype, extras_dtype=torch.float32, cosine=True)
     operands, grad_out = make_operands(case), make_grad_out(case)
-    options = Problem.checked(operands, **case.options).options
-    grads = reference.backward(grad_out, operands, options)
-    for name in DIFFERENTIABLE:
-        x, grad = getattr(operands, name), getattr(grads, name)
+    grads = reference.backward(grad_out, operands, _options(case, operands))
+    for x, grad in zip(operands, grads):
         assert (x is None) == (grad is None)
         if x is not None:
             assert (grad.dtype, grad.shape) == (x.dtype, x.shape)
-
-
-@over_cases
-def test_windows_put_back_are_the_map(case):
-    grid = case.grid
-    x = torch.randn(case.batch, *case.size, 2, 3)
-    assert torch.equal(from_windows(to_windows(x, grid), grid), x)
-
-
-@over_cases
-def test_padding_is_what_the_filler_fills(case):
-    grid = case.grid
-    x = torch.zeros(1, *case.size, 1, 1)
-    filled = to_windows(x, grid, torch.ones(1, 1))[0, :, 0, :, 0]
-    padding = padding_of(grid, x.device)
-    assert torch.equal(padding, filled == 1)
-    assert int(padding.sum()) == grid.windows * grid.tokens - math.prod(grid.size)
 
 
 @pytest.mark.parametrize(
@@ -258,37 +206,15 @@ class _NoFloat64(TorchDispatchMode):
         return out
 
 
-@over_cases
+@over(*CASES)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
 def test_float64_is_made_only_where_asked(case, dtype):
     case = case.but(dtype=dtype)
     operands, grad_out = _operands(case), make_grad_out(case)
-    options = Problem.checked(operands, **case.options).options
+    options = _options(case, operands)
     with _NoFloat64():
         reference.backward(grad_out, operands, options)
         out = reference.forward(with_grad(operands), options)
         out.backward(grad_out)
     with pytest.raises(AssertionError, match="makes float64"), _NoFloat64():
         torch.zeros(1).double()
-
-
-def test_dropout_keeps_its_share():
-    factor = dropout_factor(torch.tensor([3]), 0.3, 4, 5, 3, 32)
-    assert factor.shape == (4, 5, 3, 32, 32)
-    kept = factor > 0
-    assert abs(kept.double().mean() - 0.7) < 0.01
-    torch.testing.assert_close(factor[kept], torch.full_like(factor[kept], 1 / 0.7))
-
-
-def test_dropout_of_windows_beyond_32_bits_differs():
-    near, far = (
-        philox_first_word(
-            torch.arange(8),
-            torch.tensor(0),
-            torch.tensor(w & 0xFFFFFFFF),
-            torch.tensor(w >> 32),
-            torch.tensor(1),
-        )
-        for w in (5, 2**32 + 5)
-    )
-    assert not torch.equal(near, far)
