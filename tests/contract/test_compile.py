@@ -1,13 +1,14 @@
-"""The op under opcheck, torch.compile, export and ahead-of-time compilation."""
+"""The op under opcheck and torch.compile."""
 
 from __future__ import annotations
 
 import pytest
 import torch
 import torch.autograd.forward_ad as forward_ad
+from contract_cases import assert_same_bits, over
 from modes import cut
-from tiers import thorough
 from torch._dynamo.testing import CompileCounter, CompileCounterWithBackend
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from swin_kernels import shifted_window_attention, shifted_window_attention_qkvpacked
 from swin_kernels.ops.dispatch import BACKENDS
@@ -35,7 +36,11 @@ CASES = (
     Case(1, (90,), (81,), (40,), bias="table", pads=True, dtype=torch.float16),
 )
 pytestmark = pytest.mark.usefixtures("fresh_dynamo", "fused")
-over_cases = pytest.mark.parametrize("case", CASES, ids=str)
+
+
+def _compiled(case, backend, compiler="aot_eager"):
+    """The call as a function of its operands, compiled."""
+    return torch.compile(lambda x: call(case, x, backend), fullgraph=True, backend=compiler)
 
 
 def _arguments(case):
@@ -63,39 +68,31 @@ def _backward_op(fused, case, all_needed):
     return backend.ops.backward, (grad_out, *(None, None, *saved)[-2:], *arguments, needs)
 
 
-@over_cases
+@over(*CASES)
 def test_opcheck_passes_for_the_forward_op(case, fused):
     torch.library.opcheck(*_forward_op(fused, case))
 
 
-@over_cases
+@over(*CASES)
 @pytest.mark.parametrize("all_needed", [True, False], ids=["all", "tokens"])
 def test_opcheck_passes_for_the_backward_op(case, all_needed, fused):
     torch.library.opcheck(*_backward_op(fused, case, all_needed))
 
 
-@over_cases
+@over(*CASES)
 @pytest.mark.parametrize("compiler", ["aot_eager", "inductor"])
 def test_compiled_training_step_equals_eager(case, compiler, fused):
     case = case.but(dropout_p=0.0)  # under inductor the seeds are drawn by another generator
     operands, grad_out = make_operands(case), make_grad_out(case)
     expected = run(case, operands, grad_out, fused)
-    compiled = torch.compile(
-        lambda leaves: call(case, leaves, fused), fullgraph=True, backend=compiler
-    )
-    actual = differentiate(compiled, operands, grad_out)
-    assert torch.equal(actual.out, expected.out)
-    for name, grad in expected.grads.items():
-        assert torch.equal(actual.grads[name], grad), name
+    actual = differentiate(_compiled(case, fused, compiler), operands, grad_out)
+    assert_same_bits(actual, expected)
 
 
 def test_compiled_reference_equals_eager():
     operands, grad_out = make_operands(PLANE), make_grad_out(PLANE)
     expected = run(PLANE, operands, grad_out, "reference")
-    compiled = torch.compile(
-        lambda leaves: call(PLANE, leaves, "reference"), fullgraph=True, backend="aot_eager"
-    )
-    actual = differentiate(compiled, operands, grad_out)
+    actual = differentiate(_compiled(PLANE, "reference"), operands, grad_out)
     torch.testing.assert_close(actual.out, expected.out)
     torch.testing.assert_close(actual.grads, expected.grads, rtol=1e-4, atol=1e-5)
 
@@ -103,18 +100,13 @@ def test_compiled_reference_equals_eager():
 def test_compiled_inference_equals_eager(fused):
     operands = make_operands(PLANE)
     with torch.no_grad():
-        compiled = torch.compile(
-            lambda x: call(PLANE, x, fused), fullgraph=True, backend="aot_eager"
-        )
-        assert torch.equal(compiled(operands), call(PLANE, operands, fused))
+        out = _compiled(PLANE, fused)(operands)
+        assert torch.equal(out, call(PLANE, operands, fused))
 
 
 def test_compiled_dropout_is_reproducible(fused):
     case = PLANE.but(dropout_p=0.4)
-    operands = make_operands(case)
-    compiled = torch.compile(
-        lambda leaves: call(case, leaves, fused), fullgraph=True, backend="aot_eager"
-    )
+    operands, compiled = make_operands(case), _compiled(case, fused)
     outs = []
     for seed in (1, 1, 2):
         torch.manual_seed(seed)
@@ -143,22 +135,19 @@ def test_autocast_inside_a_compiled_region_equals_eager(fused, mode):
 @pytest.mark.slow_emulator
 def test_other_sizes_of_a_dynamic_graph_compile_nothing_more(fused):
     def step(qkv, table):
-        return shifted_window_attention_qkvpacked(
-            qkv, (4, 4), (2, 2), bias_table=table, backend=fused
-        )
+        out = shifted_window_attention_qkvpacked(qkv, 4, 2, bias_table=table, backend=fused)
+        return out, out.square().sum()
+
+    def results(function, *leaves):
+        out, loss = function(*leaves)
+        return out, torch.autograd.grad(loss, leaves)
 
     counter = CompileCounterWithBackend("aot_eager")
     compiled = torch.compile(step, fullgraph=True, dynamic=True, backend=counter)
     table, first = torch.randn(49, 2, requires_grad=True), None
     for batch, height, width in ((5, 10, 12), (3, 16, 8), (4, 9, 13), (2, 11, 30), (7, 24, 17)):
         qkv = torch.randn(batch, height, width, 3, 2, 16, requires_grad=True)
-        out = compiled(qkv, table)
-        grads = torch.autograd.grad(out.square().sum(), (qkv, table))
-        eager = step(qkv, table)
-        expected = torch.autograd.grad(eager.square().sum(), (qkv, table))
-        assert torch.equal(out, eager)
-        for a, b in zip(grads, expected):
-            assert torch.equal(a, b)
+        assert_same_bits(results(compiled, qkv, table), results(step, qkv, table))
         first = first or counter.frame_count
     assert counter.frame_count == first
 
@@ -175,62 +164,8 @@ def test_changing_sizes_without_asking_compile_at_most_four_times(fused):
     assert counter.frame_count <= 4
 
 
-class _Layer(torch.nn.Module):
-    def __init__(self, backend):
-        super().__init__()
-        self.backend = backend
-        self.qkv = torch.nn.Linear(32, 96)
-        self.table = torch.nn.Parameter(torch.randn(49, 2))
-
-    def forward(self, x):
-        qkv = self.qkv(x).unflatten(-1, (3, 2, 16))
-        _, pad_key, pad_value = self.qkv.bias.unflatten(0, (3, 2, 16))
-        out = shifted_window_attention_qkvpacked(
-            qkv,
-            4,
-            2,
-            bias_table=self.table,
-            pad_key=pad_key,
-            pad_value=pad_value,
-            backend=self.backend,
-        )
-        return out.flatten(-2)
-
-
-def _exported(layer, x):
-    batch = torch.export.Dim("batch", min=1, max=64)
-    with torch.no_grad():
-        return torch.export.export(layer, (x,), dynamic_shapes=({0: batch},))
-
-
-def test_exported_inference_equals_eager(fused):
-    layer, x = _Layer(fused).eval(), torch.randn(2, 11, 9, 32)
-    program = _exported(layer, x)
-    targets = [str(node.target) for node in program.graph.nodes]
-    assert str(_forward_op(fused, PLANE)[0]) in targets
-    for batch in (2, 5):
-        x = torch.randn(batch, 11, 9, 32)
-        with torch.no_grad():
-            assert torch.equal(program.module()(x), layer(x))
-
-
-@pytest.mark.slow_emulator
-@thorough("test_examples_cpp.py::test_a_patched_swin_runs_from_cpp_without_python")
-def test_ahead_of_time_compiled_package_equals_eager(tmp_path, fused):
-    layer, x = _Layer(fused).eval(), torch.randn(2, 11, 9, 32)
-    path = torch._inductor.aoti_compile_and_package(
-        _exported(layer, x), package_path=str(tmp_path / "layer.pt2")
-    )
-    package = torch._inductor.aoti_load_package(path)
-    x = torch.randn(3, 11, 9, 32)
-    with torch.no_grad():
-        torch.testing.assert_close(package(x), layer(x))
-
-
-@over_cases
+@over(*CASES)
 def test_fakes_have_the_shapes_strides_and_dtypes_of_the_kernels(case, fused):
-    from torch._subclasses.fake_tensor import FakeTensorMode
-
     op, arguments = _forward_op(fused, case)
     reals = op(*arguments)
     with FakeTensorMode() as fake_mode:

@@ -1,4 +1,4 @@
-"""A graph that holds the op, run with gradients or traced again, against an eager call."""
+"""A graph that holds the op, exported, run with gradients or traced again: as an eager call."""
 
 from __future__ import annotations
 
@@ -7,12 +7,23 @@ import sys
 import pytest
 import torch
 import torch.autograd.forward_ad as forward_ad
+from contract_cases import assert_same_bits, over
 from modes import cut
+from tiers import thorough
 from torch._dynamo import compiled_autograd
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from swin_kernels.ops import autograd
-from swin_kernels.testing import DIFFERENTIABLE, Case, call, make_grad_out, make_operands, with_grad
+from swin_kernels.ops.dispatch import BACKENDS
+from swin_kernels.testing import (
+    DIFFERENTIABLE,
+    Case,
+    call,
+    differentiate,
+    make_grad_out,
+    make_operands,
+    with_grad,
+)
 
 PLANE = cut(Case(2, (11, 9), (4, 4), (2, 2), bias="table", pads=True))
 CASES = (
@@ -22,7 +33,6 @@ CASES = (
     Case(1, (90,), (81,), (40,), bias="table", pads=True, dtype=torch.float16),
 )
 pytestmark = pytest.mark.usefixtures("fresh_dynamo", "fused")
-over_cases = pytest.mark.parametrize("case", CASES, ids=str)
 
 
 class _Call(torch.nn.Module):
@@ -52,15 +62,7 @@ def _step(module, query, grad_out):
     return out.detach(), grads | {"query": query.grad}
 
 
-def _assert_same(actual, expected):
-    assert torch.equal(actual[0], expected[0])
-    assert actual[1].keys() == expected[1].keys()
-    for name, grad in expected[1].items():
-        assert actual[1][name] is not None, name
-        assert torch.equal(actual[1][name], grad), name
-
-
-@over_cases
+@over(*CASES)
 @pytest.mark.parametrize("strict", [False, True], ids=["traced", "strict"])
 @pytest.mark.parametrize("with_grad", [True, False], ids=["grad", "no_grad"])
 def test_exported_program_has_the_gradients_of_an_eager_call(case, strict, with_grad, fused):
@@ -69,26 +71,53 @@ def test_exported_program_has_the_gradients_of_an_eager_call(case, strict, with_
     expected = _step(module, query, grad_out)
     with torch.set_grad_enabled(with_grad):
         exported = torch.export.export(module, (query.clone(),), strict=strict).module()
-    _assert_same(_step(exported, query, grad_out), expected)
+    assert_same_bits(_step(exported, query, grad_out), expected)
     compiled = torch.compile(exported, fullgraph=True, backend="aot_eager")
-    _assert_same(_step(compiled, query, grad_out), expected)
+    assert_same_bits(_step(compiled, query, grad_out), expected)
 
 
-@over_cases
+def _exported_for_any_batch(fused):
+    """A module, and a program of it that takes any number of images."""
+    module = _Call(PLANE.but(packed=True, layout="contiguous"), fused)
+    batch = torch.export.Dim("batch", min=1, max=64)
+    with torch.no_grad():
+        example = (module.operands.query,)
+        return module, torch.export.export(module, example, dynamic_shapes=({0: batch},))
+
+
+def test_exported_inference_equals_eager(fused):
+    module, program = _exported_for_any_batch(fused)
+    targets = [str(node.target) for node in program.graph.nodes]
+    assert str(BACKENDS[fused].ops.forward) in targets
+    with torch.no_grad():
+        for query in (module.operands.query, torch.randn(5, *PLANE.size, 3, 2, 16)):
+            assert torch.equal(program.module()(query), module(query))
+
+
+@pytest.mark.slow_emulator
+@thorough("test_examples_cpp.py::test_a_patched_swin_runs_from_cpp_without_python")
+def test_ahead_of_time_compiled_package_equals_eager(tmp_path, fused):
+    module, program = _exported_for_any_batch(fused)
+    path = torch._inductor.aoti_compile_and_package(
+        program, package_path=str(tmp_path / "layer.pt2")
+    )
+    package = torch._inductor.aoti_load_package(path)
+    query = torch.randn(3, *PLANE.size, 3, 2, 16)
+    with torch.no_grad():
+        torch.testing.assert_close(package(query), module(query))
+
+
+@over(*CASES)
 @pytest.mark.parametrize("pre_dispatch", [False, True], ids=["", "pre_dispatch"])
 def test_replayed_graph_has_the_gradients_of_an_eager_call(case, pre_dispatch, fused):
-    operands = with_grad(make_operands(case))
-    names = [name for name in DIFFERENTIABLE if getattr(operands, name) is not None]
-    leaves = [getattr(operands, name) for name in names]
+    operands, grad_out = with_grad(make_operands(case)), make_grad_out(case)
 
-    def forward(*given):
-        return call(case, operands._replace(**dict(zip(names, given))), fused)
+    def forward(leaves):
+        return call(case, leaves, fused)
 
-    grad_out = make_grad_out(case)
-    expected = torch.autograd.grad(forward(*leaves), leaves, grad_out)
-    graph = make_fx(forward, pre_dispatch=pre_dispatch)(*leaves)
-    for mine, grad in zip(torch.autograd.grad(graph(*leaves), leaves, grad_out), expected):
-        assert torch.equal(mine, grad)
+    graph = make_fx(forward, pre_dispatch=pre_dispatch)(operands)
+    expected = differentiate(forward, operands, grad_out)
+    assert_same_bits(differentiate(graph, operands, grad_out), expected)
 
 
 def test_graph_of_a_whole_step_gives_its_gradients_and_refuses_theirs(fused):
@@ -117,7 +146,7 @@ def test_compiled_autograd_has_the_gradients_of_an_eager_call(fused):
     with compiled_autograd._enable(
         lambda graph: torch.compile(graph, backend="eager", fullgraph=True)
     ):
-        _assert_same(_step(module, module.operands.query, grad_out), expected)
+        assert_same_bits(_step(module, module.operands.query, grad_out), expected)
 
 
 def test_transforms_of_a_graph_run_on_the_reference(fused):
