@@ -8,14 +8,13 @@ import pytest
 import torch
 import torch.nn.functional as F
 from contract_cases import over_dtypes
-from modes import cut, sized
+from modes import cut
 
 from swin_kernels import shifted_window_attention, shifted_window_attention_qkvpacked
 from swin_kernels.testing import (
     Case,
     Result,
     assert_within_error_rule,
-    check,
     make_grad_out,
     make_operands,
     run,
@@ -72,30 +71,25 @@ def test_gradients_of_padded_tokens_reach_the_qkv_bias(pad_order, backend):
     leaves = [t.requires_grad_() for t in (x, weight, bias)]
     stock = _stock_linear_attention(*leaves, heads, size, window, shift, pad_order)
     expected = torch.autograd.grad(stock, leaves, grad_out)
-    _, pad_key, pad_value = leaves[2].unflatten(0, (3, heads, -1))
-    out = shifted_window_attention_qkvpacked(
-        F.linear(*leaves).unflatten(-1, (3, heads, -1)),
-        window,
-        shift,
-        pad_key=pad_key,
-        pad_value=pad_value,
-        pad_order=pad_order,
-        backend=backend,
-    ).flatten(-2)
+
+    def attend(qkv_bias):
+        _, pad_key, pad_value = qkv_bias.unflatten(0, (3, heads, -1))
+        return shifted_window_attention_qkvpacked(
+            F.linear(*leaves).unflatten(-1, (3, heads, -1)),
+            window,
+            shift,
+            pad_key=pad_key,
+            pad_value=pad_value,
+            pad_order=pad_order,
+            backend=backend,
+        ).flatten(-2)
+
+    out = attend(bias)
     torch.testing.assert_close(out, stock, rtol=1e-12, atol=1e-12)
-    actual = torch.autograd.grad(out, leaves, grad_out, retain_graph=True)
+    actual = torch.autograd.grad(out, leaves, grad_out)
     torch.testing.assert_close(actual, expected, rtol=1e-12, atol=1e-12)
     # leave padding out, and the gradient of the q bias stays right while that of k and v is wrong
-    detached = shifted_window_attention_qkvpacked(
-        F.linear(*leaves).unflatten(-1, (3, heads, -1)),
-        window,
-        shift,
-        pad_key=pad_key.detach(),
-        pad_value=pad_value.detach(),
-        pad_order=pad_order,
-        backend=backend,
-    ).flatten(-2)
-    without = torch.autograd.grad(detached, leaves[2], grad_out)[0]
+    without = torch.autograd.grad(attend(bias.detach()), bias, grad_out)[0]
     wrong = (without - expected[2]).abs().view(3, -1).amax(-1)
     assert wrong[0] < 1e-12
     assert wrong[1:].min() > 1e-3
@@ -135,14 +129,6 @@ def test_probabilities_below_the_smallest_normal_number_are_flushed(cpu_kernels)
     assert (out[:, :4] > 9e37).all()
 
 
-@pytest.mark.in_pairs
-@pytest.mark.parametrize("mask_value", [-100.0, -200.0, -math.inf])
-@over_dtypes
-def test_each_mask_value_of_the_libraries_matches(mask_value, dtype, backend):
-    case = Case(2, (8, 8), (4, 4), (2, 2), dtype=dtype, mask_value=mask_value, cosine=True)
-    check(sized(case), backend)
-
-
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32], ids=str)
 @pytest.mark.parametrize("pad_order", ["pad-roll", "roll-pad"])
 def test_zero_vectors_under_cosine_give_no_nan(pad_order, dtype, backend):
@@ -155,10 +141,9 @@ def test_zero_vectors_under_cosine_give_no_nan(pad_order, dtype, backend):
     for name, grad in actual.grads.items():
         assert not grad.isnan().any(), name
     eager, exact = (f(case, operands, make_grad_out(case)) for f in (run_unfused, run_exact))
-    kept = ("value",)  # what passes a zero vector is larger than fp16 holds, so is not compared
 
-    def without_norms(result):
-        return Result(result.out, {name: result.grads[name] for name in kept})
+    def without_norms(result):  # what passes a zero vector is larger than fp16 holds
+        return Result(result.out, {"value": result.grads["value"]})
 
     assert_within_error_rule(*map(without_norms, (actual, eager, exact)))
 
@@ -173,8 +158,7 @@ def test_norms_round_the_clamp_match_autograd(length, backend):
     actual = run(case, operands, make_grad_out(case), backend)
     exact = run_exact(case, operands, make_grad_out(case))
     torch.testing.assert_close(actual.out, exact.out, rtol=1e-11, atol=1e-11)
-    for name, grad in exact.grads.items():
-        torch.testing.assert_close(actual.grads[name], grad, rtol=1e-7, atol=1e-7)
+    torch.testing.assert_close(actual.grads, exact.grads, rtol=1e-7, atol=1e-7)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32], ids=str)

@@ -10,6 +10,7 @@ import pytest
 import torch
 from triton_calls import call_of
 
+from benchmarks.gpu_tools.override import override
 from swin_kernels.backends.triton import config
 from swin_kernels.backends.triton.config import (
     INTERPRETER,
@@ -33,34 +34,19 @@ def test_blocks_are_powers_of_two_that_the_matrix_units_take(length, block):
     assert block_of(length) == block
 
 
-@pytest.fixture
-def tuned(tmp_path, monkeypatch):
-    """Writes a table of measured configurations, which is then the one in use."""
-    monkeypatch.setattr(config, "TUNED", tmp_path / "tuned.json")
-
-    def write(entries):
-        config.TUNED.write_text(json.dumps({"measured": "never", "configs": entries}))
-        config._tuned.cache_clear()
-
-    yield write
-    config._tuned.cache_clear()
-
-
-def test_the_table_of_measured_configurations_has_the_last_word(tuned):
+def test_the_table_of_measured_configurations_has_the_last_word():
     call = call_of(49, 32, 32, torch.float16, 1000, 3)
     key = tuned_key("forward", call, H100)
     assert key == "forward-sm_90-float16-n49-d32-32"
-    tuned({})
     default = config_for("forward", call, H100)
-    tuned({key: {"num_warps": 16, "programs_per_multiprocessor": 2}})
-    config = config_for("forward", call, H100)
-    assert (config.num_warps, config.programs_per_multiprocessor) == (16, 2)
-    assert (config.block_n, config.loop_stages) == (default.block_n, default.loop_stages)
-    for other in (
-        config_for("backward", call, H100),
-        config_for("forward", call, KNOWN_GPUS["sm_80"]),
-    ):
-        assert other.num_warps != 16
+    with override({key: {"num_warps": 16, "programs_per_multiprocessor": 2}}):
+        measured = config_for("forward", call, H100)
+        assert measured == replace(default, num_warps=16, programs_per_multiprocessor=2)
+        for other in (
+            config_for("backward", call, H100),
+            config_for("forward", call, KNOWN_GPUS["sm_80"]),
+        ):
+            assert other.num_warps != 16
 
 
 def test_a_backward_that_sums_the_bias_is_measured_apart():
@@ -72,6 +58,7 @@ def test_a_backward_that_sums_the_bias_is_measured_apart():
 def test_shipped_table_of_measured_configurations_is_well_formed():
     table = json.loads(config.TUNED.read_text())
     assert table["measured"]
+    assert config._tuned() == table["configs"]
     fields = set(Config.__dataclass_fields__)
     for key, entry in table["configs"].items():
         assert set(entry) <= fields, key

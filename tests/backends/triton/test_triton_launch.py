@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from types import SimpleNamespace
+from unittest.mock import MagicMock, Mock, call
 
 import pytest
 import torch
@@ -15,37 +16,20 @@ from swin_kernels.backends.triton.launcher import Run, gpu_of
 STREAM = 7
 
 
-class Compiled:
-    """As Triton's CompiledKernel."""
-
-    function, packed_metadata = "function", "metadata"
-
-    def __init__(self):
-        self.runs = []
-
-    def run(self, *arguments):
-        self.runs.append(arguments)
-
-
-class Kernel:
-    """As Triton's JITFunction."""
-
-    arg_names = ("x_ptr", "y_ptr", "sizes", "scale", "BLOCK")
-
-    def __init__(self):
-        self.launches, self.compiled = [], Compiled()
-
-    def __getitem__(self, grid):
-        def launched(*arguments, **options):
-            self.launches.append((grid, arguments, options))
-            return self.compiled
-
-        return launched
+ARG_NAMES = ("x_ptr", "y_ptr", "sizes", "scale", "BLOCK")
 
 
 @pytest.fixture
-def kernel(monkeypatch):
-    kernel = Kernel()
+def compiled():
+    """As Triton's CompiledKernel."""
+    return Mock(function="function", packed_metadata="metadata")
+
+
+@pytest.fixture
+def kernel(compiled, monkeypatch):
+    """As Triton's JITFunction, which is indexed by a grid and then called."""
+    kernel = MagicMock(arg_names=ARG_NAMES)
+    kernel.__getitem__.return_value.return_value = compiled
     monkeypatch.setattr(launcher, "kernel_of", lambda step: kernel)
     return kernel
 
@@ -81,8 +65,8 @@ def stream(monkeypatch):
 
 
 def test_arguments_come_in_the_order_of_the_kernel():
-    names = dict(zip(Kernel.arg_names, ("query", None, (1, 2), 0.5, 64)))
-    assert list(arguments_of(SPEC, Kernel.arg_names).items()) == list(names.items())
+    names = dict(zip(ARG_NAMES, ("query", None, (1, 2), 0.5, 64)))
+    assert list(arguments_of(SPEC, ARG_NAMES).items()) == list(names.items())
 
 
 def test_geometry_and_constants_of_a_kernel_come_as_one_argument_each():
@@ -96,33 +80,34 @@ def test_geometry_and_constants_of_a_kernel_come_as_one_argument_each():
         arguments_of(spec, ("META",))
 
 
-def test_first_launch_compiles_and_later_ones_run_what_it_compiled(kernel, hook, stream):
+def test_first_launch_compiles_and_later_ones_run_what_it_compiled(kernel, compiled, hook, stream):
     run = run_of()
     for _ in range(3):
         run((QUERY,))
     options = {"num_warps": 4, "num_stages": 2, "enable_fp_fusion": True}
-    assert kernel.launches == [((12,), ARGUMENTS, options)]
-    direct = (12, 1, 1, STREAM, "function", "metadata", None, None, None, *ARGUMENTS)
-    assert kernel.compiled.runs == [direct] * 2
+    kernel.__getitem__.assert_called_once_with((12,))
+    kernel[(12,)].assert_called_once_with(*ARGUMENTS, **options)
+    direct = call(12, 1, 1, STREAM, "function", "metadata", None, None, None, *ARGUMENTS)
+    assert compiled.run.call_args_list == [direct] * 2
 
 
-def test_each_launch_takes_the_tensors_it_is_given(kernel, hook, stream):
+def test_each_launch_takes_the_tensors_it_is_given(kernel, compiled, hook, stream):
     run, other = run_of(), torch.ones(2)
     run((QUERY,))
     run((other,))
-    assert kernel.compiled.runs[0][9] is other
+    assert compiled.run.call_args.args[9] is other
 
 
 @pytest.mark.parametrize("calls", [[print], SimpleNamespace(calls=[print])], ids=["3.5", "chain"])
-def test_a_profiler_that_listens_gets_the_plain_launch(kernel, hook, stream, calls):
+def test_a_profiler_that_listens_gets_the_plain_launch(kernel, compiled, hook, stream, calls):
     run = run_of()
     hook.launch_enter_hook = calls
     for _ in range(2):
         run((QUERY,))
-    assert len(kernel.launches) == 2
+    assert kernel.__getitem__.call_count == 2
     hook.launch_enter_hook = SimpleNamespace(calls=[])
     run((QUERY,))
-    assert len(kernel.compiled.runs) == 1
+    assert compiled.run.call_count == 1
 
 
 def test_the_hook_is_found_where_triton_keeps_it():
@@ -131,12 +116,12 @@ def test_the_hook_is_found_where_triton_keeps_it():
     assert hasattr(knobs.runtime, "launch_enter_hook")
 
 
-def test_without_a_stream_every_launch_is_plain(kernel, hook):
+def test_without_a_stream_every_launch_is_plain(kernel, compiled, hook):
     run = run_of()
     for _ in range(2):
         run((QUERY,))
-    assert len(kernel.launches) == 2
-    assert not kernel.compiled.runs
+    assert kernel.__getitem__.call_count == 2
+    assert not compiled.run.called
 
 
 def test_a_run_makes_new_buffers_each_time(kernel, hook):
@@ -145,7 +130,7 @@ def test_a_run_makes_new_buffers_each_time(kernel, hook):
     assert outs[0].shape == (2, 3)
     assert outs[0].dtype == torch.float16
     assert outs[0].data_ptr() != outs[1].data_ptr()
-    assert len(kernel.launches) == 2
+    assert kernel.__getitem__.call_count == 2
 
 
 def test_a_device_that_is_no_gpu_is_taken_for_the_interpreter():
