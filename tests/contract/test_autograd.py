@@ -82,15 +82,11 @@ def test_gradgradcheck_passes_for_the_reference(case):
 
 def test_forward_mode_gives_the_derivative_and_not_zeros():
     function, leaves = _leaves(SMALL)
+    assert torch.autograd.gradcheck(function, leaves, check_forward_ad=True)
     primals = tuple(x.detach() for x in leaves)
     tangents = tuple(torch.randn_like(x) for x in primals)
     _, tangent = torch.func.jvp(function, primals, tangents)
-    step = 1e-6
-    up, down = (
-        function(*(x + sign * step * t for x, t in zip(primals, tangents))) for sign in (1, -1)
-    )
     assert tangent.abs().max() > 0.1
-    torch.testing.assert_close(tangent, (up - down) / (2 * step), rtol=1e-6, atol=1e-6)
     with forward_ad.dual_level():
         dual = function(*map(forward_ad.make_dual, primals, tangents))
         torch.testing.assert_close(forward_ad.unpack_dual(dual).tangent, tangent)

@@ -89,16 +89,6 @@ def test_log_coordinates_equal_those_of_timm():
     torch.testing.assert_close(log_coordinates((8, 6), (12, 12)), expected)
 
 
-def test_resized_table_keeps_heads_apart_and_the_same_window_unchanged():
-    table = torch.randn(13 * 13, 4)
-    torch.testing.assert_close(resize_table(table, (7, 7), (7, 7)), table)
-    whole = resize_table(table, (7, 7), (12, 10))
-    assert whole.shape == (23 * 19, 4)
-    for head in range(4):
-        alone = resize_table(table[:, head : head + 1], (7, 7), (12, 10))
-        torch.testing.assert_close(whole[:, head : head + 1], alone)
-
-
 def test_resized_table_is_bicubic_on_the_grid_of_offsets():
     table = torch.randn(5 * 7, 2)
     expected = torch.nn.functional.interpolate(

@@ -95,20 +95,14 @@ def test_gradients_of_padded_tokens_reach_the_qkv_bias(pad_order, backend):
     assert wrong[1:].min() > 1e-3
 
 
-def _against_the_mask(dtype):
-    """Tokens of one region point away from each other, those of another region along: q, k, v."""
-    query = torch.zeros(1, 4, 1, 8, dtype=dtype)
-    query[..., 0] = 1
-    key, value = query.clone(), torch.zeros(1, 4, 1, 8, dtype=dtype)
-    key[:, 1:3] *= -1  # with window 4 and shift 1, token 0 alone is beyond the seam
-    key[:, 3] *= -1
-    value[:, 0] = 4
-    return query, key, value
-
-
 @over_dtypes
 def test_minus_100_is_finite_under_a_large_logit_scale(dtype, backend):
-    query, key, value = _against_the_mask(dtype)
+    # tokens of one region point away from each other, those of another region along
+    query = torch.zeros(1, 4, 1, 8, dtype=dtype)
+    query[..., 0] = 1
+    key, value = query.clone(), torch.zeros_like(query)
+    key[:, 1:] *= -1  # with window 4 and shift 1, token 0 alone is beyond the seam
+    value[:, 0] = 4
     scale = torch.full((1,), 80.0, dtype=dtype)
     finite, infinite = (
         shifted_window_attention(

@@ -27,7 +27,6 @@ from swin_kernels.testing import Case, make_grad_out, make_operands
 
 H100 = KNOWN_GPUS["sm_90"]
 PLANE = Case(2, (11, 9), (4, 4), (2, 2), bias="table", pads=True, layout="contiguous")
-KERNELS = ("forward", "backward", "tiled_forward", "dq", "dkv", "dbias")
 EVERYTHING = ("bias", "bias_table", "pad_key", "pad_value", "logit_scale")
 
 
