@@ -66,13 +66,10 @@ def pytest_addoption(parser):
 def _part(text: str | None) -> slice:
     if text is None:
         return slice(None)
-    try:
-        first, step = map(int, text.split("/"))
-        if not 0 <= first < step:
-            raise ValueError
-    except ValueError:
-        raise pytest.UsageError(f"--part {text}: expected I/N with 0 <= I < N, as 0/4") from None
-    return slice(first, None, step)
+    first, _, step = text.partition("/")
+    if not (first.isdecimal() and step.isdecimal() and int(first) < int(step)):
+        raise pytest.UsageError(f"--part {text}: expected I/N with 0 <= I < N, as 0/4")
+    return slice(int(first), None, int(step))
 
 
 def pytest_configure(config):

@@ -82,7 +82,8 @@ def test_gradgradcheck_passes_for_the_reference(case):
 
 def test_forward_mode_gives_the_derivative_and_not_zeros():
     function, leaves = _leaves(SMALL)
-    assert torch.autograd.gradcheck(function, leaves, check_forward_ad=True)
+    gradcheck = torch.autograd.gradcheck
+    assert gradcheck(function, leaves, check_forward_ad=True, check_backward_ad=False)
     primals = tuple(x.detach() for x in leaves)
     tangents = tuple(torch.randn_like(x) for x in primals)
     _, tangent = torch.func.jvp(function, primals, tangents)

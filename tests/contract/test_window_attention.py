@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 
 import pytest
@@ -113,17 +114,14 @@ def test_windows_of_4_to_576_tokens_match_float64(size, window, dtype, backend):
 
 
 # 65 to 128 tokens: Triton's forward may hold the window whole, and its backward does not
-BETWEEN = (
+@pytest.mark.in_pairs
+@over_dtypes
+@over(
     Case(1, (4, 7, 9), (2, 7, 7), (1, 3, 3), 1, 32, bias="table+index", pads=True),
     Case(1, (14, 14), (9, 9), (4, 4), 1, 32, bias="dense", packed=True, pad_order="roll-pad"),
     Case(1, (100,), (100,), heads=24, head_dim=16, bias="none", cosine=True),
     Case(1, (11, 11), (10, 11), (5, 0), 1, 16, bias="table", value_dim=32, mask_value=-math.inf),
 )
-
-
-@pytest.mark.in_pairs
-@over_dtypes
-@over(*BETWEEN)
 def test_windows_of_65_to_128_tokens_match_float64(case, dtype, backend):
     check(case.but(dtype=dtype, layout="contiguous"), backend)
 
@@ -261,12 +259,10 @@ def test_output_is_contiguous_and_in_the_dtype_of_the_input(dtype, backend):
 
 
 def test_integer_and_sequence_arguments_agree(backend):
+    attend = functools.partial(shifted_window_attention_qkvpacked, backend=backend)
     qkv = torch.randn(1, 8, 8, 3, 2, 8)
-    outputs = [
-        shifted_window_attention_qkvpacked(qkv, window, shift, periodic=wraps, backend=backend)
-        for window, shift, wraps in ((4, 2, False), ((4, 4), [2, 2], (False, False)))
-    ]
-    assert torch.equal(*outputs)
+    sequences = attend(qkv, (4, 4), [2, 2], periodic=(False, False))
+    assert torch.equal(sequences, attend(qkv, 4, 2, periodic=False))
 
 
 def test_shift_defaults_to_none_and_scale_to_the_root_of_the_head_dim(backend):

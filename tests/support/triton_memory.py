@@ -29,18 +29,16 @@ class Traffic:
     def __init__(self) -> None:
         self.loaded: dict[str, int] = defaultdict(int)
         self.stored: dict[str, int] = defaultdict(int)
-        self._elements: dict[tuple[str, str], list[np.ndarray]] = defaultdict(list)
-        self._widths: dict[str, int] = {}
+        self._elements: dict[tuple[str, str, int], list[np.ndarray]] = defaultdict(list)
 
     def add(self, what: str, name: str, elements: np.ndarray, width: int) -> None:
         (self.loaded if what == "load" else self.stored)[name] += elements.size * width
-        self._elements[what, name].append(np.unique(elements))
-        self._widths[name] = width
+        self._elements[what, name, width].append(np.unique(elements))
 
     def _distinct(self, what: str) -> dict[str, int]:
         return {
-            name: np.unique(np.concatenate(parts)).size * self._widths[name]
-            for (kind, name), parts in self._elements.items()
+            name: np.unique(np.concatenate(parts)).size * width
+            for (kind, name, width), parts in self._elements.items()
             if kind == what
         }
 

@@ -28,7 +28,6 @@ pytestmark = pytest.mark.interpreted
 
 WHOLE = Case(2, (7, 5), (4, 4), (2, 2), heads=2, head_dim=16, bias="table", pads=True)
 REGIMES = pytest.mark.parametrize("case", [WHOLE, TILES], ids=["whole", "tiles"])
-DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=["fp32", "fp16"])
 
 
 def _run(case):
@@ -48,7 +47,7 @@ def windows_a_program(monkeypatch):
 
 
 @REGIMES
-@DTYPES
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=["fp32", "fp16"])
 def test_windows_do_not_depend_on_the_run_they_are_in(case, dtype, windows_a_program):
     results = []
     for number in (1, 3, 100):  # 3 divides neither number of windows
