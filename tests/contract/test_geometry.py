@@ -119,6 +119,12 @@ def test_classic_map_of_six_with_window_three_and_shift_two_has_nine_regions():
     ]
 
 
+def test_unshifted_map_has_one_region_and_no_mask():
+    grid = Grid.checked((7, 9), 4)
+    assert not grid.region_map().any()
+    assert not grid.shift_mask().any()
+
+
 def test_mask_takes_dtype_and_device():
     mask = Grid.checked((8,), 4, 2).shift_mask(dtype=torch.bfloat16, device="meta")
     assert mask.dtype == torch.bfloat16
