@@ -10,8 +10,10 @@ from __future__ import annotations
 import itertools
 import re
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+
+import networkx
 
 _LINE = re.compile(r"^\s+/\*([0-9a-f]{4,})\*/\s+(?:(@!?U?P\w+)\s+)?([A-Z][\w.]*)\s*(.*?)\s*;", re.M)
 _TARGET = re.compile(r"0x([0-9a-f]+)\)?$")
@@ -80,97 +82,61 @@ class Graph:
                 starts.add(x.target)
             if (x.target is not None or x.leaves) and x.address in following:
                 starts.add(following[x.address])
-        self.entry = code[0].address
         self.blocks: dict[int, list[Instruction]] = {}
         for x in code:
             if x.address in starts:
                 block = self.blocks.setdefault(x.address, [])
             block.append(x)
-        self.next: dict[int, list[int]] = {}
+        ways = networkx.DiGraph()
+        ways.add_nodes_from(self.blocks)
         for start, block in self.blocks.items():
             last = block[-1]
-            ways = [] if last.target is None else [last.target]
+            if last.target in self.blocks:
+                ways.add_edge(start, last.target)
             if not last.leaves and last.address in following:
-                ways.append(following[last.address])
-            self.next[start] = [w for w in dict.fromkeys(ways) if w in self.blocks]
-        self.dominators = self._dominators()
+                ways.add_edge(start, following[last.address])
+        entry = code[0].address
+        self.order = list(networkx.dfs_postorder_nodes(ways, entry))[::-1]  # of what is reached
+        self.ways = ways.subgraph(self.order)
+        self.above = networkx.immediate_dominators(self.ways, entry)
+        self.above.pop(entry, None)  # which some versions of networkx have above itself
 
-    def _dominators(self) -> dict[int, set[int]]:
-        """The blocks that every way from the entry to a block goes through, itself among them."""
-        order = self._reachable()
-        before: dict[int, list[int]] = {b: [] for b in order}
-        for block in order:
-            for way in self.next[block]:
-                before[way].append(block)
-        found = {b: set(order) for b in order}
-        found[self.entry] = {self.entry}
-        changed = True
-        while changed:
-            changed = False
-            for block in order:
-                if block == self.entry:
-                    continue
-                through = set.intersection(*(found[b] for b in before[block])) | {block}
-                changed |= through != found[block]
-                found[block] = through
-        return found
-
-    def _reachable(self) -> list[int]:
-        """Blocks in reverse postorder."""
-        seen, postorder = {self.entry}, []
-        stack = [(self.entry, iter(self.next[self.entry]))]
-        while stack:
-            block, ways = stack[-1]
-            way = next((w for w in ways if w not in seen), None)
-            if way is None:
-                postorder.append(block)
-                stack.pop()
-            else:
-                seen.add(way)
-                stack.append((way, iter(self.next[way])))
-        return postorder[::-1]
+    def dominates(self, head: int, block: int | None) -> bool:
+        """Whether every way from the entry to `block` goes through `head`."""
+        while block not in (None, head):
+            block = self.above.get(block)
+        return block == head
 
     def loops(self) -> dict[int, set[int]]:
         """The blocks of each natural loop, by the block that begins a trip."""
-        before: dict[int, list[int]] = {}
-        for block in self.dominators:
-            for way in self.next[block]:
-                before.setdefault(way, []).append(block)
         found: dict[int, set[int]] = {}
-        for block, above in self.dominators.items():
-            for head in above.intersection(self.next[block]):
-                body, stack = found.setdefault(head, {head}), [block]
-                while stack:
-                    inner = stack.pop()
-                    if inner not in body:
-                        body.add(inner)
-                        stack += before.get(inner, [])
+        for block, head in self.ways.edges:
+            if self.dominates(head, block):
+                others = self.ways.subgraph(self.ways.nodes - {head})
+                inside = {block} | networkx.ancestors(others, block) if block != head else set()
+                found.setdefault(head, {head}).update(inside)
         return found
 
     def trips(self, head: int, body: set[int]) -> tuple[Trip, Trip]:
         """The shortest and the longest way from `head` back to it; of loops inside, one trip."""
-        ends = [b for b in body if head in self.next[b]]
         best: dict[int, tuple[Trip, Trip]] = {}
-        for block in self._reachable():  # all but jumps back lead on
-            if block not in body:
-                continue
+        for block in (b for b in self.order if b in body):  # all but jumps back lead on
             own = tuple(self.blocks[block])
             ways = [
-                best[b] for b in best if block in self.next[b] and block not in self.dominators[b]
+                best[b]
+                for b in best
+                if self.ways.has_edge(b, block) and not self.dominates(block, b)
             ]
-            if block == head or not ways:
-                best[block] = Trip(own), Trip(own)
-                continue
-            shortest = min((w[0] for w in ways), key=len)
-            longest = max((w[1] for w in ways), key=len)
-            best[block] = (
-                Trip((*shortest.instructions, *own)),
-                Trip((*longest.instructions, *own)),
-            )
-        return (
-            min((best[b][0] for b in ends), key=len),
-            max((best[b][1] for b in ends), key=len),
-        )
+            before = _extremes(ways) if ways and block != head else (Trip(()), Trip(()))
+            shortest, longest = (Trip((*x.instructions, *own)) for x in before)
+            best[block] = shortest, longest
+        return _extremes([best[b] for b in body if self.ways.has_edge(b, head)])
+
+
+def _extremes(ways: Sequence[tuple[Trip, Trip]]) -> tuple[Trip, Trip]:
+    """The shortest of the short ones and the longest of the long ones."""
+    shortest, longest = zip(*ways)
+    return min(shortest, key=len), max(longest, key=len)
 
 
 def main_loop(code: Iterable[Instruction]) -> tuple[Trip, Trip] | None:
