@@ -11,6 +11,7 @@ import importlib
 import importlib.util
 import math
 from collections.abc import Callable
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -31,32 +32,35 @@ class Windows:
     """Roll and partition of a map of whole windows, and what a model makes once."""
 
     def __init__(self, case: Case, device: torch.device) -> None:
-        assert not case.grid.needs_padding, case
-        self.size, self.window, self.counts = case.size, case.window, case.grid.counts
-        self.heads, self.head_dim, self.tokens = case.heads, case.head_dim, case.grid.tokens
-        self.axes = tuple(range(1, 1 + len(case.size)))
-        self.shift = case.shift
-        self.shifted = any(case.shift)
+        grid, axes = case.grid, len(case.size)
+        assert not grid.needs_padding, case
+        self.size, self.window, self.counts = case.size, case.window, grid.counts
+        self.heads, self.head_dim, self.tokens = case.heads, case.head_dim, grid.tokens
+        self.axes = tuple(range(1, 1 + axes))
+        self.shift, self.shifted = case.shift, any(case.shift)
         self.scale = case.head_dim**-0.5
         self.index = relative_position_index(case.window).to(device).flatten()
-        mask = case.grid.shift_mask(case.mask_value).to(device) if self.shifted else None
-        self.mask = None if mask is None else mask.to(case.dtype)  # (nW, N, N)
-        # tokens of one region are those that see each other: the first of them is its number
-        self.regions = None if mask is None else (mask == 0).int().argmax(-1).int()  # (nW, N)
-        axes = len(case.size)
+        self.mask = self.regions = None
+        if self.shifted:
+            mask = grid.shift_mask(case.mask_value).to(device)
+            self.mask = mask.to(case.dtype)  # (nW, N, N)
+            # tokens of one region are those that see each other: the first of them is its number
+            self.regions = (mask == 0).int().argmax(-1).int()  # (nW, N)
         self.split = [x for pair in zip(self.counts, self.window) for x in pair]
         places, within = range(1, 2 * axes, 2), range(2, 2 * axes + 1, 2)
-        self.order = (0, *places, *within)
-        self.back = (0, *(x for a in range(1, 1 + axes) for x in (a, a + axes)), 2 * axes + 1)
+        self.order = (0, *places, *within, 2 * axes + 1)
+        self.back = (0, *(x for a in self.axes for x in (a, a + axes)), 2 * axes + 1)
 
-    def split_heads(self, qkv: Tensor) -> tuple[Tensor, ...]:
-        """q, k and v, (B·nW, H, N, D) each."""
+    def split_heads(self, qkv: Tensor, logit_scale: Tensor | None) -> tuple[Tensor, ...]:
+        """q, k and v, (B·nW, H, N, D) each; plain products of q and k are the logits."""
         if self.shifted:
             qkv = torch.roll(qkv, [-s for s in self.shift], self.axes)
         x = qkv.reshape(qkv.shape[0], *self.split, 3 * self.heads * self.head_dim)
-        x = x.permute(*self.order, 2 * len(self.size) + 1)
-        x = x.reshape(-1, self.tokens, 3, self.heads, self.head_dim)
-        return x.permute(2, 0, 3, 1, 4).unbind(0)
+        x = x.permute(self.order).reshape(-1, self.tokens, 3, self.heads, self.head_dim)
+        q, k, v = x.permute(2, 0, 3, 1, 4).unbind(0)
+        if logit_scale is None:
+            return q * self.scale, k, v
+        return F.normalize(q, dim=-1) * logit_scale[:, None, None], F.normalize(k, dim=-1), v
 
     def merge(self, out: Tensor) -> Tensor:
         """(B·nW, H, N, D) -> (B, *S, H, D)."""
@@ -76,41 +80,21 @@ class Windows:
         added = self.bias(table)[None]
         if self.mask is None:
             return added
-        count, heads, tokens = self.mask.shape[0], self.heads, self.tokens
-        mask = self.mask.view(1, count, 1, tokens, tokens)
-        mask = mask.expand(windows // count, -1, heads, -1, -1)
-        return added + mask.reshape(-1, heads, tokens, tokens)
-
-    def scaled(self, q: Tensor, k: Tensor, logit_scale: Tensor | None) -> tuple[Tensor, Tensor]:
-        """q and k whose plain products are the logits."""
-        if logit_scale is None:
-            return q * self.scale, k
-        return F.normalize(q, dim=-1) * logit_scale[:, None, None], F.normalize(k, dim=-1)
+        return added + self.mask[:, None].repeat(windows // len(self.mask), self.heads, 1, 1)
 
 
-def ours(case: Case, device: Device) -> Attend:
+def ours(case: Case, device: Device, backend: str | None = None) -> Attend:
+    """Our operation, by the device's own backend unless another is named."""
+    backend = backend or device.backend
+
     def attend(qkv: Tensor, table: Tensor, logit_scale: Tensor | None) -> Tensor:
-        return call(case, Operands(qkv, bias_table=table, logit_scale=logit_scale), device.backend)
+        return call(case, Operands(qkv, bias_table=table, logit_scale=logit_scale), backend)
 
     return attend
 
 
-def ours_cuda(case: Case, device: Device) -> Attend:
-    """Our kernels of CUDA C++."""
-
-    def attend(qkv: Tensor, table: Tensor, logit_scale: Tensor | None) -> Tensor:
-        return call(case, Operands(qkv, bias_table=table, logit_scale=logit_scale), "cuda")
-
-    return attend
-
-
-def reference(case: Case, device: Device) -> Attend:
-    """Our own fallback, in plain PyTorch."""
-
-    def attend(qkv: Tensor, table: Tensor, logit_scale: Tensor | None) -> Tensor:
-        return call(case, Operands(qkv, bias_table=table, logit_scale=logit_scale), "reference")
-
-    return attend
+ours_cuda = partial(ours, backend="cuda")  # our kernels of CUDA C++
+reference = partial(ours, backend="reference")  # our own fallback, in plain PyTorch
 
 
 def unfused(case: Case, device: Device) -> Attend:
@@ -118,8 +102,7 @@ def unfused(case: Case, device: Device) -> Attend:
     windows = Windows(case, device.device)
 
     def attend(qkv: Tensor, table: Tensor, logit_scale: Tensor | None) -> Tensor:
-        q, k, v = windows.split_heads(qkv)
-        q, k = windows.scaled(q, k, logit_scale)
+        q, k, v = windows.split_heads(qkv, logit_scale)
         logits = q @ k.transpose(-2, -1) + windows.bias(table)
         if windows.mask is not None:
             of_window = windows.mask[:, None]  # (nW, 1, N, N)
@@ -135,8 +118,7 @@ def sdpa(case: Case, device: Device) -> Attend:
     windows = Windows(case, device.device)
 
     def attend(qkv: Tensor, table: Tensor, logit_scale: Tensor | None) -> Tensor:
-        q, k, v = windows.split_heads(qkv)
-        q, k = windows.scaled(q, k, logit_scale)
+        q, k, v = windows.split_heads(qkv, logit_scale)
         added = windows.bias_and_mask(table, q.shape[0])
         # logits are scaled already
         return windows.merge(F.scaled_dot_product_attention(q, k, v, attn_mask=added, scale=1.0))
@@ -150,8 +132,7 @@ def xformers(case: Case, device: Device) -> Attend:
     windows = Windows(case, device.device)
 
     def attend(qkv: Tensor, table: Tensor, logit_scale: Tensor | None) -> Tensor:
-        q, k, v = windows.split_heads(qkv)
-        q, k = windows.scaled(q, k, logit_scale)
+        q, k, v = windows.split_heads(qkv, logit_scale)
         added = windows.bias_and_mask(table, q.shape[0]).expand(q.shape[0], -1, -1, -1)
         # its rows are to begin at a multiple of eight numbers
         added = F.pad(added, (0, -windows.tokens % 8))[..., : windows.tokens]
@@ -170,8 +151,7 @@ def flex(case: Case, device: Device) -> Attend:
     count = math.prod(windows.counts)
 
     def attend_with(qkv: Tensor, bias: Tensor, logit_scale: Tensor | None) -> Tensor:
-        q, k, v = windows.split_heads(qkv)
-        q, k = windows.scaled(q, k, logit_scale)
+        q, k, v = windows.split_heads(qkv, logit_scale)
 
         def biased(score, window, head, i, j):
             return score + bias[head, i, j]
