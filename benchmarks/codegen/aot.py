@@ -6,10 +6,14 @@ divides is said to be so. cuobjdump comes with Triton.
 
 from __future__ import annotations
 
+import os
 import re
 import subprocess
 import tempfile
+from collections.abc import Callable, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -101,6 +105,15 @@ def compile_launch(spec: LaunchSpec, dtypes: dict[str, torch.dtype], gpu: Gpu) -
     """The compiled kernel, as `triton.compile` returns it."""
     target, options = target_of(gpu), spec.config.options
     return triton.compile(source_of(spec, dtypes), target=target, options=options)
+
+
+def in_processes(
+    function: Callable, columns: Sequence[Sequence], jobs: int | None = None
+) -> list[Any]:
+    """`map`, each call in a process of several."""
+    # a fork of a process that runs torch's threads may hang
+    with ProcessPoolExecutor(jobs or os.cpu_count(), get_context("spawn")) as pool:
+        return list(pool.map(function, *columns))
 
 
 def _read_cuda(compiled: Any) -> Code:

@@ -18,9 +18,9 @@ from pathlib import Path
 import torch
 
 from benchmarks.codegen import aot
+from benchmarks.report.rows import ROOT, markdown_table
 from swin_kernels.backends import native
 
-ROOT = Path(__file__).resolve().parents[2]
 REPORT = ROOT / "build" / "cuda-machine-code.md"
 # unit, element as in a mangled name: precision
 PRECISIONS = {
@@ -39,6 +39,7 @@ _NAME = re.compile(
     r"cuda\d+([a-z_]+?)INS0_9PrecisionI(6__half|13__nv_bfloat16|f|d)[fd]LNS0_4UnitE(\d)EEELi(\d+)E"
 )
 _INSTRUCTION = re.compile(r"^\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z]\w*)")
+COLUMNS = ("precision", "kernel", "channels", "registers", "shared", "instructions", "matrix")
 HEADER = """\
 # The machine code of the CUDA C++ kernels
 
@@ -139,20 +140,13 @@ def report(kernels: Iterable[Kernel], shared: dict[tuple[str, str, int], int], c
     lines = [HEADER.format(cuda=cuda, torch=torch.__version__)]
     rows = list(kernels)
     for arch in dict.fromkeys(row.arch for row in rows):
-        lines += ["", f"## {arch}", ""]
-        lines.append(
-            "| precision | kernel | channels | registers | shared | instructions | matrix |"
-        )
-        lines.append("|---|---|--:|--:|--:|--:|--:|")
-        figures: dict[str, list[str]] = {}  # precisions whose code costs the same share a line
+        figures: dict[tuple, list[str]] = {}  # precisions whose code costs the same share a line
         for row in (row for row in rows if row.arch == arch):
             size = shared[row.name, row.precision, row.channels]
-            line = (
-                f"`{row.name}` | {row.channels} | {row.registers} | {size:,} | "
-                f"{row.instructions:,} | {row.matrix} |"
-            )
-            figures.setdefault(line, []).append(row.precision)
-        lines += [f"| {', '.join(names)} | {line}" for line, names in figures.items()]
+            costs = (row.registers, f"{size:,}", f"{row.instructions:,}", row.matrix)
+            figures.setdefault((f"`{row.name}`", row.channels, *costs), []).append(row.precision)
+        cells = ((", ".join(names), *line) for line, names in figures.items())
+        lines += ["", f"## {arch}", "", *markdown_table(COLUMNS, cells, "llrrrrr")]
     return "\n".join(lines) + "\n"
 
 

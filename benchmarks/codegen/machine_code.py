@@ -10,14 +10,10 @@ Each case is compiled as a call of it would be launched, forward and backward wi
 from __future__ import annotations
 
 import argparse
-import os
 import sys
 import textwrap
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
-from multiprocessing import get_context
-from pathlib import Path
 
 import torch
 import triton
@@ -25,10 +21,10 @@ import triton
 from benchmarks.codegen import aot, predict
 from benchmarks.codegen.layouts import CASES, RARE
 from benchmarks.codegen.plans import launches_of
+from benchmarks.report.rows import ROOT, markdown_table
 from swin_kernels.backends.triton.config import KNOWN_GPUS
 from swin_kernels.backends.triton.launch_spec import REGISTERS
 
-ROOT = Path(__file__).resolve().parents[2]
 REPORT = ROOT / "build" / "machine-code.md"
 SUMMARY = ROOT / "docs" / "machine-code.md"
 SHOWN = ("swin", "swin, window 12")  # in the summary, in bf16: a window in one tile, and in several
@@ -216,20 +212,15 @@ def compile_case(name: str, dtype: str, arch: str) -> list[Row]:
 
 
 def _table(rows: list[Row]) -> Iterator[str]:
-    yield "| case | dtype | kernel | layout | registers | shared | instructions | a tile | matrix |"
-    yield "|---|---|---|---|--:|--:|--:|--:|--:|"
     dtypes: dict[tuple, list[str]] = {}  # those whose code costs the same share a line
     for row in rows:
         code = row.code
-        ways = [f"{n:,}" for n in dict.fromkeys(row.per_tile) if n]
-        tile = " to ".join(ways) or "–"
-        figures = (
-            f"| `{row.kernel}` | {row.layout} | {code.registers} | {code.shared:,} | "
-            f"{code.instructions:,} | {tile} | {code.matrix} |"
-        )
+        figures = (f"`{row.kernel}`", row.layout, code.registers, f"{code.shared:,}")
+        figures += (f"{code.instructions:,}", predict.ways(*row.per_tile), code.matrix)
         dtypes.setdefault((row.case, figures), []).append(row.dtype)
-    for (case, figures), names in dtypes.items():
-        yield f"| {case} | {', '.join(names)} {figures}"
+    header = ("case", "dtype", "kernel", "layout", "registers", "shared", "instructions")
+    lines = ((case, ", ".join(names), *rest) for (case, rest), names in dtypes.items())
+    return markdown_table((*header, "a tile", "matrix"), lines, "llllrrrrr")
 
 
 def report(rows: list[Row], predicted: Iterable[str] = ()) -> str:
@@ -260,31 +251,24 @@ def summary(
     versions = f"triton {triton.__version__}, torch {torch.__version__}"
     text = SUMMARY_HEADER.format(versions=versions, count=len(rows + unseen))
     spills = f"Tests hold these counts, and that nothing spills to memory but for: {known or '–'}."
-    lines = [
-        text,
-        "",
-        textwrap.fill(spills, 100),
-        "",
-        "| architecture | case | kernel | layout | registers | shared | a tile |",
-    ]
-    lines.append("|---|---|---|---|--:|--:|--:|")
-    for row in rows:
-        if row.case in SHOWN and row.dtype == "bf16" and row.code.matrix:
-            tile = " to ".join(f"{n:,}" for n in dict.fromkeys(row.per_tile) if n) or "–"
-            lines.append(
-                f"| {row.arch} | {row.case} | `{row.kernel}` | {row.layout} | "
-                f"{row.code.registers} | {row.code.shared:,} | {tile} |"
-            )
-    lines += ["", SUMMARY_PREDICTED, "", "| GPU | case | direction | predicted | of which memory |"]
-    lines.append("|---|---|---|--:|--:|")
+    shown = (
+        (
+            *(row.arch, row.case, f"`{row.kernel}`", row.layout, row.code.registers),
+            *(f"{row.code.shared:,}", predict.ways(*row.per_tile)),
+        )
+        for row in rows
+        if row.case in SHOWN and row.dtype == "bf16" and row.code.matrix
+    )
+    header = ("architecture", "case", "kernel", "layout", "registers", "shared", "a tile")
+    lines = [text, "", textwrap.fill(spills, 100), "", *markdown_table(header, shown, "llllrrr")]
+    times = []
     for (case, arch), directions in predicted.items():
         for direction, launches in directions.items() if case in PREDICTED_CASES else ():
-            total, memory = (
-                1e6 * sum(seconds)
-                for seconds in zip(*((x.predicted, x.seconds["memory"]) for x in launches))
-            )
-            name = predict.CHIPS[arch].name
-            lines.append(f"| {name} | {case} | {direction} | {total:.0f} µs | {memory:.0f} µs |")
+            seconds = zip(*((x.predicted, x.seconds["memory"]) for x in launches))
+            told = (f"{1e6 * sum(x):.0f} µs" for x in seconds)
+            times.append((predict.CHIPS[arch].name, case, direction, *told))
+    header = ("GPU", "case", "direction", "predicted", "of which memory")
+    lines += ["", SUMMARY_PREDICTED, "", *markdown_table(header, times, "lllrr")]
     return "\n".join(lines) + "\n"
 
 
@@ -302,7 +286,7 @@ def main() -> None:
     parser.add_argument("--case", action="append", choices=CASES | RARE)
     parser.add_argument("--dtype", action="append", choices=DTYPES)
     parser.add_argument("--arch", action="append", choices=ARCHS)
-    parser.add_argument("--jobs", type=int, default=os.cpu_count())
+    parser.add_argument("--jobs", type=int)
     arguments = parser.parse_args()
     whole = not (arguments.case or arguments.dtype or arguments.arch)
     jobs = [
@@ -312,9 +296,7 @@ def main() -> None:
         for dtype in arguments.dtype or DTYPES
     ]
     rare = [(case, *on) for on in RARE_ON for case in RARE] if whole else []
-    # a fork of a process that runs torch's threads may hang
-    with ProcessPoolExecutor(arguments.jobs, get_context("spawn")) as pool:
-        found = list(pool.map(compile_case, *zip(*jobs, *rare)))
+    found = aot.in_processes(compile_case, [*zip(*jobs, *rare)], arguments.jobs)
     rows = [row for of_case in found[: len(jobs)] for row in of_case]
     unseen = [row for of_case in found[len(jobs) :] for row in of_case]
     if whole:

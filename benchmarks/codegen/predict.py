@@ -16,13 +16,9 @@ from __future__ import annotations
 
 import argparse
 import math
-import os
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
-from multiprocessing import get_context
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -31,14 +27,13 @@ from benchmarks.cases import other_cases, swin_cases
 from benchmarks.codegen import aot
 from benchmarks.codegen.aot import Code, Histogram
 from benchmarks.codegen.plans import plans_of
-from benchmarks.report.rows import read
+from benchmarks.report.rows import RESULTS, markdown_table, read
 from swin_kernels.backends.triton.config import KNOWN_GPUS
 from swin_kernels.backends.triton.launch_spec import LaunchSpec, Plan
 from swin_kernels.cli.command import positive
 from swin_kernels.problem import Operands
 from swin_kernels.testing import Case, make_grad_out, make_operands
 
-RESULTS = Path(__file__).resolve().parents[1] / "results"
 SCHEDULERS, WARP, RESERVED = 4, 32, 1024  # of a multiprocessor; lanes; bytes of a program's shared
 LATENCY = 0.7e-6  # seconds from a load to its data, under load
 
@@ -83,11 +78,9 @@ _UNIFORM = re.compile(
 
 def _matrix_flop(name: str) -> int:
     """Of one instruction: HMMA.16816 of a warp, HGMMA.64x64x16 of a warp group (a quarter each)."""
-    if name.startswith("HMMA."):
-        shape = re.search(r"\.(16)(8)(4|8|16|32)\b", name)
-        return 2 * math.prod(int(x) for x in shape.groups()) if shape else 0
-    shape = re.search(r"\.(\d+)x(\d+)x(\d+)", name)
-    return 2 * math.prod(int(x) for x in shape.groups()) // 4 if shape else 0
+    warp = name.startswith("HMMA.")
+    shape = re.search(r"\.(16)(8)(4|8|16|32)\b" if warp else r"\.(\d+)x(\d+)x(\d+)", name)
+    return 2 * math.prod(map(int, shape.groups())) // (1 if warp else 4) if shape else 0
 
 
 def _wavefronts(name: str) -> int:
@@ -283,10 +276,6 @@ def measured_seconds(case: str, chip: Chip, direction: str) -> float | None:
     return found[max(found)] if found else None
 
 
-def _job(name: str, arch: str) -> dict[str, list[Launch]]:
-    return launches_of(speed_cases()[name], CHIPS[arch])
-
-
 def speed_cases() -> dict[str, Case]:
     """Those that `benchmarks.gpu` times."""
     return swin_cases() | other_cases()
@@ -304,34 +293,39 @@ def tables(
             f"{chip.copy_rate * 1e-12:.2f} TB/s."
         )
         here = {case: launches for (case, of), launches in found.items() if of == arch}
-        yield from ("", "| case | direction | predicted | of which memory | measured | off by |")
-        yield "|---|---|--:|--:|--:|--:|"
+        yield ""
+        times = []
         for case, directions in here.items():
             for direction, launches in directions.items():
                 total = sum(x.predicted for x in launches)
                 memory = sum(x.seconds["memory"] for x in launches)
                 real = measured_seconds(case, chip, direction)
                 told = ("–", "–") if real is None else (_us(real), f"{total / real - 1:+.0%}")
-                cells = (case, direction, _us(total), _us(memory), *told)
-                yield f"| {' | '.join(cells)} |"
+                times.append((case, direction, _us(total), _us(memory), *told))
+        heads = ("case", "direction", "predicted", "of which memory", "measured", "off by")
+        yield from markdown_table(heads, times, "llrrrr")
         heads = (
             *("case", "kernel", "instructions a tile", "registers", "shared memory", "programs"),
             *("in flight", *(f"{unit} µs" for unit in UNITS), "bound"),
         )
-        yield from ("", f"| {' | '.join(heads)} |")
-        yield "|---|---|" + "--:|" * (len(heads) - 3) + "---|"
-        for case, directions in here.items():
-            for launch in (x for launches in directions.values() for x in launches):
-                trips = (n for n in dict.fromkeys((launch.inside, launch.border)) if n)
-                ways = " to ".join(f"{n:,}" for n in trips) or "–"
-                units = " | ".join(_cell(launch.seconds.get(u)) for u in UNITS)
-                held = f"{launch.registers} | {launch.shared / 1024:.1f} KB | {launch.programs}"
-                held += f" | {launch.in_flight / 1024:.1f} KB"
-                yield f"| {case} | `{launch.kernel}` | {ways} | {held} | {units} | {launch.bound} |"
+        yield ""
+        cells = (
+            (
+                *(case, f"`{x.kernel}`", ways(x.inside, x.border), x.registers),
+                *(f"{x.shared / 1024:.1f} KB", x.programs, f"{x.in_flight / 1024:.1f} KB"),
+                *(f"{x.seconds[u] * 1e6:.1f}" if u in x.seconds else "–" for u in UNITS),
+                x.bound,
+            )
+            for case, directions in here.items()
+            for launches in directions.values()
+            for x in launches
+        )
+        yield from markdown_table(heads, cells, "ll" + "r" * (len(heads) - 3) + "l")
 
 
-def _cell(seconds: float | None) -> str:
-    return "–" if seconds is None else f"{seconds * 1e6:.1f}"
+def ways(shortest: int, longest: int) -> str:
+    """The instructions of a trip, in words."""
+    return " to ".join(f"{n:,}" for n in dict.fromkeys((shortest, longest)) if n) or "–"
 
 
 def _us(seconds: float) -> str:
@@ -343,9 +337,9 @@ def predictions(
 ) -> dict[tuple[str, str], dict[str, list[Launch]]]:
     """{(case, arch): launches by direction}, compiled in processes."""
     keys = [(case, arch) for arch in archs for case in cases]
-    # a fork of a process that runs torch's threads may hang
-    with ProcessPoolExecutor(jobs or os.cpu_count(), get_context("spawn")) as pool:
-        return dict(zip(keys, pool.map(_job, *zip(*keys))))
+    known = speed_cases()
+    work = [known[case] for case, _ in keys], [CHIPS[arch] for _, arch in keys]
+    return dict(zip(keys, aot.in_processes(launches_of, work, jobs)))
 
 
 def main() -> None:

@@ -12,7 +12,7 @@ import re
 import shlex
 import subprocess
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -41,6 +41,7 @@ class Row(NamedTuple):
 
 
 ROOT = Path(__file__).resolve().parents[2]  # whatever folder a benchmark is run from
+RESULTS = ROOT / "benchmarks" / "results"
 TIMED = (
     "swin_kernels",
     "csrc",
@@ -193,6 +194,16 @@ def table_of(rows: Sequence[Row], providers: Sequence[str]) -> tuple[list[str], 
             cells.append(text)
         lines.append([case, direction, _number(floor), *cells])
     return ["case", "direction", "floor µs", *providers], lines
+
+
+def markdown_table(
+    header: Sequence[str], lines: Iterable[Sequence[str]], columns: str
+) -> Iterator[str]:
+    """A table in Markdown; `columns` has a letter for each: l for words, r for numbers."""
+    yield f"| {' | '.join(header)} |"
+    yield f"|{'|'.join({'l': '---', 'r': '--:'}[x] for x in columns)}|"
+    for line in lines:
+        yield f"| {' | '.join(map(str, line))} |"
 
 
 def print_table(header: list[str], lines: list[list[str]]) -> None:
