@@ -7,9 +7,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
+from benchmarks.report.rows import RESULTS
+from benchmarks.report.rows import read as read_rows
 from swin_kernels.cli.command import three_digits
 
-COUNTED = Path(__file__).resolve().parents[1] / "results" / "counters"
+COUNTED = RESULTS / "counters"
 
 
 class Counted(NamedTuple):
@@ -31,19 +33,7 @@ class Counted(NamedTuple):
 
 def read(path: Path) -> tuple[list[Counted], dict[str, str]]:
     """The rows of a file, and what all of them are kept with."""
-    with path.open(newline="") as file:
-        lines = list(csv.DictReader(file))
-    words = ("case", "direction", "kernel", "stalls")
-    rows = [
-        Counted(
-            **{
-                name: line[name] if name in words else float(line[name]) if line[name] else None
-                for name in Counted._fields
-            }
-        )
-        for line in lines
-    ]
-    return rows, {k: v for k, v in lines[0].items() if k not in Counted._fields}
+    return read_rows(path, Counted)
 
 
 def write(path: Path, rows: Sequence[Counted], facts: dict[str, str]) -> None:

@@ -8,7 +8,6 @@ has every stage of Swin-T; `python -m benchmarks.report` draws it too.
 
 from __future__ import annotations
 
-import argparse
 import statistics
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -20,7 +19,7 @@ from matplotlib.figure import Figure
 from benchmarks import models
 from benchmarks.baselines.runtimes import RUNTIMES
 from benchmarks.cases import cpu_cases
-from benchmarks.report.plots import IMAGES, RESULTS, Measured, digest, measured
+from benchmarks.report.plots import IMAGES, Measured, digest, measured, parse
 from benchmarks.report.rows import Row
 from swin_kernels.cli.command import three_digits
 
@@ -245,11 +244,8 @@ def draw(paths: Sequence[Path], out: Path) -> Path | None:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("csv", nargs="*", type=Path, help="else those of benchmarks/results")
-    parser.add_argument("--out", type=Path, default=IMAGES / IMAGE)
-    options = parser.parse_args(arguments)
-    path = draw(options.csv or sorted(RESULTS.glob("*.csv")), options.out)
+    options = parse(__doc__, arguments, IMAGES / IMAGE)
+    path = draw(options.csv, options.out)
     if path is None:
         raise SystemExit("the rows lack a whole model or a stage: run `python -m benchmarks.cpu`")
     print(path)

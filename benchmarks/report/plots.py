@@ -21,12 +21,11 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter, NullLocator
 
 from benchmarks.baselines.providers import DIRECTIONS
-from benchmarks.report.rows import Row, base_of, read
+from benchmarks.report.rows import RESULTS, ROOT, Row, base_of, read
 from benchmarks.sweeps import UNITS, varied
 from swin_kernels.cli.command import three_digits
 
-RESULTS = Path(__file__).resolve().parents[1] / "results"
-IMAGES = Path(__file__).resolve().parents[2] / "docs" / "images"
+IMAGES = ROOT / "docs" / "images"
 # Okabe and Ito's colours, which the colour-blind tell apart; a marker each, for print
 STYLES = {
     "ours": ("#D55E00", "o"),
@@ -78,10 +77,11 @@ class Measured(NamedTuple):
     @property
     def sweeps(self) -> dict[str, list[Row]]:
         """The rows of each sweep, by what it varies."""
-        found = {
-            kind: [r for r in self.rows if (varied(r.case) or ("",))[0] == kind] for kind in UNITS
-        }
-        return {kind: rows for kind, rows in found.items() if rows}
+        found: dict[str, list[Row]] = {}
+        for row in self.rows:
+            if (what := varied(row.case)) is not None:
+                found.setdefault(what[0], []).append(row)
+        return found
 
 
 def measured(path: Path) -> Measured:
@@ -137,19 +137,26 @@ def in_order(rows: Iterable[Row]) -> list[str]:
     return [p for p in STYLES if p in found]
 
 
+def _times(row: Row) -> tuple:
+    return row.p20_us, row.median_us, row.p80_us
+
+
+def _exactly(value: float | None) -> tuple | None:
+    return (value,) * 3 if value else None
+
+
 def _dots(
     source: Measured,
     title: str,
     unit: str,
     panels: dict[str, tuple[str, ...]],
-    value: Callable[[Row], tuple[float, float, float] | None],
+    value: Callable[[Row], tuple | None],
     line: tuple[float, str] | None = None,
     log: bool = True,
 ) -> Figure | None:
     """A line a case, a mark a provider: `value` is a row's (low, middle, high); `line` x, style."""
-    shown = [
-        r for r in source.cases if r.direction in sum(panels.values(), ()) and value(r) is not None
-    ]
+    directions = sum(panels.values(), ())
+    shown = [r for r in source.cases if r.direction in directions and value(r) is not None]
     if not shown:
         return None
     shown.sort(key=lambda r: r.direction not in DIRECTIONS)  # whole models last
@@ -159,9 +166,8 @@ def _dots(
     spread = 0.62 / max(len(providers), 2)
     for place, (name, directions) in zip(axes, panels.items()):
         for y, case in enumerate(cases):
-            here = [r for r in shown if r.case == case and r.direction in directions]
-            for row in here:
-                low, middle, high = value(row) or (0, 0, 0)
+            for row in (r for r in shown if r.case == case and r.direction in directions):
+                low, middle, high = value(row)
                 colour, marker = STYLES[row.provider]
                 at = y + (providers.index(row.provider) - (len(providers) - 1) / 2) * spread
                 place.plot([low, high], [at, at], color=colour, lw=1.4)
@@ -186,11 +192,10 @@ def _dots(
 def speed(source: Measured) -> Figure | None:
     """Times as multiples of ours."""
 
-    def ratios(row: Row) -> tuple[float, float, float] | None:
+    def ratios(row: Row) -> tuple | None:
         base = base_of(row, source.rows)
-        if base is None or row.median_us is None:
-            return None
-        return tuple(x / base.median_us for x in (row.p20_us, row.median_us, row.p80_us))
+        timed = base is not None and row.median_us is not None
+        return tuple(x / base.median_us for x in _times(row)) if timed else None
 
     title = "Time of a call beside ours, whose median is on the right"
     unit = "time ÷ median of ours (median, p20 to p80)"
@@ -217,26 +222,19 @@ def speed(source: Measured) -> Figure | None:
 
 def memory(source: Measured) -> Figure | None:
     """Peak memory of a call."""
-
-    def peak(row: Row) -> tuple[float, float, float] | None:
-        return (row.peak_mb,) * 3 if row.peak_mb else None
-
     title = "Peak memory that a call adds"
-    return _dots(source, title, "MB", PANELS, peak)
+    return _dots(source, title, "MB", PANELS, lambda row: _exactly(row.peak_mb))
 
 
 def error(source: Measured) -> Figure | None:
     """Errors against float64."""
-
-    def ratio(row: Row) -> tuple[float, float, float] | None:
-        return (row.error,) * 3 if row.error else None
-
     panels = {
         "output": ("forward", "inference"),
         "gradient that is furthest off": ("backward", "training step"),
     }
     title = "Largest error against float64 (of whole models: root mean square); dashed: the rule"
-    return _dots(source, title, "error ÷ the unfused path's own", panels, ratio, (2.0, "--"), False)
+    unit, rule = "error ÷ the unfused path's own", (2.0, "--")
+    return _dots(source, title, unit, panels, lambda row: _exactly(row.error), rule, False)
 
 
 def sweep(source: Measured, kind: str) -> Figure | None:
@@ -245,13 +243,9 @@ def sweep(source: Measured, kind: str) -> Figure | None:
     if not rows:
         return None
     panels = {
-        "forward, ms": ("forward", lambda r: (r.p20_us, r.median_us, r.p80_us), 1e-3),
-        "forward + backward, ms": (
-            "forward + backward",
-            lambda r: (r.p20_us, r.median_us, r.p80_us),
-            1e-3,
-        ),
-        "peak memory of forward, MB": ("forward", lambda r: (r.peak_mb,) * 3, 1.0),
+        "forward, ms": ("forward", _times, 1e-3),
+        "forward + backward, ms": ("forward + backward", _times, 1e-3),
+        "peak memory of forward, MB": ("forward", lambda row: _exactly(row.peak_mb), 1.0),
     }
     figure = Figure(figsize=(12, 4.6))
     for axes, (label, (direction, value, scale)) in zip(figure.subplots(1, 3), panels.items()):
@@ -259,7 +253,7 @@ def sweep(source: Measured, kind: str) -> Figure | None:
             points = sorted(
                 (varied(r.case)[1], *(x * scale for x in value(r)))
                 for r in rows
-                if (r.provider, r.direction) == (provider, direction) and all(value(r))
+                if (r.provider, r.direction) == (provider, direction) and value(r)
             )
             if not points:
                 continue
@@ -333,12 +327,21 @@ def draw(paths: Iterable[Path], out: Path) -> list[Path]:
     return written
 
 
-def main(arguments: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+def parse(
+    what: str, arguments: Sequence[str] | None, out: Path, about: str | None = None
+) -> argparse.Namespace:
+    """The rows that are to be drawn, and where to."""
+    parser = argparse.ArgumentParser(description=what.splitlines()[0])
     parser.add_argument("csv", nargs="*", type=Path, help="else those of benchmarks/results")
-    parser.add_argument("--out", type=Path, default=IMAGES, help="folder of the PNGs (docs/images)")
+    parser.add_argument("--out", type=Path, default=out, help=about)
     options = parser.parse_args(arguments)
-    for path in draw(options.csv or sorted(RESULTS.glob("*.csv")), options.out):
+    options.csv = options.csv or sorted(RESULTS.glob("*.csv"))
+    return options
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    options = parse(__doc__, arguments, IMAGES, "folder of the PNGs (docs/images)")
+    for path in draw(options.csv, options.out):
         print(path)
 
 

@@ -9,15 +9,15 @@ from __future__ import annotations
 import re
 import textwrap
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 
 from benchmarks.baselines.runtimes import RUNTIMES
 from benchmarks.report import headline
 from benchmarks.report.headline import Bar, Panel
 from benchmarks.report.plots import Measured
+from benchmarks.report.rows import ROOT, markdown_table
 from swin_kernels.cli.command import three_digits
 
-README = Path(__file__).resolve().parents[2] / "README.md"
+README = ROOT / "README.md"
 PART = re.compile(r"(<!-- rows: (\w+) -->\n).*?(<!-- end of rows -->)", re.DOTALL)
 # a line of the table: its label, and what the panels of models and of stages call it
 LINES = {
@@ -103,23 +103,18 @@ def table(whole: Measured, stages: Measured, bf16: Measured | None) -> str:
         if source is not None:
             kinds += [(dtype + headline.step_of(p), 0, p) for p in headline.model_panels(source)]
     kinds += [(f"attention, {p.title}", 1, p) for p in headline.stage_panels(stages)]
-    lines = [
-        "| times as fast as stock | " + " | ".join(name for name, _, _ in kinds) + " |",
-        "|---|" + "--:|" * len(kinds),
-    ]
-    for line, labels in LINES.items():
-        cells = ("–" if (x := labels[kind]) is None else _cell(_bar(p, x)) for _, kind, p in kinds)
-        lines.append(f"| {line} | " + " | ".join(cells) + " |")
-    lines.append("")
-    files = dict.fromkeys(_described(x) for x in (whole, bf16, stages) if x is not None)
-    lines.append(
-        _wrapped(
-            "Whole models: timm's Swin-T, 224×224, random weights. Attention: the geometric mean "
-            f"over Swin-T's seven stage cases at batch 8. {' '.join(files)} Peak memory of a "
-            f"training step: {_peaks(whole)}."
-        )
+    cells = (
+        [line, *("–" if labels[i] is None else _cell(_bar(p, labels[i])) for _, i, p in kinds)]
+        for line, labels in LINES.items()
     )
-    return "\n".join(lines)
+    header = ["times as fast as stock", *(name for name, _, _ in kinds)]
+    files = dict.fromkeys(_described(x) for x in (whole, bf16, stages) if x is not None)
+    about = _wrapped(
+        "Whole models: timm's Swin-T, 224×224, random weights. Attention: the geometric mean "
+        f"over Swin-T's seven stage cases at batch 8. {' '.join(files)} Peak memory of a "
+        f"training step: {_peaks(whole)}."
+    )
+    return "\n".join([*markdown_table(header, cells, "l" + "r" * len(kinds)), "", about])
 
 
 def _described(source: Measured) -> str:

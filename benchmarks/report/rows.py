@@ -14,7 +14,7 @@ import subprocess
 import sys
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple, TypeVar, get_type_hints
 
 import torch
 
@@ -42,13 +42,8 @@ class Row(NamedTuple):
 
 ROOT = Path(__file__).resolve().parents[2]  # whatever folder a benchmark is run from
 RESULTS = ROOT / "benchmarks" / "results"
-TIMED = (
-    "swin_kernels",
-    "csrc",
-    "setup.py",
-    "pyproject.toml",
-    "benchmarks/*.py",
-)  # what can change a time
+# what can change a time
+TIMED = ("swin_kernels", "csrc", "setup.py", "pyproject.toml", "benchmarks/*.py")
 RATIO = "ratio_to_ours"  # median ÷ that of our row, in the file alone: it follows from the rows
 # what one file's rows share
 WHERE = ("machine", "torch", "triton", "timm", "peers", "python", "commit")
@@ -56,17 +51,10 @@ WHERE = ("machine", "torch", "triton", "timm", "peers", "python", "commit")
 
 def base_of(row: Row, rows: Iterable[Row]) -> Row | None:
     """The row of ours that `row` is compared with, if it was timed."""
-    ours = ("ours", "patched")
-    return next(
-        (
-            r
-            for r in rows
-            if r.provider in ours
-            and (r.case, r.direction) == (row.case, row.direction)
-            and r.median_us is not None
-        ),
-        None,
-    )
+    key = (row.case, row.direction)
+    ours = (r for r in rows if r.provider in ("ours", "patched"))
+    found = (r for r in ours if (r.case, r.direction) == key and r.median_us is not None)
+    return next(found, None)
 
 
 def commit(root: Path = ROOT) -> str:
@@ -121,7 +109,8 @@ class ResultsFile:
     """Rows in memory and, each as soon as it is known, in a file."""
 
     def __init__(self, path: Path, facts: dict[str, str], resume: bool = False) -> None:
-        self.path, self.facts, self.rows = path, facts, []
+        self.path, self.facts = path, facts
+        self.rows: list[Row] = []
         self.columns = [*Row._fields, RATIO, *facts]
         if resume and path.exists():
             self.rows, before = read(path)
@@ -137,8 +126,6 @@ class ResultsFile:
         path.parent.mkdir(parents=True, exist_ok=True)
         with path.open("w", newline="") as file:
             csv.writer(file).writerow(self.columns)
-
-    rows: list[Row]
 
     def add(self, row: Row) -> None:
         self.rows.append(row)
@@ -157,22 +144,24 @@ class ResultsFile:
         return any((r.case, r.provider) == (case, provider) for r in self.rows)
 
 
-def read(path: Path) -> tuple[list[Row], dict[str, str]]:
+Kept = TypeVar("Kept", bound=tuple)
+
+
+def read(path: Path, kind: type[Kept] = Row) -> tuple[list[Kept], dict[str, str]]:
     """The rows of a file and what all of them are kept with; a column it lacks is None."""
     with path.open(newline="") as file:
         lines = list(csv.DictReader(file))
-    facts = {k: v for k, v in lines[0].items() if k not in (*Row._fields, RATIO)} if lines else {}
-    return [_row(line) for line in lines], facts
+    types = get_type_hints(kind)
+    facts = {k: v for k, v in lines[0].items() if k not in (*types, RATIO)} if lines else {}
+    return [
+        kind(**{name: _value(line.get(name), of) for name, of in types.items()}) for line in lines
+    ], facts
 
 
-def _row(line: dict[str, str]) -> Row:
-    words = ("case", "provider", "direction", "note")
-    numbers = {
-        name: float(line[name]) if line.get(name) else None
-        for name in Row._fields
-        if name not in (*words, "samples")
-    }
-    return Row(**{x: line[x] for x in words}, samples=int(line["samples"]), **numbers)
+def _value(text: str | None, kind: Any) -> str | float | None:
+    if kind in (str, int):
+        return kind(text)
+    return float(text) if text else None
 
 
 def _number(x: float | None) -> str:

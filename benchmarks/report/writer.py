@@ -24,7 +24,6 @@ from benchmarks.report import counted, headline, readme
 from benchmarks.report.plots import (
     IMAGES,
     PANELS,
-    RESULTS,
     Measured,
     draw,
     figures_of,
@@ -32,11 +31,11 @@ from benchmarks.report.plots import (
     in_order,
     measured,
 )
-from benchmarks.report.rows import Row, base_of
+from benchmarks.report.rows import RESULTS, ROOT, Row, base_of
 from benchmarks.sweeps import GPU_IMAGES, UNITS, sweeps
 from swin_kernels.cli.command import three_digits
 
-PAGE = Path(__file__).resolve().parents[2] / "docs" / "performance.md"
+PAGE = ROOT / "docs" / "performance.md"
 TEMPLATE = Path(__file__).with_name("performance.md.in")
 FIGURES = "[cg]pu-*.png"  # those of one file of rows
 NO_GPU = """\
@@ -93,8 +92,7 @@ def unmeasured(sources: Sequence[Measured]) -> Iterator[str]:
             for r in source.rows
             if base_of(r, [r]) is not None
         }
-        missing = [name for name in suite.names if name not in timed]
-        if missing:
+        if missing := [name for name in suite.names if name not in timed]:
             which = "all of it" if len(missing) == len(suite.names) else "what is left"
             line = f"- {suite.title} (`{suite.command}`), {which}: {'; '.join(missing)}."
             yield _filled(line, "  ")
@@ -104,17 +102,12 @@ def _percent(x: float) -> str:
     return f"{x:.0%}".replace("%", " %")
 
 
-def _spread(row: Row) -> str:
-    """A mark for a time that the machine did not hold still for."""
-    if row.median_us is None or row.p20_us is None or row.p80_us is None:
-        return ""
-    return "≈ " if row.p80_us - row.p20_us > WIDE * row.median_us else ""
-
-
 def _time(row: Row, base: Row | None) -> str:
     if row.median_us is None:
         return "–"
-    text = f"{_spread(row)}{three_digits(row.median_us * 1e-3)} ms"
+    text = f"{three_digits(row.median_us * 1e-3)} ms"
+    if None not in (row.p20_us, row.p80_us) and row.p80_us - row.p20_us > WIDE * row.median_us:
+        text = f"≈ {text}"  # the machine did not hold still for it
     if row is base:
         shares = [x for x in (row.of_floor, row.of_matrix_rate) if x is not None]
         return text + (f" ({', '.join(map(_percent, shares))})" if shares else "")
@@ -125,16 +118,16 @@ def _memory(row: Row, base: Row | None) -> str:
     return "–" if row.peak_mb is None else f"{three_digits(row.peak_mb)} MB"
 
 
-def _table(rows: Sequence[Row], cell: Callable[[Row, Row | None], str]) -> Iterator[str]:
+def _table(rows: Sequence[Row], cell: Callable[[Row, Row | None], str]) -> str:
     """A line a case and direction, a column a provider; a cell has its row and that of ours."""
     providers = in_order(rows)
-    yield "| case | | " + " | ".join(providers) + " |"
-    yield "|---|---|" + "--:|" * len(providers)
+    lines = [f"| case | | {' | '.join(providers)} |", "|---|---|" + "--:|" * len(providers)]
     for case, direction in dict.fromkeys((r.case, r.direction) for r in rows):
         of = {r.provider: r for r in rows if (r.case, r.direction) == (case, direction)}
         base = base_of(next(iter(of.values())), of.values())
         cells = (cell(of[p], base) if p in of else "" for p in providers)
-        yield f"| {case} | {direction} | " + " | ".join(cells) + " |"
+        lines.append(f"| {case} | {direction} | {' | '.join(cells)} |")
+    return "\n".join(lines)
 
 
 def _untimed(rows: Iterable[Row]) -> Iterator[str]:
@@ -163,12 +156,10 @@ def _range(values: Sequence[float], digits: Callable[[float], str] = three_digit
 
 def _rates(rows: Sequence[Row]) -> Iterator[str]:
     """Samples of a time, and what the machine reached beside them, in words."""
-    core, whole = (
-        [r.samples for r in rows if (r.direction in DIRECTIONS) == is_core and r.samples]
-        for is_core in (True, False)
-    )
-    counts = [f"{_range(core, str)} samples"] if core else []
-    counts += [f"{_range(whole, str)} of a whole model"] if whole else []
+    counts = []
+    for is_core, text in ((True, "{} samples"), (False, "{} of a whole model")):
+        found = [r.samples for r in rows if (r.direction in DIRECTIONS) == is_core and r.samples]
+        counts += [text.format(_range(found, str))] if found else []
     if counts:
         yield f"medians of {', '.join(counts)}"
     for values, text in (
@@ -181,52 +172,45 @@ def _rates(rows: Sequence[Row]) -> Iterator[str]:
 
 def section(source: Measured) -> str:
     """What one file has: its facts, tables and figures."""
-    facts = source.facts
-    kinds = list(source.sweeps)
+    facts, name = source.facts, source.path.name
     whole = any(r.direction not in DIRECTIONS for r in source.rows)
     stages = any(r.direction in DIRECTIONS for r in source.rows)
-    title = "Stages and whole models" if whole else "Stages and other windows"
+    title = f"Stages and {'whole models' if whole else 'other windows'}"
     title = title if stages else "Whole models"
-    title = f"Cost against {' and '.join(kinds)}" if kinds else title
-    if dtype := source.dtype:
-        title = f"{title}, {dtype}"
-    told = list(_rates(source.rows))
+    title = f"Cost against {' and '.join(source.sweeps)}" if source.sweeps else title
+    title += f", {source.dtype}" if source.dtype else ""
     packages = ("torch", "triton", "timm") if whole else ("torch", "triton")
-    versions = [f"{name} {facts.get(name, 'unknown')}" for name in packages]
+    versions = [f"{package} {facts.get(package, 'unknown')}" for package in packages]
     if any(r.provider in RUNTIMES for r in source.rows) and facts.get("peers"):
         versions.append(facts["peers"])
-    name = source.path.name
-    lines = [
+    parts = [
         f"## {title}: {facts['machine']}, {facts['date']}",
-        "",
         _filled(
             f"`{facts.get('command', 'unknown')}`, commit {facts['commit']}, "
-            f"{', '.join(versions)}; {'; '.join(told)}. Rows: "
+            f"{', '.join(versions)}; {'; '.join(_rates(source.rows))}. Rows: "
             f"[{name}](../benchmarks/results/{name})."
         ),
-        "",
     ]
     shown = [r for r in source.rows if r.direction in sum(PANELS.values(), ())]
     groups = [[r for r in shown if (r.direction in PANELS) == core] for core in (True, False)]
     for rows in groups:
         if any(r.median_us is not None for r in rows):
-            lines += [*_table(rows, _time), ""]
+            parts.append(_table(rows, _time))
     if found := list(_errors(source.rows)):
-        lines += [
+        parts.append(
             _filled(
                 f"Our largest error against float64: {', '.join(found)}. The rule is twice, and "
                 "one ulp of the largest value."
-            ),
-            "",
-        ]
+            )
+        )
     for rows in groups:
         if held := [r for r in rows if r.peak_mb is not None]:
-            lines += ["Peak memory that a call adds:", "", *_table(held, _memory), ""]
+            parts += ["Peak memory that a call adds:", _table(held, _memory)]
     for kind in figures_of(source):
-        lines += [f"![{CAPTIONS[kind]}](images/{image_of(source.path, kind)})", ""]
+        parts.append(f"![{CAPTIONS[kind]}](images/{image_of(source.path, kind)})")
     if without := list(_untimed(source.rows)):
-        lines += [*without, ""]
-    return "\n".join(lines)
+        parts.append("\n".join(without))
+    return "\n\n".join(parts) + "\n"
 
 
 def counted_in(folder: Path) -> Iterator[str]:
@@ -255,12 +239,11 @@ def sources_in(folder: Path) -> list[Measured]:
 
 def page(sources: Sequence[Measured], counters: Iterable[str] = ()) -> str:
     on_gpu = any(source.path.name.startswith("gpu") for source in sources)
-    sections = [section(source) for source in sources] or ["No rows are kept yet.\n"]
-    sections += counters
+    sections = [*map(section, sources)] or ["No rows are kept yet.\n"]
     drawn = headline.headline(sources) is not None
     return string.Template(TEMPLATE.read_text()).substitute(
         headline=f"![{HEADLINE}](images/{headline.IMAGE})\n\n" if drawn else "",
-        measured="\n".join(sections).rstrip("\n"),
+        measured="\n".join([*sections, *counters]).rstrip("\n"),
         no_gpu="" if on_gpu else NO_GPU,
         unmeasured="\n".join(unmeasured(sources)) or "- Nothing that the suites name.",
     )
