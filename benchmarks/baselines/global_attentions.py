@@ -24,6 +24,11 @@ def _sequences(qkv: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return qkv.flatten(1, -4).permute(2, 0, 3, 1, 4).unbind(0)
 
 
+def _check_columns(x: Tensor, columns: int, expected: str) -> None:
+    if x.ndim != 2 or x.shape[1] != columns:
+        raise ValueError(f"expected {expected}, got {tuple(x.shape)}")
+
+
 def _as_map(out: Tensor, qkv: Tensor) -> Tensor:
     return out.transpose(1, 2).reshape(*qkv.shape[:-3], *qkv.shape[-2:])
 
@@ -45,11 +50,8 @@ def linformer(qkv: Tensor, projection: Tensor) -> Tensor:
     Wang et al., "Linformer: Self-Attention with Linear Complexity", 2020, eq. 7.
     """
     q, k, v = _sequences(qkv)
-    if projection.ndim != 2 or projection.shape[1] != k.shape[2]:
-        raise ValueError(
-            f"expected a projection (k, {k.shape[2]}) for {k.shape[2]} tokens, "
-            f"got {tuple(projection.shape)}"
-        )
+    tokens = k.shape[2]
+    _check_columns(projection, tokens, f"a projection (k, {tokens}) for {tokens} tokens")
     return _as_map(F.scaled_dot_product_attention(q, projection @ k, projection @ v), qkv)
 
 
@@ -73,8 +75,7 @@ def performer(qkv: Tensor, directions: Tensor) -> Tensor:
     in the quotient.
     """
     q, k, v = _sequences(qkv)
-    if directions.ndim != 2 or directions.shape[1] != q.shape[-1]:
-        raise ValueError(f"expected directions (m, {q.shape[-1]}), got {tuple(directions.shape)}")
+    _check_columns(directions, q.shape[-1], f"directions (m, {q.shape[-1]})")
     scale = q.shape[-1] ** -0.25
 
     def exponents(x: Tensor) -> Tensor:
@@ -102,8 +103,7 @@ def routing(qkv: Tensor, centroids: Tensor, cluster: int = CLUSTER) -> Tensor:
     clusters has the mean of what they give; one of none, zeros. The centroids stay as they are.
     """
     q, k, v = _sequences(qkv)
-    if centroids.ndim != 2 or centroids.shape[1] != q.shape[-1]:
-        raise ValueError(f"expected centroids (c, {q.shape[-1]}), got {tuple(centroids.shape)}")
+    _check_columns(centroids, q.shape[-1], f"centroids (c, {q.shape[-1]})")
     tokens, cluster = q.shape[2], min(cluster, q.shape[2])
 
     def nearest(x: Tensor) -> Tensor:
