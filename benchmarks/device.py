@@ -14,7 +14,7 @@ import platform
 import statistics
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -108,12 +108,9 @@ class Cuda:
             return True
         return False
 
-    def other_stream(self) -> contextlib.AbstractContextManager:
-        """Inside it work goes to another stream than the current one; both wait for each other."""
-        return self._other_stream()
-
     @contextlib.contextmanager
-    def _other_stream(self):
+    def other_stream(self) -> Iterator[None]:
+        """Inside it work goes to another stream than the current one; both wait for each other."""
         stream = torch.cuda.Stream(self.device)
         stream.wait_stream(torch.cuda.current_stream(self.device))
         with torch.cuda.stream(stream):
@@ -130,6 +127,7 @@ class DryRunDevice:
     cache_bytes = 1e3
     copied_bytes, matrix_size = 2**16, 64
     shortest_sample = 0.0
+    compiler = "aot_eager"
 
     def __init__(self) -> None:
         self.device = torch.device("cpu")
@@ -150,7 +148,7 @@ class DryRunDevice:
         return [lambda f=function: (f(), None)[1] for function in functions]  # type: ignore[misc]
 
     def compiled(self, function: Callable, fullgraph: bool = True) -> Callable:
-        return torch.compile(function, dynamic=False, fullgraph=fullgraph, backend="aot_eager")
+        return torch.compile(function, dynamic=False, fullgraph=fullgraph, backend=self.compiler)
 
     def peak_bytes(self, function: Callable[[], object]) -> int:
         self.release()
@@ -178,6 +176,7 @@ class Cpu(DryRunDevice):
     cache_bytes = 2e6  # of a core: what lies in a shared cache between layers stays there
     copied_bytes, matrix_size = 2**29, 2048
     shortest_sample = 2e-3
+    compiler = "inductor"
 
     def __init__(self, dtype: torch.dtype = torch.float32) -> None:
         super().__init__()
@@ -186,9 +185,6 @@ class Cpu(DryRunDevice):
     def machine(self) -> str:
         threads, vector_code = torch.get_num_threads(), cpu_capability()
         return f"{processor()}, {threads} threads, {vector_code}"
-
-    def compiled(self, function: Callable, fullgraph: bool = True) -> Callable:
-        return torch.compile(function, dynamic=False, fullgraph=fullgraph)
 
     def peak_bytes(self, function: Callable[[], object]) -> int:
         """What a call adds, at its peak, by the allocator's own record."""
