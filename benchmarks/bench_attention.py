@@ -19,7 +19,7 @@ from benchmarks.baselines.providers import GPU_PROVIDERS
 from benchmarks.cases import cpu_cases, other_cases, other_cpu_cases, swin_cases, toy_cases
 from benchmarks.cpu import CPU_PROVIDERS
 from benchmarks.device import Cpu, Cuda, Device, keep_freed_memory
-from benchmarks.timing import Gate, Inputs, Loop, Replayed, count_of_sets, make_inputs
+from benchmarks.timing import Gate, Inputs, Loop, Replayed, make_sets
 from swin_kernels.cli.command import keep_compiled_apart
 
 keep_compiled_apart()
@@ -40,7 +40,7 @@ else:
 def gate_of(name: str) -> tuple[Gate, list[Inputs]]:
     torch._dynamo.reset()
     case = CASES[name]
-    sets = [make_inputs(case, DEVICE, 10 * i) for i in range(count_of_sets(case, DEVICE))]
+    sets = make_sets(case, DEVICE)
     return Gate(case, DEVICE, sets[0]), sets
 
 

@@ -20,6 +20,7 @@ from benchmarks.baselines.providers import Provider
 from benchmarks.baselines.runtimes import RUNTIMES
 from benchmarks.device import Device, MachinePeaks
 from benchmarks.report.rows import (
+    RESULTS,
     ResultsFile,
     Row,
     facts_of,
@@ -36,7 +37,7 @@ from benchmarks.timing import (
     count_of_sets,
     floor_bytes,
     flops,
-    make_inputs,
+    make_sets,
     passes_of,
     reason_of,
     sample_in_turn,
@@ -45,7 +46,6 @@ from swin_kernels.cli.command import positive
 from swin_kernels.testing import Case
 from swin_kernels.testing.timing import quantiles
 
-RESULTS = Path(__file__).with_name("results")
 TRY_AGAIN = 75  # as EX_TEMPFAIL of sysexits.h
 OTHER_FUNCTION = "computes another function: no error gate"
 
@@ -75,11 +75,17 @@ class Checked(NamedTuple):
     peaks: dict[str, float]  # MB of one call
 
 
+def note(results_file: ResultsFile, case: str, provider: Provider, reason: str) -> None:
+    """Rows that say why a provider has no time."""
+    for direction in provider.directions:
+        results_file.add(Row(case, provider.name, direction, note=reason))
+
+
 def loops_of(
     name: str, case: Case, device: Device, providers: Sequence[Provider], results_file: ResultsFile
 ) -> dict[str, Checked]:
     """The loop of each provider; what fails goes into the results."""
-    sets = [make_inputs(case, device, 10 * i) for i in range(count_of_sets(case, device))]
+    sets = make_sets(case, device)
     gate = Gate(case, device, sets[0])
     loops: dict[str, Checked] = {}
     for provider in providers:
@@ -96,8 +102,7 @@ def loops_of(
             loops[provider.name] = Checked(loop, errors, peaks)
         except Exception as error:  # one provider's end is not that of the others
             traceback.print_exc()
-            for direction in provider.directions:
-                results_file.add(Row(name, provider.name, direction, note=reason_of(error)))
+            note(results_file, name, provider, reason_of(error))
             if device.broken():
                 break
     return loops
@@ -164,36 +169,23 @@ class Run:
         )
 
     def case(self, name: str, case: Case, share: float) -> None:
-        wanted = []
+        wanted, options, kept = [], self.options, self.results_file
         for provider in self.suite.providers:
-            if self.results_file.has(name, provider.name):
+            if kept.has(name, provider.name):
                 continue
             if (reason := self.budget.refuses(provider, share)) is None:
                 wanted.append(provider)
-                continue
-            for direction in provider.directions:
-                self.results_file.add(Row(name, provider.name, direction, note=reason))
+            else:
+                note(kept, name, provider, reason)
         if not wanted:
             return
         try:
-            options = self.options
-            measure_case(
-                name,
-                case,
-                self.device,
-                wanted,
-                self.results_file,
-                options.rounds,
-                options.limit,
-            )
+            measure_case(name, case, self.device, wanted, kept, options.rounds, options.limit)
         except Exception as error:  # of the gate or the inputs: no provider is to blame
             traceback.print_exc()
             for provider in wanted:
-                if not self.results_file.has(name, provider.name):
-                    for direction in provider.directions:
-                        self.results_file.add(
-                            Row(name, provider.name, direction, note=reason_of(error))
-                        )
+                if not kept.has(name, provider.name):
+                    note(kept, name, provider, reason_of(error))
         self._stop_if_broken()
         self.device.release()
 

@@ -54,15 +54,18 @@ def make_inputs(case: Case, device: Device, seed: int) -> Inputs:
     """Drawn on the device: a hundred million numbers take seconds on a CPU."""
     heads, head_dim = case.heads, case.head_dim
     shape = (case.batch, *case.size)
-    scale = None
-    if case.cosine:
-        scale = 10 + random((heads,), device, seed + 3)
+    scale = 10 + random((heads,), device, seed + 3) if case.cosine else None
     return Inputs(
         random((*shape, 3, heads, head_dim), device, seed),
         random((table_length(case.window), heads), device, seed + 1),
         scale,
         random((*shape, heads, head_dim), device, seed + 2),
     ).with_grad()
+
+
+def make_sets(case: Case, device: Device) -> list[Inputs]:
+    """As many as `count_of_sets` says."""
+    return [make_inputs(case, device, 10 * i) for i in range(count_of_sets(case, device))]
 
 
 def tokens_of(case: Case) -> int:
@@ -209,13 +212,10 @@ class Loop:
         """Megabytes that each direction adds at its peak; the gate has called it with gradients."""
         self.forward()
         found = {}
-        for direction, function in (
-            ("forward", self.forward),
-            ("forward + backward", self.training),
-        ):
+        for direction, run in (("forward", self.forward), ("forward + backward", self.training)):
             if direction in self.directions:
                 self.results = []  # else what is freed would hide a part
-                found[direction] = device.peak_bytes(function) / 1e6
+                found[direction] = device.peak_bytes(run) / 1e6
         return found
 
 

@@ -30,7 +30,7 @@ import torch
 from benchmarks.cases import cpu_cases, other_cpu_cases
 from benchmarks.device import Cpu
 from benchmarks.report.rows import print_table
-from benchmarks.timing import Gate, count_of_sets, make_inputs, reason_of
+from benchmarks.timing import Gate, make_sets, reason_of
 from swin_kernels.testing import Case
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -168,7 +168,7 @@ def compared(case: str, direction: str, old: Sequence[float], new: Sequence[floa
 def check(case: Case, sides: Sequence[Side], folder: Path) -> int:
     """Has both sides load the case and holds each to the error rule; the number of its inputs."""
     device = Cpu()
-    sets = [make_inputs(case, device, 10 * i) for i in range(count_of_sets(case, device))]
+    sets = make_sets(case, device)
     gate = Gate(case, device, sets[0])
     path = folder / "case.pt"
     torch.save(

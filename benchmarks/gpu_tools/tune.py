@@ -27,25 +27,15 @@ from benchmarks.baselines.providers import ours
 from benchmarks.cases import other_cases, swin_cases, toy_cases
 from benchmarks.device import Cuda, Device, DryRunDevice
 from benchmarks.gpu_tools.override import override
-from benchmarks.report.rows import ResultsFile, Row, facts_of
+from benchmarks.report.rows import RESULTS, ResultsFile, Row, facts_of
 from benchmarks.suite import TRY_AGAIN
-from benchmarks.timing import (
-    Gate,
-    Inputs,
-    Loop,
-    Timed,
-    count_of_sets,
-    make_inputs,
-    passes_of,
-    reason_of,
-)
+from benchmarks.timing import Gate, Loop, Timed, make_sets, passes_of, reason_of
 from swin_kernels.backends.triton import config, plan
 from swin_kernels.backends.triton.launch_spec import Call, Config, Gpu
 from swin_kernels.testing import Case
 
 COPY_RATE = 4e12  # bytes a second, of the order of a data-centre GPU: for counts of passes
 ROUNDS = 7
-RESULTS = Path(__file__).resolve().parents[1] / "results"
 GAIN = 0.99  # of the best so far that a change must reach: less is noise
 
 WARPS_AND_STAGES = {"num_warps": (1, 2, 4, 8), "loop_stages": (1, 2, 3)}
@@ -116,9 +106,7 @@ class Trial:
 
     def __init__(self, case: Case, device: Device) -> None:
         self.device = device
-        self.sets: list[Inputs] = [
-            make_inputs(case, device, 10 * i) for i in range(count_of_sets(case, device))
-        ]
+        self.sets = make_sets(case, device)
         self.gate = Gate(case, device, self.sets[0])
         self.attend = ours(case, device)
         self.passes = passes_of(case, device, len(self.sets), COPY_RATE)

@@ -339,7 +339,7 @@ def test_error_of_a_case_or_a_model_itself_is_in_its_rows(tmp_path, monkeypatch)
     def failing(*_):
         raise RuntimeError("no memory")
 
-    monkeypatch.setattr(suite, "make_inputs", failing)
+    monkeypatch.setattr(suite, "make_sets", failing)
     monkeypatch.setattr(models, "Models", failing)
     path = tmp_path / "rows.csv"
     assert gpu.main(["--rehearse", "--csv", str(path)]) == 1
