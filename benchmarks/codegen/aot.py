@@ -130,17 +130,16 @@ def _read_cuda(compiled: Any) -> Code:
     found = re.search(r"REG:(\d+) STACK:(\d+)", usage)
     assert found is not None, usage
     code = sass.parse(listing)
-    names = [x.base for x in code if x.base != "NOP"]
-    trips = sass.main_loop(code) or ()
-    return Code(
-        int(found[1]),
-        int(found[2]),
-        sum(name in SPILLS for name in names),
-        compiled.metadata.shared,
-        len(names),
-        sum(bool(MATRIX.match(name)) for name in names),
-        *(trip.histogram for trip in trips),
-    )
+    instructions, matrix, spills = counts_of([x.base for x in code if x.base != "NOP"])
+    registers, stack = map(int, found.groups())
+    trips = (trip.histogram for trip in sass.main_loop(code) or ())
+    return Code(registers, stack, spills, compiled.metadata.shared, instructions, matrix, *trips)
+
+
+def counts_of(names: Sequence[str]) -> tuple[int, int, int]:
+    """Instructions, those of matrices and those that spill, by their names without suffixes."""
+    matrix = sum(bool(MATRIX.match(name)) for name in names)
+    return len(names), matrix, sum(name in SPILLS for name in names)
 
 
 def _read_amd(compiled: Any) -> Code:

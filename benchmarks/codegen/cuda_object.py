@@ -11,6 +11,7 @@ from __future__ import annotations
 import re
 import subprocess
 import sys
+from collections import defaultdict
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -103,24 +104,16 @@ def kernels_of(path: Path) -> list[Kernel]:
     for arch, function, line in _dump(path, "--dump-resource-usage"):
         if found := re.search(r"REG:(\d+) STACK:(\d+)", line):
             usage[arch, function] = int(found[1]), int(found[2])
-    counts: dict[tuple[str, str], list[int]] = {}
+    names: dict[tuple[str, str], list[str]] = defaultdict(list)
     for arch, function, line in _dump(path, "--dump-sass"):
         if (found := _INSTRUCTION.match(line)) and found[1] != "NOP":
-            of = counts.setdefault((arch, function), [0, 0, 0])
-            of[0] += 1
-            of[1] += bool(aot.MATRIX.match(found[1]))
-            of[2] += found[1] in aot.SPILLS
+            names[arch, function].append(found[1])
     kernels = []
-    for (arch, function), (registers, stack) in usage.items():
+    for (arch, function), cost in usage.items():
         if name := _NAME.search(function):
             kernel, element, unit, channels = name.groups()
-            precision = PRECISIONS[unit, element]
-            kernels.append(
-                Kernel(
-                    *(arch, kernel, precision, int(channels)),
-                    *(registers, stack, *counts[arch, function]),
-                )
-            )
+            of = (arch, kernel, PRECISIONS[unit, element], int(channels), *cost)
+            kernels.append(Kernel(*of, *aot.counts_of(names[arch, function])))
     order = list(PRECISIONS.values())
     return sorted(kernels, key=lambda k: (k.arch, order.index(k.precision), k.name, k.channels))
 

@@ -62,11 +62,16 @@ def plans_of(case: Case, gpu: Gpu, tf32: bool = False) -> Plans:
     return Plans(inference, forward, backward)
 
 
+def launches_in(plan: Plan) -> Iterator[tuple[LaunchSpec, dict[str, torch.dtype]]]:
+    """Every launch of a plan and of what comes after it, with the dtypes of what it names."""
+    for each in (plan, plan.after):
+        if each is not None:
+            yield from ((launch, each.dtypes) for launch in each.launches)
+
+
 def launches_of(
     case: Case, gpu: Gpu, tf32: bool = False
 ) -> Iterator[tuple[LaunchSpec, dict[str, torch.dtype]]]:
-    """Every launch of a training step, with the dtypes of what it names."""
+    """Those of a training step."""
     for plan in plans_of(case, gpu, tf32)[1:]:
-        for each in (plan, plan.after):
-            if each is not None:
-                yield from ((launch, each.dtypes) for launch in each.launches)
+        yield from launches_in(plan)

@@ -26,7 +26,7 @@ import torch
 from benchmarks.cases import other_cases, swin_cases
 from benchmarks.codegen import aot
 from benchmarks.codegen.aot import Code, Histogram
-from benchmarks.codegen.plans import plans_of
+from benchmarks.codegen.plans import launches_in, plans_of
 from benchmarks.report.rows import RESULTS, markdown_table, read
 from swin_kernels.backends.triton.config import KNOWN_GPUS
 from swin_kernels.backends.triton.launch_spec import LaunchSpec, Plan
@@ -242,20 +242,11 @@ def launches_of(case: Case, chip: Chip) -> dict[str, list[Launch]]:
     gpu = KNOWN_GPUS[chip.arch]
     plans = plans_of(case, gpu)
     sizes = _sizes(case, plans)
-    found: dict[str, list[Launch]] = {}
-    for direction, plan in (("forward", plans.inference), ("backward", plans.backward)):
-        found[direction] = [
-            predict(
-                launch,
-                aot.read(aot.compile_launch(launch, each.dtypes, gpu)),
-                chip,
-                sizes,
-                case.dtype.itemsize,
-            )
-            for each in (plan, plan.after)
-            if each is not None
-            for launch in each.launches
-        ]
+    found: dict[str, list[Launch]] = {"forward": [], "backward": []}
+    for launches, plan in zip(found.values(), (plans.inference, plans.backward)):
+        for step, dtypes in launches_in(plan):
+            code = aot.read(aot.compile_launch(step, dtypes, gpu))
+            launches.append(predict(step, code, chip, sizes, case.dtype.itemsize))
     if sums := plans.backward.sums:
         summed = sum(sizes[name] for name in sums) / chip.copy_rate
         found["backward"].append(Launch("sums by torch", {"memory": summed}))
