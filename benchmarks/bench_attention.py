@@ -10,6 +10,7 @@ says how many, and `error` how far off float64 beside the unfused path.
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from functools import lru_cache
 
 import pytest
@@ -66,23 +67,18 @@ def test_attention(benchmark, case, provider, direction):
     benchmark.group = f"{case}, {direction}"
     benchmark.extra_info |= {"calls": len(loop.sets), "error": errors.get(direction)}
 
-    def forward() -> None:
-        loop.forward()
-        DEVICE.wait()
+    def waiting(*steps: Callable[[], None]) -> Callable[[], None]:
+        def run() -> None:
+            for step in steps:
+                step()
+            DEVICE.wait()
 
-    def backward() -> None:
-        loop.training_backward()
-        DEVICE.wait()
+        return run
 
-    def both() -> None:
-        loop.training_forward()
-        backward()
-
-    def before() -> None:
-        loop.training_forward()
-        DEVICE.wait()
-
-    if direction == "backward":
-        benchmark.pedantic(backward, setup=before, rounds=ROUNDS)
+    if direction == "forward":
+        benchmark(waiting(loop.forward))
+    elif direction == "backward":
+        before, step = waiting(loop.training_forward), waiting(loop.training_backward)
+        benchmark.pedantic(step, setup=before, rounds=ROUNDS)
     else:
-        benchmark(forward if direction == "forward" else both)
+        benchmark(waiting(loop.training_forward, loop.training_backward))

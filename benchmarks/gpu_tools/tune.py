@@ -96,9 +96,8 @@ def candidates(best: Config, group: dict[str, tuple[int, ...]]) -> Iterator[dict
     """The fields of every other layout that the group's values make of `best`."""
     for values in itertools.product(*group.values()):
         fields = dict(zip(group, values))
-        if fields.items() <= asdict(best).items():
-            continue
-        yield fields
+        if not fields.items() <= asdict(best).items():
+            yield fields
 
 
 class Trial:

@@ -81,10 +81,8 @@ def of_models(sources: Sequence[Measured], dtype: str | None = None) -> Measured
 
 
 def of_stages(sources: Sequence[Measured]) -> Measured | None:
-    def whole(source: Measured) -> bool:
-        return all(_timed(source, case, "ours", "forward") for case in cpu_cases())
-
-    return newest(sources, whole)
+    cases = cpu_cases()
+    return newest(sources, lambda s: all(_timed(s, case, "ours", "forward") for case in cases))
 
 
 def _reason(source: Measured, case: str, provider: str, step: str) -> str:
@@ -104,10 +102,9 @@ def model_panel(source: Measured, case: str, step: str) -> Panel | None:
     bars = []
     for provider, label in FORMS.items():
         row = _timed(source, case, provider, step)
-        if row is None:
-            bars.append(Bar(label, reason=_reason(source, case, provider, step)))
-        else:
-            bars.append(Bar(label, base.median_us / row.median_us))
+        speed = None if row is None else base.median_us / row.median_us
+        reason = _reason(source, case, provider, step) if row is None else ""
+        bars.append(Bar(label, speed, reason=reason))
     batch = case.partition(", ")[2]
     return Panel(f"{step}, {batch}\n(stock: {three_digits(base.median_us / 1e3)} ms)", bars)
 
@@ -127,19 +124,17 @@ def step_of(panel: Panel) -> str:
 def stage_panel(source: Measured, direction: str) -> Panel:
     bars = []
     for provider, label in PROVIDERS.items():
-        ratios = []
-        for case in cpu_cases():
-            base = _timed(source, case, "unfused", direction)
-            row = _timed(source, case, provider, direction)
-            if base is not None and row is not None:
-                ratios.append(base.median_us / row.median_us)
-        if len(ratios) < len(cpu_cases()):
+        pairs = [
+            [_timed(source, case, name, direction) for name in ("unfused", provider)]
+            for case in cpu_cases()
+        ]
+        if all(base and row for base, row in pairs):
+            ratios = [base.median_us / row.median_us for base, row in pairs]
+            bars.append(Bar(label, statistics.geometric_mean(ratios), min(ratios), max(ratios)))
+        else:
             forward_alone = provider == "flex" and direction != "forward"
             reason = "no backward on a CPU" if forward_alone else "not measured"
             bars.append(Bar(label, reason=reason))
-        else:
-            mean = statistics.geometric_mean(ratios)
-            bars.append(Bar(label, mean, min(ratios), max(ratios)))
     return Panel(direction, bars)
 
 
@@ -233,7 +228,7 @@ def headline(sources: Sequence[Measured]) -> tuple[Figure, list[Measured]] | Non
 
 def draw(paths: Sequence[Path], out: Path) -> Path | None:
     """Writes the figure; returns its path, or None where the rows do not suffice."""
-    drawn = headline([measured(path) for path in paths])
+    drawn = headline([*map(measured, paths)])
     if drawn is None:
         return None
     figure, files = drawn

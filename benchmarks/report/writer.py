@@ -143,10 +143,9 @@ def _untimed(rows: Iterable[Row]) -> Iterator[str]:
 def _errors(rows: Sequence[Row]) -> Iterator[str]:
     """The largest of our errors, in words."""
     for direction, what in (("forward", "of an output"), ("backward", "of a gradient")):
-        of = {r.case: r.error for r in rows if (r.provider, r.direction) == ("ours", direction)}
-        known = {case: error for case, error in of.items() if error is not None}
-        if known:
-            case = max(known, key=lambda case: known[case])
+        ours = [r for r in rows if (r.provider, r.direction) == ("ours", direction)]
+        if known := {r.case: r.error for r in ours if r.error is not None}:
+            case = max(known, key=known.__getitem__)
             yield f"{what} {known[case]:.2f} times the unfused path's ({case})"
 
 
