@@ -75,7 +75,7 @@ class Checked(NamedTuple):
     peaks: dict[str, float]  # MB of one call
 
 
-def note(results_file: ResultsFile, case: str, provider: Provider, reason: str) -> None:
+def add_reason(results_file: ResultsFile, case: str, provider: Provider, reason: str) -> None:
     """Rows that say why a provider has no time."""
     for direction in provider.directions:
         results_file.add(Row(case, provider.name, direction, note=reason))
@@ -102,7 +102,7 @@ def loops_of(
             loops[provider.name] = Checked(loop, errors, peaks)
         except Exception as error:  # one provider's end is not that of the others
             traceback.print_exc()
-            note(results_file, name, provider, reason_of(error))
+            add_reason(results_file, name, provider, reason_of(error))
             if device.broken():
                 break
     return loops
@@ -176,7 +176,7 @@ class Run:
             if (reason := self.budget.refuses(provider, share)) is None:
                 wanted.append(provider)
             else:
-                note(kept, name, provider, reason)
+                add_reason(kept, name, provider, reason)
         if not wanted:
             return
         try:
@@ -185,7 +185,7 @@ class Run:
             traceback.print_exc()
             for provider in wanted:
                 if not kept.has(name, provider.name):
-                    note(kept, name, provider, reason_of(error))
+                    add_reason(kept, name, provider, reason_of(error))
         self._stop_if_broken()
         self.device.release()
 

@@ -207,10 +207,9 @@ def headline(sources: Sequence[Measured]) -> tuple[Figure, list[Measured]] | Non
 
     def row(panels: Sequence[Panel], low: float, height: float) -> None:
         width = (right - left - gap * (len(panels) - 1)) / len(panels)
-        limit = _limit(panels)
         for i, panel in enumerate(panels):
             axes = figure.add_axes((left + i * (width + gap), low, width, height))
-            _draw(axes, panel, i == 0, limit)
+            _draw(axes, panel, i == 0, _limit(panels))
 
     title = {"fontsize": 10.5, "fontweight": "bold", "va": "top", "color": "#111111"}
     aside = {"fontsize": 8.2, "va": "top", "ha": "right", "color": "#555555"}

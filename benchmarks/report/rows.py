@@ -197,20 +197,20 @@ def markdown_table(
 
 def print_table(header: list[str], lines: list[list[str]]) -> None:
     """With rich where it is there."""
-    if importlib.util.find_spec("rich") is not None:
-        from rich import box
-        from rich.console import Console
-        from rich.table import Table
-
-        table = Table(*header, box=box.SIMPLE_HEAD, pad_edge=False)
-        for line in lines:
-            table.add_row(*line)
-        Console(width=200).print(table)
+    if importlib.util.find_spec("rich") is None:
+        print_plain(header, lines)
         return
-    print_plain(header, lines)
+    from rich import box
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(*header, box=box.SIMPLE_HEAD, pad_edge=False)
+    for line in lines:
+        table.add_row(*line)
+    Console(width=200).print(table)
 
 
 def print_plain(header: list[str], lines: list[list[str]]) -> None:
-    widths = [max(len(line[i]) for line in [header, *lines]) for i in range(len(header))]
+    widths = [max(map(len, column)) for column in zip(header, *lines)]
     for line in [header, *lines]:
         print("  ".join(cell.ljust(width) for cell, width in zip(line, widths)).rstrip())
