@@ -23,11 +23,7 @@ from swin_kernels.cli.command import processor
 from swin_kernels.cli.inputs import load_model
 from swin_kernels.testing.timing import run_once
 
-MODELS = (
-    "swin_tiny_patch4_window7_224",
-    "swinv2_tiny_window8_256",
-    "swinv2_cr_tiny_ns_224",
-)
+MODELS = ("swin_tiny_patch4_window7_224", "swinv2_tiny_window8_256", "swinv2_cr_tiny_ns_224")
 
 
 def errors_of(name: str, images: int) -> dict[str, list[tuple[float, bool]]]:
@@ -55,12 +51,9 @@ def main() -> None:
     parser.add_argument("--images", type=int, default=6)
     parser.add_argument("--models", nargs="+", default=MODELS)
     options = parser.parse_args()
-    print(
-        f"{processor()}, {cpu_capability()}, torch {torch.__version__}, {options.images} images\n"
-    )
-    print(
-        "| model | gradients of | patched ÷ stock | single draws over the rule |\n|---|---|---|---|"
-    )
+    print(f"{processor()}, {cpu_capability()}, torch {torch.__version__}, {options.images} images")
+    print("\n| model | gradients of | patched ÷ stock | single draws over the rule |")
+    print("|---|---|---|---|")
     for name in options.models:
         for kind, draws in sorted(errors_of(name, options.images).items()):
             ratio = math.exp(sum(log for log, _ in draws) / len(draws))

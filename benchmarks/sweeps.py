@@ -34,7 +34,7 @@ def sweeps(images: int = 1) -> dict[str, dict[str, Case]]:
     """
     stage = cpu_cases()["T1 shift 3"]
     return {
-        "batch": {f"batch {n}": stage.but(batch=n) for n in (m * images for m in BATCHES)},
+        "batch": {f"batch {n * images}": stage.but(batch=n * images) for n in BATCHES},
         "resolution": {
             f"resolution {n}": stage.but(batch=images, size=(n, n)) for n in RESOLUTIONS
         },

@@ -99,9 +99,6 @@ RUNTIMES = {
 
 def versions() -> str:
     """Of the packages that are installed, in words."""
-    found = [
-        f"{name} {importlib.metadata.version(name)}"
-        for name in PACKAGES
-        if importlib.util.find_spec(name) is not None
-    ]
+    there = (name for name in PACKAGES if importlib.util.find_spec(name) is not None)
+    found = [f"{name} {importlib.metadata.version(name)}" for name in there]
     return ", ".join(found) or "none"

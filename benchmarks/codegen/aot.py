@@ -27,16 +27,10 @@ from swin_kernels.backends.triton.kernel_args import arguments_of
 from swin_kernels.backends.triton.launch_spec import Gpu, LaunchSpec
 from swin_kernels.backends.triton.launcher import kernel_of
 from swin_kernels.backends.triton.token_layout import LARGEST_INT32
+from swin_kernels.testing import DTYPE_NAMES
 
 CUOBJDUMP = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
-_POINTER_TYPES = {
-    torch.float16: "*fp16",
-    torch.bfloat16: "*bf16",
-    torch.float32: "*fp32",
-    torch.float64: "*fp64",
-    torch.int32: "*i32",
-    torch.int64: "*i64",
-}
+_TYPES = DTYPE_NAMES | {torch.int32: "i32", torch.int64: "i64"}
 # HMMA of a warp; sm_90: HGMMA of a warp group; sm_100: UTCHMMA on the tensor cores' own memory
 MATRIX = re.compile(r"^(U?T?C?[HQ]G?MMA|v_mfma|OMMA)")
 SPILLS = ("STL", "LDL")
@@ -94,7 +88,7 @@ def source_of(spec: LaunchSpec, dtypes: dict[str, torch.dtype]) -> ASTSource:
             signature[name] = "constexpr"
             constants[(position,)] = value
         elif name.endswith("_ptr"):
-            signature[name] = _POINTER_TYPES[dtypes[value]]
+            signature[name] = f"*{_TYPES[dtypes[value]]}"
             attributes[(position,)] = [["tt.divisibility", 16]]
         else:
             signature[name] = _specialised(value, (position,), constants, attributes)

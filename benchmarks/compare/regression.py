@@ -222,12 +222,8 @@ def run(
                     break
     lines = [
         [
-            c.case,
-            c.direction,
-            *(f"{x * 1e3:.3f}" for x in c.seconds),
-            f"{c.ratio:.3f}",
-            f"{c.interval[0]:.3f} to {c.interval[1]:.3f}",
-            c.verdict(tolerance),
+            *(c.case, c.direction, *(f"{x * 1e3:.3f}" for x in c.seconds), f"{c.ratio:.3f}"),
+            *("{:.3f} to {:.3f}".format(*c.interval), c.verdict(tolerance)),
         ]
         for c in found
     ]
