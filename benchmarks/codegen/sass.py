@@ -122,11 +122,7 @@ class Graph:
         best: dict[int, tuple[Trip, Trip]] = {}
         for block in (b for b in self.order if b in body):  # all but jumps back lead on
             own = tuple(self.blocks[block])
-            ways = [
-                best[b]
-                for b in best
-                if self.ways.has_edge(b, block) and not self.dominates(block, b)
-            ]
+            ways = [best[b] for b in best if self.ways.has_edge(b, block)]
             before = _extremes(ways) if ways and block != head else (Trip(()), Trip(()))
             shortest, longest = (Trip((*x.instructions, *own)) for x in before)
             best[block] = shortest, longest
