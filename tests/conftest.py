@@ -111,7 +111,7 @@ def pytest_report_header(config):
 
 
 def pytest_generate_tests(metafunc):
-    for name in ("backend", "backend_name", "through"):
+    for name in ("backend", "backend_name"):
         if name in metafunc.fixturenames:
             backends = metafunc.config.stash[MODE].backends
             metafunc.parametrize(name, backends, indirect=True)
@@ -245,19 +245,3 @@ def threads():
     before = torch.get_num_threads()
     yield torch.set_num_threads
     torch.set_num_threads(before)
-
-
-@pytest.fixture
-def calls(monkeypatch):
-    """The arguments of every call of the operation that a patched block makes."""
-    from patch_models import recorded_calls  # imports timm, which most tests do without
-
-    return recorded_calls(monkeypatch)
-
-
-@pytest.fixture
-def on_cpu_kernels(cpu_kernels, monkeypatch):
-    """`patch` for the compiled kernels; the test fails unless they were reached."""
-    from patch_models import patching_for_cpu_kernels
-
-    yield from patching_for_cpu_kernels(monkeypatch)

@@ -3,40 +3,38 @@
 from __future__ import annotations
 
 import copy
-import importlib
 import math
 from collections import defaultdict
 
+import numpy as np
 import pytest
 import torch
-from torch import nn
-
-pytest.importorskip("timm", reason="the patches are tested on timm's models")
-
+from own_models import stirred
 from patch_models import (
-    KINDS,
     assert_outcomes_no_worse,
     assert_same_output,
     assert_same_training,
     attend,
     blocks_of,
     double,
-    full_model,
     image,
+    kinds,
+    sizes,
     small_block,
     small_model,
     train_step,
+    train_steps,
 )
 from tiers import thorough
+from timm import create_model
 
 from swin_kernels import patch
+from swin_kernels.ops import layers
 from swin_kernels.testing import LEAST_INPUTS
-
-kinds = pytest.mark.parametrize("kind", KINDS)
 
 
 @pytest.mark.parametrize("name", ["cpu", "reference"])
-@pytest.mark.parametrize("size", [(56, 56), (60, 76)], ids=["unpadded", "padded"])
+@sizes
 @kinds
 def test_small_model_trains_as_stock(kind, size, name, calls):
     model = small_model(kind, size)
@@ -64,7 +62,8 @@ def test_small_model_trains_as_stock(kind, size, name, calls):
     "name", ["swin_tiny_patch4_window7_224", "swinv2_tiny_window8_256", "swinv2_cr_tiny_ns_224"]
 )
 def test_full_model_trains_as_stock(name, size, calls, on_cpu_kernels):
-    model = full_model(name, img_size=size)
+    torch.manual_seed(0)
+    model = stirred(create_model(name, img_size=size)).eval()
     images = [image(*size, batch=1, seed=seed) for seed in range(3)]
     assert_same_training(model, on_cpu_kernels, images)
     assert len(calls) == 3 * 12
@@ -83,28 +82,30 @@ def test_strict_img_size_false_takes_any_size(kind, calls, on_cpu_kernels):
 
 
 @pytest.mark.parametrize(
-    "dim, heads, head_dim", [(16, 2, None), (24, 3, 16), (20, 2, 10), (48, 1, 48)]
+    "kind, options",
+    [
+        ("v1", {"dim": 24, "heads": 3, "head_dim": 16}),
+        ("v1", {"dim": 20, "heads": 2, "head_dim": 10}),
+        ("v1", {"dim": 48, "heads": 1, "head_dim": 48}),
+        ("v1", {"qkv_bias": False}),
+        ("v2", {"qkv_bias": False}),
+    ],
+    ids=str,
 )
-def test_head_dim_of_its_own(dim, heads, head_dim, on_cpu_kernels):
-    block = small_block("v1", (12, 17), dim=dim, heads=heads, head_dim=head_dim)
-    assert_same_training(block, on_cpu_kernels, [torch.randn(2, 12, 17, dim) for _ in range(4)])
+def test_head_dim_of_its_own_and_no_bias(kind, options, on_cpu_kernels):
+    block = small_block(kind, (12, 17), **options)
+    images = [torch.randn(2, 12, 17, block.dim) for _ in range(4)]
+    assert_same_training(block, on_cpu_kernels, images)
 
 
-@pytest.mark.parametrize("shift", [0, (2, 4), (0, 4), (2, 0)], ids=str)
+@pytest.mark.parametrize("shift", [(0, 0), (2, 4), (0, 4), (2, 0)], ids=str)
 @kinds
 def test_window_that_is_not_square(kind, shift, calls, on_cpu_kernels):
-    shift = shift if isinstance(shift, tuple) else (shift, shift)
     block = small_block(kind, (13, 22), window=(5, 8), shift=shift)
     block.shift_size = shift  # timm's Cr takes half the window whatever is asked
     block._init_buffers()
     assert_same_training(block, on_cpu_kernels, [torch.randn(2, 13, 22, 16) for _ in range(4)])
     assert {(c["window"], c["shift"]) for c in calls} == {((5, 8), shift)}
-
-
-@pytest.mark.parametrize("kind", ["v1", "v2"])
-def test_without_qkv_bias(kind, on_cpu_kernels):
-    block = small_block(kind, (10, 12), qkv_bias=False)
-    assert_same_training(block, on_cpu_kernels, [torch.randn(2, 10, 12, 16) for _ in range(4)])
 
 
 @pytest.mark.parametrize("kind", ["v2", "cr"])
@@ -119,9 +120,10 @@ def test_logit_scale_is_clamped(kind, on_cpu_kernels):
     assert at_clamp.tolist() == [False, False, True, True]
 
 
-def test_scale_of_the_module_counts(on_cpu_kernels):
+@pytest.mark.parametrize("scale", [0.7, np.float32(0.7)], ids=["float", "NumPy"])
+def test_scale_of_the_module_counts(scale, on_cpu_kernels):
     block = small_block("v1", (10, 12))
-    block.attn.scale = 0.7
+    block.attn.scale = scale
     assert_same_output(block, torch.randn(4, 10, 12, 16), on_cpu_kernels)
 
 
@@ -149,25 +151,22 @@ def test_rolls_before_it_pads(kind, on_cpu_kernels):
 
 
 @pytest.mark.parametrize("kind", ["v1", "cr"])
-def test_padded_keys_and_values_reach_the_qkv_bias(kind, calls, on_cpu_kernels):
+def test_padded_keys_and_values_reach_the_qkv_bias(kind, calls, on_cpu_kernels, monkeypatch):
     model = small_block(kind, (12, 17))
-    x = torch.randn(2, 12, 17, 16)
-    others = [torch.randn(2, 12, 17, 16) for _ in range(3)]
-    trained, *_ = assert_same_training(model, on_cpu_kernels, [x, *others])
+    images = [torch.randn(2, 12, 17, 16) for _ in range(4)]
+    trained, *_ = assert_same_training(model, on_cpu_kernels, images)
     assert calls[0]["pad_key"].shape == (2, 8)
     assert calls[0]["pad_key"].requires_grad
     # without what comes through padding the k and v thirds would differ
     with_padding = trained.grads["attn.qkv.bias"]
-    module = importlib.import_module("swin_kernels.ops.layers")
-    op = module.shifted_window_attention_qkvpacked
-    with pytest.MonkeyPatch.context() as patching:
+    op = layers.shifted_window_attention_qkvpacked
 
-        def detached(qkv, window, shift, pad_key, pad_value, **options):
-            pads = {"pad_key": pad_key.detach(), "pad_value": pad_value.detach()}
-            return op(qkv, window, shift, **pads, **options)
+    def detached(qkv, window, shift, pad_key, pad_value, **options):
+        pads = {"pad_key": pad_key.detach(), "pad_value": pad_value.detach()}
+        return op(qkv, window, shift, **pads, **options)
 
-        patching.setattr(module, "shifted_window_attention_qkvpacked", detached)
-        without = train_step(model, x).grads["attn.qkv.bias"]
+    monkeypatch.setattr(layers, "shifted_window_attention_qkvpacked", detached)
+    without = train_step(model, images[0]).grads["attn.qkv.bias"]
     query, key, value = ((with_padding - without).abs().view(3, -1).amax(1) > 1e-4).tolist()
     assert (query, key, value) == (False, True, True)
 
@@ -188,18 +187,18 @@ def test_shift_mask_is_a_finite_100(on_cpu_kernels):
     assert (actual - far).abs().max() > 0.1
 
 
+@pytest.mark.parametrize(
+    "always_partition, window, shift",
+    [(False, (5, 7), (0, 3)), (True, (7, 7), (3, 3))],
+    ids=["shrink", "always_partition"],
+)
 @kinds
-def test_map_smaller_than_its_window_shrinks_it_per_axis(kind, calls, on_cpu_kernels):
-    block = small_block(kind, (5, 14))
+def test_map_smaller_than_its_window_shrinks_it_per_axis(
+    kind, always_partition, window, shift, calls, on_cpu_kernels
+):
+    block = small_block(kind, (5, 14), always_partition=always_partition)
     assert_same_training(block, on_cpu_kernels, [torch.randn(2, 5, 14, 16) for _ in range(4)])
-    assert {(c["window"], c["shift"]) for c in calls} == {((5, 7), (0, 3))}
-
-
-@kinds
-def test_always_partition_keeps_window_and_shift(kind, calls, on_cpu_kernels):
-    block = small_block(kind, (5, 14), always_partition=True)
-    assert_same_training(block, on_cpu_kernels, [torch.randn(2, 5, 14, 16) for _ in range(4)])
-    assert {(c["window"], c["shift"]) for c in calls} == {((7, 7), (3, 3))}
+    assert {(c["window"], c["shift"]) for c in calls} == {(window, shift)}
 
 
 @pytest.mark.parametrize("always_partition", [None, True], ids=["shrink", "always_partition"])
@@ -214,12 +213,8 @@ def test_set_input_size_after_patch(kind, always_partition, calls, on_cpu_kernel
     for ours, theirs in zip(model.named_buffers(), stock.named_buffers(), strict=True):
         assert ours[0] == theirs[0]
         assert torch.equal(ours[1], theirs[1])
-    exact, images = double(stock), [image(*size, seed=seed) for seed in range(3)]
-    assert_outcomes_no_worse(
-        [train_step(model, x) for x in images],
-        [train_step(stock, x) for x in images],
-        [train_step(exact, x.double()) for x in images],
-    )
+    images = [image(*size, seed=seed) for seed in range(3)]
+    assert_outcomes_no_worse(*(train_steps(m, images) for m in (model, stock, double(stock))))
     assert {c["window"] for c in calls} == {(6, 9)}
     assert not any("mask" in c for c in calls)
 
@@ -235,81 +230,27 @@ def test_fp16_with_padding_stays_finite(kind, calls, on_cpu_kernels):
                 block.attn.qkv.bias.view(3, -1)[1].zero_()
     half, brain = copy.deepcopy(model).half(), copy.deepcopy(model).bfloat16()
     assert all(half(x.half()).isnan().any() for x in images)
-    exact, exact_half = double(brain), double(half)  # each dtype against fp64 of its own weights
-    stock = [
-        (train_step(brain, x.bfloat16()), train_step(exact, x.bfloat16().double())) for x in images
-    ]
-    best = [train_step(exact_half, x.half().double()) for x in images]
-    on_cpu_kernels(half)
-    ours = list(zip((train_step(half, x.half()) for x in images), best))
-    assert all(("pad_key" in c) for c in calls if c["size"] != (14, 14))
+    exact = double(half)
 
-    def errors(outcomes):
-        """The largest of each quantity, summed over the images."""
+    def errors(model, exact):
+        """The largest of each quantity, summed over the images; `exact` has the same weights."""
         found = defaultdict(float)
-        for actual, exact in outcomes:
-            assert actual.out.isfinite().all()
-            found["output"] += float((actual.out.double() - exact.out).abs().max())
-            for name, grad in actual.grads.items():
-                assert grad.isfinite().all(), name
-                found[name] += float((grad.double() - exact.grads[name]).abs().max())
+        for x in images:
+            rounded = x.to(next(model.parameters()).dtype)
+            ours, best = train_step(model, rounded), train_step(exact, rounded.double())
+            quantities = {"output": (ours.out, best.out)}
+            quantities |= {name: (grad, best.grads[name]) for name, grad in ours.grads.items()}
+            for name, (actual, true) in quantities.items():
+                assert actual.isfinite().all(), name
+                found[name] += float((actual.double() - true).abs().max())
         return found
 
-    bounds = errors(stock)
-    for name, error in errors(ours).items():
+    bounds = errors(brain, double(brain))
+    on_cpu_kernels(half)
+    for name, error in errors(half, exact).items():
         if not name.endswith(("qkv.bias", "meta_mlp.fc2.bias")):
             assert error <= bounds[name], name
-
-
-class LoraLinear(nn.Module):
-    """A frozen linear layer and a low-rank update beside it, as PEFT wraps one."""
-
-    def __init__(self, base: nn.Linear):
-        super().__init__()
-        self.base = base.requires_grad_(False)
-        self.down = nn.Parameter(0.3 * torch.randn(base.in_features, 2))
-        self.up = nn.Parameter(0.3 * torch.randn(2, base.out_features))
-
-    @property
-    def weight(self):
-        return self.base.weight
-
-    @property
-    def bias(self):
-        return self.base.bias
-
-    def forward(self, x):
-        # not linear in x: what it makes of a token of zeros is not its bias
-        return self.base(x) + torch.cos(x) @ self.down @ self.up
-
-
-def wrap(model: nn.Module, names=("qkv", "proj")) -> None:
-    torch.manual_seed(1)
-    for block in blocks_of(model):
-        for name in names:
-            setattr(block.attn, name, LoraLinear(getattr(block.attn, name)))
-
-
-@pytest.mark.parametrize("kind", ["v1", "cr"])
-def test_wrapped_layers_are_called(kind, on_cpu_kernels):
-    model = small_model(kind, (60, 76))
-    wrap(model)
-    trained = assert_same_training(model, on_cpu_kernels, [image(60, 76, seed=s) for s in range(3)])
-    assert sum(name.endswith(("down", "up")) for name in trained[0].grads) == 16
-
-
-def test_v2_calls_a_wrapped_qkv_where_stock_does(on_cpu_kernels):
-    """Stock V2 reads qkv.weight unless qkv_bias_separate: an adapter there has no effect."""
-    model = small_model("v2", (60, 76))
-    wrap(model)
-    twin = copy.deepcopy(model)
-    for block in blocks_of(twin):
-        block.attn.qkv_bias_separate = True
-    for m, called in ((model, False), (twin, True)):
-        trained, *_ = assert_same_training(
-            m, on_cpu_kernels, [image(60, 76, seed=s) for s in range(3)]
-        )
-        assert ("layers.0.blocks.0.attn.qkv.down" in trained.grads) == called
+    assert all(("pad_key" in c) for c in calls if c["size"] != (14, 14))
 
 
 def test_v2_report_notes_a_qkv_that_stock_does_not_call():

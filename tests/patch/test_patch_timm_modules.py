@@ -6,31 +6,23 @@ import copy
 import math
 import pickle
 
-import numpy as np
 import pytest
 import torch
-from torch import Tensor, nn
-
-pytest.importorskip("timm", reason="the patches are tested on timm's models")
-
 from patch_models import (
     BLOCKS,
-    KINDS,
-    attend,
     blocks_of,
     fused_blocks,
     image,
+    kinds,
     patched_copy,
+    sizes,
     small_block,
     small_model,
     train_step,
 )
-from torch.ao.quantization.observer import MovingAverageMinMaxObserver
+from torch import Tensor, nn
 
 from swin_kernels import unpatch
-
-kinds = pytest.mark.parametrize("kind", KINDS)
-sizes = pytest.mark.parametrize("size", [(56, 56), (60, 76)], ids=["unpadded", "padded"])
 
 
 def separate(model: nn.Module) -> nn.Module:
@@ -68,7 +60,6 @@ def test_adapter_that_counts_channels_trains_as_with_stock(kind, size):
     ours = patched_copy(stock)
     expected, actual = train_step(stock, image(*size)), train_step(ours, image(*size))
     torch.testing.assert_close(actual.out, expected.out, rtol=1e-4, atol=1e-5)
-    assert actual.grads.keys() == expected.grads.keys()
     torch.testing.assert_close(actual.grads, expected.grads, rtol=1e-3, atol=1e-4)
 
 
@@ -102,33 +93,23 @@ def test_hooks_on_linear_layers_see_the_tokens_that_stock_shows(kind, size):
         torch.testing.assert_close(actual[name][1], moment, rtol=1e-3, atol=1e-4)
 
 
-@sizes
-def test_moving_averages_of_observers_are_those_of_stock(size):
-    def ranges(model):
-        observers = {}
-        for name, module in model.named_modules():
-            if name.endswith(("attn.qkv", "attn.proj")):
-                observer = observers[name] = MovingAverageMinMaxObserver(averaging_constant=0.1)
-                module.register_forward_hook(lambda m, x, out, see=observer: see(out.detach()))
-        with torch.no_grad():
-            for seed in range(5):
-                model(image(*size, seed=seed))
-        return {n: torch.stack((o.min_val, o.max_val)) for n, o in observers.items()}
-
-    stock = small_model("v1", size)
-    ours = patched_copy(stock)
-    torch.testing.assert_close(ranges(ours), ranges(stock), rtol=1e-4, atol=1e-4)
-
-
 @kinds
+@pytest.mark.parametrize("separate_bias", [True, False], ids=["", "bias of qkv together"])
 @pytest.mark.parametrize("wrapped", ["qkv", "proj", "proj_drop"])
-def test_wrapped_layer_is_called_once_on_the_tokens_of_stock(kind, wrapped):
-    """One that is not linear, so that each token of padding counts, and only in its own window."""
+def test_wrapped_layer_is_called_on_the_tokens_of_stock(kind, separate_bias, wrapped):
+    """One that is not linear, so that each token of padding counts, and only in its own window.
+
+    Stock V2 reads weights of qkv that an adapter passes on, unless their bias is added apart.
+    """
 
     class Wrapped(nn.Module):
         def __init__(self, layer):
             super().__init__()
             self.layer, self.tokens = layer, []
+
+        @property
+        def weight(self):
+            return self.layer.weight
 
         def forward(self, x):
             self.tokens.append(x.shape[0] * x.shape[1])
@@ -136,13 +117,12 @@ def test_wrapped_layer_is_called_once_on_the_tokens_of_stock(kind, wrapped):
 
     block = small_block(kind, (12, 17)).double()
     x = torch.randn(2, 12, 17, 16, dtype=torch.float64)
-    block.attn.qkv_bias_separate = True
+    block.attn.qkv_bias_separate = separate_bias
     setattr(block.attn, wrapped, Wrapped(getattr(block.attn, wrapped)))
     ours = patched_copy(block)
     expected, actual = train_step(block, x), train_step(ours, x)
     assert getattr(ours.attn, wrapped).tokens == getattr(block.attn, wrapped).tokens
-    torch.testing.assert_close(actual.out, expected.out, rtol=1e-9, atol=1e-9)
-    torch.testing.assert_close(actual.grads, expected.grads, rtol=1e-9, atol=1e-9)
+    torch.testing.assert_close(actual, expected, rtol=1e-9, atol=1e-9)
 
 
 def test_loss_on_hooked_outputs_has_the_gradients_of_stock():
@@ -197,10 +177,3 @@ def test_patched_class_keeps_its_name_and_pickles(kind):
         assert [type(b) for b in fused_blocks(twin)] == [type(b) for b in fused_blocks(model)]
     unpatch(model)
     assert "swin_kernels" not in repr(model)
-
-
-def test_scale_of_numpy_is_a_number():
-    block, x = small_block("v1", (14, 14)), torch.randn(2, 14, 14, 16)
-    block.attn.scale = np.float32(0.3)
-    ours = patched_copy(block, strict=True)
-    torch.testing.assert_close(attend(ours, x), attend(block, x), rtol=1e-4, atol=1e-5)

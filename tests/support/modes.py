@@ -16,7 +16,7 @@ import torch
 from swin_kernels.backends.triton.backend import INTERPRETED
 from swin_kernels.testing import DTYPE_NAMES, Case
 
-BACKEND_FIXTURES = {"backend", "backend_name", "fused", "through"}
+BACKEND_FIXTURES = {"backend", "backend_name", "fused"}
 
 
 @dataclass(frozen=True)

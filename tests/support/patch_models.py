@@ -3,21 +3,24 @@
 from __future__ import annotations
 
 import copy
-import importlib
 import math
 import re
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
-import timm
+import pytest
 import torch
+from own_models import stirred
+from torch import Tensor, nn
+
+pytest.importorskip("timm", reason="the patches are tested on timm's models")
+
+from timm.layers import to_2tuple
 from timm.models.swin_transformer import SwinTransformer, SwinTransformerBlock
 from timm.models.swin_transformer_v2 import SwinTransformerV2, SwinTransformerV2Block
 from timm.models.swin_transformer_v2_cr import SwinTransformerV2Cr, SwinTransformerV2CrBlock
-from torch import Tensor, nn
 
-from swin_kernels.ops.dispatch import BACKENDS
 from swin_kernels.patch.core import Fused, patch
 from swin_kernels.testing import FEW, LEAST_INPUTS
 
@@ -31,32 +34,13 @@ SMALL = {
 MODELS = {"v1": SwinTransformer, "v2": SwinTransformerV2, "cr": SwinTransformerV2Cr}
 KINDS = tuple(MODELS)
 BLOCKS = {"v1": SwinTransformerBlock, "v2": SwinTransformerV2Block, "cr": SwinTransformerV2CrBlock}
-METHODS = {"v1": "_attn", "v2": "_attn", "cr": "_shifted_window_attn"}
-
-
-def stirred(model: nn.Module, seed: int = 0) -> nn.Module:
-    """Every parameter moved away from its start, where biases and the norms of Cr are 0."""
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            noise = torch.randn(parameter.shape, generator=generator)
-            if parameter.ndim == 1 and "norm" in name and name.endswith("weight"):
-                parameter.copy_(1 + 0.1 * noise)
-            elif name.endswith("logit_scale"):
-                parameter.add_(0.5 * noise)
-            else:
-                parameter.add_(0.05 * noise)
-    return model
+kinds = pytest.mark.parametrize("kind", KINDS)
+sizes = pytest.mark.parametrize("size", [(56, 56), (60, 76)], ids=["unpadded", "padded"])
 
 
 def small_model(kind: str, img_size: int | tuple[int, int] = 56, **options) -> nn.Module:
     torch.manual_seed(0)
     return stirred(MODELS[kind](img_size=img_size, **(SMALL | options))).eval()
-
-
-def full_model(name: str, **options) -> nn.Module:
-    torch.manual_seed(0)
-    return stirred(timm.create_model(name, pretrained=False, **options)).eval()
 
 
 def small_block(
@@ -65,8 +49,7 @@ def small_block(
     """One block; `size` is the resolution it is made for."""
     torch.manual_seed(0)
     if kind == "cr":
-        window, shift = ((v, v) if isinstance(v, int) else v for v in (window, shift))
-        block = BLOCKS[kind](dim, heads, size, window, shift, **options)
+        block = BLOCKS[kind](dim, heads, size, to_2tuple(window), to_2tuple(shift), **options)
     else:
         block = BLOCKS[kind](dim, size, heads, window_size=window, shift_size=shift, **options)
     return stirred(block).eval()
@@ -74,8 +57,7 @@ def small_block(
 
 def attend(block: nn.Module, x: Tensor) -> Tensor:
     """The method that patch replaces."""
-    kind = next(kind for kind, cls in BLOCKS.items() if isinstance(block, cls))
-    return getattr(block, METHODS[kind])(x)
+    return block._shifted_window_attn(x) if isinstance(block, BLOCKS["cr"]) else block._attn(x)
 
 
 def blocks_of(model: nn.Module) -> list[nn.Module]:
@@ -96,16 +78,29 @@ class Outcome(NamedTuple):
 
 
 def train_step(model: nn.Module, x: Tensor, seed: int = 0) -> Outcome:
-    """Output, and the gradient of the input and of every parameter that has one."""
+    """Output, and the gradient of the input and of every parameter that has one.
+
+    The names of a compiled model are those of the model.
+    """
     model.zero_grad(set_to_none=True)
     x = x.clone().requires_grad_()
     torch.manual_seed(seed)
     out = model(x)
     grad = torch.randn(out.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float32)
     out.backward(grad.to(out.dtype))
-    grads = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+    grads = {
+        name.removeprefix("_orig_mod."): parameter.grad.clone()
+        for name, parameter in model.named_parameters()
+        if parameter.grad is not None
+    }
     assert x.grad is not None
     return Outcome(out.detach(), grads | {"input": x.grad})
+
+
+def train_steps(model: nn.Module, images: Sequence[Tensor], seed: int = 0) -> list[Outcome]:
+    """`train_step` of each image, in the dtype of the model."""
+    dtype = next(model.parameters()).dtype
+    return [train_step(model, x.to(dtype), seed) for x in images]
 
 
 def double(model: nn.Module) -> nn.Module:
@@ -185,58 +180,17 @@ def assert_outcomes_no_worse(
 
 
 def assert_same_training(
-    model: nn.Module,
-    patch_all: Callable,
-    images: Sequence[Tensor],
-    seed: int = 0,
+    model: nn.Module, patch_all: Callable, images: Sequence[Tensor], seed: int = 0
 ) -> list[Outcome]:
     """Stock fp64, stock fp32, then patched fp32: the error rule between them.
 
     Returns what the patched model gave.
     """
-
-    def outcomes(model: nn.Module, dtype: torch.dtype) -> list[Outcome]:
-        return [train_step(model, x.to(dtype), seed) for x in images]
-
-    own = images[0].dtype
-    exact, eager = outcomes(double(model), torch.float64), outcomes(model, own)
+    exact, eager = train_steps(double(model), images, seed), train_steps(model, images, seed)
     patch_all(model)
-    actual = outcomes(model, own)
+    actual = train_steps(model, images, seed)
     assert_outcomes_no_worse(actual, eager, exact)
     return actual
-
-
-def recorded_calls(monkeypatch) -> list[dict[str, Any]]:
-    """A list that gets the arguments of every call that a fused block makes of the operation."""
-    module = importlib.import_module("swin_kernels.ops.layers")
-    op, recorded = module.shifted_window_attention_qkvpacked, []
-
-    def recording(qkv, window, shift, **options):
-        recorded.append({"size": tuple(qkv.shape[1:3]), "window": window, "shift": shift} | options)
-        return op(qkv, window, shift, **options)
-
-    monkeypatch.setattr(module, "shifted_window_attention_qkvpacked", recording)
-    return recorded
-
-
-def patching_for_cpu_kernels(monkeypatch) -> Iterator[Callable]:
-    """`patch` for the C++ backend, which never falls back; at the end calls must have arrived."""
-    arrived = []
-    forward = BACKENDS["cpu"].forward
-
-    def counted(*args):
-        arrived.append(1)
-        return forward(*args)
-
-    monkeypatch.setattr(BACKENDS["cpu"], "forward", counted)
-
-    def patch_all(model):
-        report = patch(model, backend="cpu")
-        assert report.left == {}
-        assert report.replaced
-
-    yield patch_all
-    assert arrived, "no call reached the C++ kernels"
 
 
 def assert_same_output(block: nn.Module, x: Tensor, patch_all: Callable) -> Tensor:

@@ -1,0 +1,37 @@
+"""What a test of the patches may ask for: calls recorded, and a patch that is proven to run."""
+
+from __future__ import annotations
+
+import pytest
+
+from swin_kernels.ops import layers
+from swin_kernels.ops.dispatch import BACKENDS
+from swin_kernels.patch.core import patch
+
+
+@pytest.fixture
+def calls(monkeypatch):
+    """The arguments of every call of the operation that a patched block makes."""
+    op, recorded = layers.shifted_window_attention_qkvpacked, []
+
+    def recording(qkv, window, shift, **options):
+        recorded.append({"size": tuple(qkv.shape[1:3]), "window": window, "shift": shift} | options)
+        return op(qkv, window, shift, **options)
+
+    monkeypatch.setattr(layers, "shifted_window_attention_qkvpacked", recording)
+    return recorded
+
+
+@pytest.fixture
+def on_cpu_kernels(cpu_kernels, monkeypatch):
+    """`patch` for the C++ backend, which never falls back; fails unless calls arrived there."""
+    arrived, forward = [], BACKENDS["cpu"].forward
+    monkeypatch.setattr(BACKENDS["cpu"], "forward", lambda *a: arrived.append(1) or forward(*a))
+
+    def patch_all(model):
+        report = patch(model, backend="cpu")
+        assert report.left == {}
+        assert report.replaced
+
+    yield patch_all
+    assert arrived, "no call reached the C++ kernels"
