@@ -6,18 +6,12 @@ import copy
 import functools
 import io
 import pickle
-import subprocess
-import sys
-import types
 
 import pytest
 import torch
-from torch import nn
-
-pytest.importorskip("timm", reason="the patches are tested on timm's models")
-
 from patch_models import blocks_of, fused_blocks, image, small_block, small_model
 from timm.models.swin_transformer import SwinTransformerBlock, WindowAttention
+from torch import nn
 
 import swin_kernels
 from swin_kernels import explain, patch, patched, unpatch
@@ -32,15 +26,6 @@ NAMES = tuple(f"layers.{layer}.blocks.{block}" for layer in (0, 1) for block in 
 @pytest.fixture
 def model():
     return small_model("v1")
-
-
-def test_import_of_the_package_imports_no_model_library():
-    code = (
-        "import sys, swin_kernels; "
-        "print([m for m in ('timm', 'torchvision', 'transformers', 'triton') if m in sys.modules])"
-    )
-    ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert ran.stdout.strip() == "[]"
 
 
 class TestReport:
@@ -70,14 +55,14 @@ class TestReport:
 
 
 class TestBadInput:
-    @pytest.mark.parametrize("function", [patch, unpatch], ids=["patch", "unpatch"])
+    @pytest.mark.parametrize(
+        "function",
+        [patch, unpatch, lambda model: patched(model).__enter__()],
+        ids=["patch", "unpatch", "patched"],
+    )
     def test_non_module_raises(self, function):
         with pytest.raises(ValueError, match=r"expected a torch\.nn\.Module, got str"):
             function("swin_tiny")
-
-    def test_patched_of_a_non_module_raises(self):
-        with pytest.raises(ValueError, match=r"expected a torch\.nn\.Module"), patched(None):
-            pass
 
     def test_nothing_found_says_what_is_looked_for_and_what_came(self):
         with pytest.raises(ValueError) as raised:
@@ -134,18 +119,26 @@ class TestUndoing:
         assert len(fused_blocks(model)) == 4
 
 
+def pickled(model: nn.Module) -> nn.Module:
+    return pickle.loads(pickle.dumps(model))
+
+
+def saved(model: nn.Module) -> nn.Module:
+    file = io.BytesIO()
+    torch.save(model, file)
+    file.seek(0)
+    return torch.load(file, weights_only=False)
+
+
 class TestIdentity:
     def test_state_dict_parameters_and_buffers_stay(self, model):
-        state, buffers = dict(model.state_dict()), dict(model.named_buffers())
-        parameters = dict(model.named_parameters())
-        patch(model)
-        for before, after in (
-            (state, dict(model.state_dict())),
-            (buffers, dict(model.named_buffers())),
-            (parameters, dict(model.named_parameters())),
-        ):
-            assert list(before) == list(after)
-            assert all(torch.equal(before[name], after[name]) for name in before)
+        def tensors():
+            listed = (model.state_dict().items(), model.named_buffers(), model.named_parameters())
+            return [[(name, tensor.data_ptr()) for name, tensor in each] for each in listed]
+
+        before = tensors()
+        patch(model, backend="reference")
+        assert tensors() == before
 
     def test_load_state_dict_goes_both_ways(self, model):
         stock = small_model("v1")
@@ -158,24 +151,14 @@ class TestIdentity:
         x = image(56, 56)
         torch.testing.assert_close(model(x), other(x), rtol=1e-5, atol=1e-6)
 
-    def test_isinstance_of_the_stock_class(self, model):
-        patch(model)
-        assert all(isinstance(block, SwinTransformerBlock) for block in blocks_of(model))
-        assert len(blocks_of(model)) == 4
-
-    def test_backend_is_kept_by_each_block_and_in_no_state_dict(self, model):
+    def test_backend_is_kept_by_each_block(self, model):
         other = small_model("v1")
         patch(model, backend="reference")
         patch(other)
         assert {b._swin_kernels.backend for b in fused_blocks(model)} == {"reference"}
         assert {b._swin_kernels.backend for b in fused_blocks(other)} == {None}
-        assert not any("swin_kernels" in key for key in model.state_dict())
 
-    @pytest.mark.parametrize(
-        "duplicate",
-        [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))],
-        ids=["deepcopy", "pickle"],
-    )
+    @pytest.mark.parametrize("duplicate", [copy.deepcopy, pickled, saved])
     def test_copies_stay_patched_with_their_backend(self, model, duplicate):
         x = image(56, 56)
         patch(model, backend="reference")
@@ -186,13 +169,6 @@ class TestIdentity:
         unpatch(twin)
         assert len(fused_blocks(model)) == 4
         assert fused_blocks(twin) == []
-
-    def test_torch_save_and_load(self, model):
-        x, file = image(56, 56), io.BytesIO()
-        patch(model)
-        torch.save(model, file)
-        file.seek(0)
-        assert torch.equal(torch.load(file, weights_only=False)(x), model(x))
 
     def test_hooks_on_the_block_and_its_layers_go_on_being_called(self, model):
         calls = []
@@ -250,12 +226,6 @@ class TestLeftAlone:
         with pytest.warns(UserWarning, match="cannot be read"):
             assert patch(model).replaced == ()
 
-    def test_method_replaced_on_the_instance_is_left(self, model):
-        block = blocks_of(model)[0]
-        block._attn = types.MethodType(lambda self, x: x, block)
-        with pytest.warns(UserWarning, match="_attn was replaced on the instance"):
-            assert list(patch(model).left) == [NAMES[0]]
-
     def test_unpickled_beside_another_release_is_a_stock_block(self, monkeypatch):
         block, x = small_block("v1", (14, 14)), torch.randn(1, 14, 14, 16)
         expected = block(x)
@@ -269,9 +239,6 @@ class TestLeftAlone:
 
 
 class TestFingerprint:
-    def test_of_the_installed_timm_is_known(self, model):
-        assert patch(model).replaced == NAMES
-
     def test_ignores_docstrings_comments_and_annotations(self):
         def bare(x, y=1):
             return x + y
