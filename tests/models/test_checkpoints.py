@@ -12,7 +12,7 @@ import torch
 
 timm = pytest.importorskip("timm", reason="what a resized embedding is compared with")
 
-from own_models import SMALL, VIT, swin_with
+from own_models import SMALL, VIT, assert_same_tensors, swin_with
 
 from swin_kernels.models import (
     SimMIM,
@@ -48,10 +48,8 @@ def test_coordinates_of_another_pretraining_window_are_asked_for():
     state = state_dict_for(trained, "authors")
     with pytest.raises(ValueError, match="trained on windows of 8: give pretrained_window_sizes"):
         load(SwinTransformerV2(img_size=128, window_size=16, **SMALL), state)
-    load(
-        SwinTransformerV2(img_size=128, window_size=16, pretrained_window_sizes=(8, 8), **SMALL),
-        state,
-    )
+    told = SMALL | {"pretrained_window_sizes": (8, 8)}
+    load(SwinTransformerV2(img_size=128, window_size=16, **told), state)
 
 
 @pytest.mark.parametrize(
@@ -82,7 +80,7 @@ def test_what_does_not_fit_is_named_and_nothing_is_changed(change, complaint):
     change(state)
     with pytest.raises(ValueError, match=complaint):
         load(model, state)
-    assert all(torch.equal(t, before[n]) for n, t in model.state_dict().items())
+    assert_same_tensors(model.state_dict(), before)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
@@ -128,7 +126,7 @@ def test_modules_of_the_users_are_neither_asked_for_nor_lost():
     assert state.keys() > state_dict_for(plain, "timm").keys()
     again = swin_with(before_attention=ChannelGate)
     assert load(again, state).missing == ()
-    assert all(torch.equal(t, again.state_dict()[n]) for n, t in gated.state_dict().items())
+    assert_same_tensors(again.state_dict(), gated.state_dict())
 
 
 def test_a_pretrained_encoder_goes_into_a_classifier_and_a_backbone():
@@ -162,7 +160,7 @@ def test_files_are_read(tmp_path):
     save_file(model.state_dict(), tmp_path / "plain.safetensors")
     for name in ("authors.pth", "plain.safetensors"):
         state = read(tmp_path / name)
-        assert all(torch.equal(t, state[n]) for n, t in model.state_dict().items())
+        assert_same_tensors(state, model.state_dict())
         load(swin_with(), str(tmp_path / name))
     (tmp_path / "text.pth").write_text("no checkpoint")
     (tmp_path / "text.safetensors").write_text("no checkpoint")

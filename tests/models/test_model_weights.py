@@ -8,7 +8,7 @@ import copy
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from swin_kernels.models import (
     SimMIM,
@@ -24,32 +24,12 @@ timm = pytest.importorskip("timm", reason="what models are compared with")
 torchvision = pytest.importorskip("torchvision", reason="what models are compared with")
 transformers = pytest.importorskip("transformers", reason="what models are compared with")
 
-from own_models import SMALL, VIT, swin_with
-from patch_models import Outcome, assert_outcomes_no_worse, stirred, train_step
+from own_models import SMALL, VIT, assert_same_tensors, stirred, swin_with
+from patch_models import Outcome, assert_outcomes_no_worse, train_steps
 from timm.models.deit import VisionTransformerDistilled
 from torchvision.models import swin_transformer as tv
 
 WINDOW = {SwinTransformer: 7, SwinTransformerV2: 8}
-
-
-class Logits(nn.Module):
-    """A model of transformers' that returns what others do; its names stay its own."""
-
-    def __init__(self, model: nn.Module) -> None:
-        super().__init__()
-        self.model = model
-
-    def forward(self, image: Tensor) -> Tensor:
-        return self.model(image).logits
-
-    def state_dict(self, *args, **kwargs):
-        return self.model.state_dict(*args, **kwargs)
-
-    def load_state_dict(self, state, *args, **kwargs):
-        return self.model.load_state_dict(state, *args, **kwargs)
-
-    def named_parameters(self, *args, **kwargs):
-        return self.model.named_parameters(*args, **kwargs)
 
 
 Size = int | tuple[int, int]
@@ -72,21 +52,12 @@ def timm_deit(size: Size) -> nn.Module:
 
 
 def timm_vit_with_pre_logits(size: Size) -> nn.Module:
-    """timm's own has had none since 0.9: its place is where the pooled token is normalised."""
+    """timm's own has had none since 0.9: its place is before the head."""
     model = timm_vit(size)
     model.pre_logits = nn.Sequential()
     model.pre_logits.fc = nn.Linear(32, 32)
-    model.fc_norm = Tanh([model.pre_logits])
+    model.head.register_forward_pre_hook(lambda _, args: model.pre_logits(*args).tanh())
     return model
-
-
-class Tanh(nn.Module):
-    def __init__(self, of: list[nn.Module]) -> None:  # a list: no second name for its parameters
-        super().__init__()
-        self.of = of
-
-    def forward(self, x: Tensor) -> Tensor:
-        return torch.tanh(self.of[0](x))
 
 
 def torchvision_swin(size: Size, **options) -> nn.Module:
@@ -122,14 +93,20 @@ def _config(cls: type, size: Size, window: int):
     )
 
 
+def logits_of(model: nn.Module) -> nn.Module:
+    """The model of transformers', returning what others do."""
+    model.register_forward_hook(lambda _, args, out: out.logits)
+    return model
+
+
 def transformers_swin(size: Size) -> nn.Module:
     config = _config(transformers.SwinConfig, size, 7)
-    return Logits(transformers.SwinForImageClassification(config))
+    return logits_of(transformers.SwinForImageClassification(config))
 
 
 def transformers_swinv2(size: Size) -> nn.Module:
     config = _config(transformers.Swinv2Config, size, 8)
-    return Logits(transformers.Swinv2ForImageClassification(config))
+    return logits_of(transformers.Swinv2ForImageClassification(config))
 
 
 # whose, ours, the names that its state dict has
@@ -192,47 +169,35 @@ def test_logits_and_gradients_are_theirs(make, of, cpu_kernels):
     loaded = load(ours, theirs.state_dict())
     assert (loaded.layout, loaded.resized, loaded.missing) == (MODELS[make][1], (), ())
     images = [torch.randn(2, 3, *size) for _ in range(3)]
-    found = [train_step(ours, x) for x in images]
-    eager = [renamed(ours, train_step(theirs, x)) for x in images]
-    theirs.double()
-    exact = [renamed(ours, train_step(theirs, x.double())) for x in images]
+    found = train_steps(ours, images)
+    eager, exact = (
+        [renamed(ours, outcome) for outcome in train_steps(theirs.to(dtype), images)]
+        for dtype in (torch.float32, torch.float64)
+    )
     assert_outcomes_no_worse(found, eager, exact)
 
 
+@pytest.mark.parametrize("prefix", ["", "module."], ids=["bare", "wrapped"])
 @over_models
-def test_what_came_in_goes_out_bit_for_bit(make):
+def test_what_came_in_goes_out_bit_for_bit(make, prefix):
     theirs, ours, _ = made(make)
     before = theirs.state_dict()
-    load(ours, before)
+    assert load(ours, {prefix + name: t for name, t in before.items()}).unexpected == ()
     after = state_dict_for(ours, MODELS[make][1])
-    assert after.keys() == before.keys()
-    for name, tensor in before.items():
-        assert torch.equal(after[name], tensor), name
+    assert_same_tensors(after, before)
     theirs.load_state_dict(after)
-
-
-@over_models
-def test_wrapped_models_are_found(make):
-    theirs, ours, _ = made(make)
-    state = {f"module.{name}": t for name, t in theirs.state_dict().items()}
-    assert load(ours, state).unexpected == ()
-    found = state_dict_for(ours, MODELS[make][1])
-    assert all(torch.equal(found[n], t) for n, t in theirs.state_dict().items())
 
 
 @pytest.mark.parametrize("cls", [SwinTransformer, SwinTransformerV2])
 def test_the_authors_names_and_buffers(cls):
     ours = cls(img_size=64, window_size=8, **SMALL)
     state = state_dict_for(ours, "authors")
-    theirs = timm_swin(56) if cls is SwinTransformer else timm_swinv2(64)
-    if cls is SwinTransformerV2:  # of the same window, and so of the same buffers
-        blocks = [(n, m) for n, m in theirs.named_modules() if hasattr(m, "attn_mask")]
+    if cls is SwinTransformerV2:  # timm's has the same window, and so the same buffers
+        blocks = [(n, m) for n, m in timm_swinv2(64).named_modules() if hasattr(m, "attn_mask")]
         for name, block in blocks:
-            key = f"{name}.attn_mask"
-            assert (block.attn_mask is None) == (key not in state)
-            if key in state:
-                assert torch.equal(block.attn_mask, state[key])
-            attn = block.attn
+            mask, attn = state.get(f"{name}.attn_mask"), block.attn
+            assert (block.attn_mask is None) == (mask is None)
+            assert mask is None or torch.equal(block.attn_mask, mask)
             index = state[f"{name}.attn.relative_position_index"]
             assert torch.equal(attn.relative_position_index, index)
             coordinates = state[f"{name}.attn.relative_coords_table"]
@@ -240,7 +205,7 @@ def test_the_authors_names_and_buffers(cls):
     again = cls(img_size=64, window_size=8, **SMALL)
     loaded = load(again, {"model." + n: t for n, t in state.items()})
     assert loaded.layout == "authors"
-    assert all(torch.equal(t, again.state_dict()[n]) for n, t in ours.state_dict().items())
+    assert_same_tensors(again.state_dict(), ours.state_dict())
 
 
 @pytest.mark.parametrize(
@@ -267,34 +232,25 @@ def test_backbones_of_timm_go_both_ways(cls, name):
             torch.testing.assert_close(
                 mine.permute(0, 2, 3, 1), map_of_theirs, rtol=1e-4, atol=1e-4
             )
-    again = state_dict_for(ours, "timm-features")
-    assert again.keys() == theirs.state_dict().keys()
-    assert all(torch.equal(x, again[key]) for key, x in theirs.state_dict().items())
+    assert_same_tensors(state_dict_for(ours, "timm-features"), theirs.state_dict())
 
 
-def test_transformers_names_before_version_5():
+def test_transformers_names_before_version_5(tmp_path):
+    """transformers renames them itself when it loads a file."""
     ours = swin_with()
     state = state_dict_for(ours, "transformers-old")
     assert "swin.encoder.layers.0.blocks.1.attention.self.query.weight" in state
     assert "swin.encoder.layers.0.blocks.1.intermediate.dense.bias" in state
-    # transformers renames them itself when it loads a file
-    theirs = transformers_swin(56)
-    assert len(state) == len(theirs.state_dict())
-    again = swin_with(embed_dim=16)
+    again = SwinTransformer(img_size=56, **SMALL)
     assert load(again, state).layout == "transformers-old"
-    assert all(torch.equal(t, again.state_dict()[n]) for n, t in ours.state_dict().items())
-
-
-def test_transformers_loads_the_old_names_that_we_write(tmp_path):
-    ours = swin_with()
-    config = _config(transformers.SwinConfig, 56, 7)
-    model = transformers.SwinForImageClassification(config)
+    assert_same_tensors(again.state_dict(), ours.state_dict())
+    model = transformers.SwinForImageClassification(_config(transformers.SwinConfig, 56, 7))
+    assert len(state) == len(model.state_dict())
     model.save_pretrained(tmp_path)
     (tmp_path / "model.safetensors").unlink()
-    torch.save(state_dict_for(ours, "transformers-old"), tmp_path / "pytorch_model.bin")
+    torch.save(state, tmp_path / "pytorch_model.bin")
     theirs = transformers.SwinForImageClassification.from_pretrained(tmp_path)
-    for name, tensor in state_dict_for(ours, "transformers").items():
-        assert torch.equal(theirs.state_dict()[name], tensor), name
+    assert_same_tensors(theirs.state_dict(), state_dict_for(ours, "transformers"))
 
 
 @pytest.mark.parametrize("make", [transformers_swin, transformers_swinv2])
@@ -305,7 +261,7 @@ def test_simmim_is_transformers(make, cpu_kernels):
         transformers_swinv2: transformers.Swinv2ForMaskedImageModeling,
     }[make]
     torch.manual_seed(1)
-    config = theirs.model.config
+    config = theirs.config
     config.image_size = size  # of one number, it asks here
     theirs = stirred(kind(config)).eval()
     cls = type(ours)
@@ -320,9 +276,7 @@ def test_simmim_is_transformers(make, cpu_kernels):
     out = theirs(image, bool_masked_pos=patches)
     torch.testing.assert_close(ours(image, mask), out.loss, rtol=1e-5, atol=0)  # it adds 1e-5
     torch.testing.assert_close(ours.reconstruct(image, mask), out.reconstruction)
-    layout = "transformers" if make is transformers_swin else "transformers-old"
-    back = state_dict_for(ours, layout)
-    assert all(torch.equal(back[n], t) for n, t in theirs.state_dict().items())
+    assert_same_tensors(state_dict_for(ours, MODELS[make][1]), theirs.state_dict())
 
 
 def test_a_backbone_of_transformers_is_ours():

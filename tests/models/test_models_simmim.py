@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from own_models import SMALL, VIT
 
 from swin_kernels.models import (
     SimMIM,
@@ -15,13 +16,11 @@ from swin_kernels.models import (
     random_masks,
 )
 
-SWIN = {"embed_dim": 16, "depths": (2, 2), "num_heads": (1, 2), "num_classes": 0}
+SWIN = SMALL | {"num_classes": 0}
 ENCODERS = {
     "v1": lambda: SwinTransformer(img_size=64, window_size=4, drop_path_rate=0.0, **SWIN),
     "v2": lambda: SwinTransformerV2(img_size=64, window_size=4, drop_path_rate=0.0, **SWIN),
-    "vit": lambda: VisionTransformer(
-        patch_size=8, embed_dim=32, depth=2, num_heads=2, img_size=64, num_classes=0
-    ),
+    "vit": lambda: VisionTransformer(img_size=64, **(VIT | {"num_classes": 0})),
 }
 over_encoders = pytest.mark.parametrize("kind", ENCODERS)
 

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import pytest
 import torch
+from own_models import VIT
 
 from swin_kernels.models import VisionTransformer, vit
-
-SMALL = {"patch_size": 8, "embed_dim": 32, "depth": 2, "num_heads": 2, "num_classes": 10}
 
 
 @pytest.mark.parametrize(
@@ -29,14 +28,14 @@ def test_parameters_are_as_many_as_published(name, millions):
 
 
 def test_any_image_has_logits_and_a_map(cpu_kernels):
-    model = VisionTransformer(img_size=32, **SMALL).eval()
+    model = VisionTransformer(img_size=32, **VIT).eval()
     image = torch.randn(2, 3, 45, 64)
     assert model(image).shape == (2, 10)
     assert model.forward_map(image).shape == (2, 6, 8, 32)
 
 
 def test_distilled_training_gives_a_pair_and_inference_their_mean(cpu_kernels):
-    model = VisionTransformer(img_size=32, distilled=True, representation_size=16, **SMALL)
+    model = VisionTransformer(img_size=32, distilled=True, representation_size=16, **VIT)
     model.distilled_training = True
     image = torch.randn(2, 3, 32, 32)
     first, second = model(image)
@@ -44,7 +43,7 @@ def test_distilled_training_gives_a_pair_and_inference_their_mean(cpu_kernels):
 
 
 def test_checkpointing_changes_no_gradient(cpu_kernels):
-    model = VisionTransformer(img_size=32, **SMALL)
+    model = VisionTransformer(img_size=32, **VIT)
     image = torch.randn(2, 3, 32, 32, requires_grad=True)
     (plain,) = torch.autograd.grad(model(image).square().sum(), image)
     model.set_checkpointing()
@@ -62,11 +61,11 @@ def test_checkpointing_changes_no_gradient(cpu_kernels):
 )
 def test_sizes_that_do_not_fit_are_errors(options, complaint):
     with pytest.raises(ValueError, match=complaint):
-        VisionTransformer(**(SMALL | {"img_size": 32} | options))
+        VisionTransformer(**(VIT | {"img_size": 32} | options))
 
 
 def test_bad_images_and_names_are_errors():
     with pytest.raises(ValueError, match=r"image: expected \(B, 3, height, width\)"):
-        VisionTransformer(img_size=32, **SMALL)(torch.randn(3, 32, 32))
+        VisionTransformer(img_size=32, **VIT)(torch.randn(3, 32, 32))
     with pytest.raises(ValueError, match="expected one of vit_base_patch16_224"):
         vit("vit_tiny")
