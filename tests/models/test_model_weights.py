@@ -63,14 +63,7 @@ def timm_vit_with_pre_logits(size: Size) -> nn.Module:
 def torchvision_swin(size: Size, **options) -> nn.Module:
     window = [8, 8] if options else [7, 7]
     return tv.SwinTransformer(
-        patch_size=[4, 4],
-        embed_dim=16,
-        depths=[2, 2],
-        num_heads=[1, 2],
-        window_size=window,
-        stochastic_depth_prob=0.0,
-        num_classes=10,
-        **options,
+        patch_size=[4, 4], window_size=window, stochastic_depth_prob=0.0, **SMALL, **options
     )
 
 
@@ -81,16 +74,9 @@ def torchvision_swinv2(size: Size) -> nn.Module:
 
 
 def _config(cls: type, size: Size, window: int):
-    return cls(
-        image_size=size,
-        embed_dim=16,
-        depths=[2, 2],
-        num_heads=[1, 2],
-        window_size=window,
-        num_labels=10,
-        drop_path_rate=0.0,
-        encoder_stride=8,
-    )
+    sizes = {"embed_dim": 16, "depths": [2, 2], "num_heads": [1, 2], "num_labels": 10}
+    others = {"drop_path_rate": 0.0, "encoder_stride": 8}
+    return cls(image_size=size, window_size=window, **sizes, **others)
 
 
 def logits_of(model: nn.Module) -> nn.Module:

@@ -183,12 +183,10 @@ def test_sizes_that_do_not_fit_are_errors(options, complaint):
         SwinTransformer(**options)
 
 
-@pytest.mark.parametrize(
-    "options", [{"pretrained_window_sizes": (8,)}, {"pretrained_window_sizes": (8, 8, -1, 8)}]
-)
-def test_pretrained_windows_are_one_a_stage(options):
+@pytest.mark.parametrize("windows", [(8,), (8, 8, -1, 8)], ids=str)
+def test_pretrained_windows_are_one_a_stage(windows):
     with pytest.raises(ValueError, match="pretrained_window_sizes: expected one for each of 4"):
-        SwinTransformerV2(**options)
+        SwinTransformerV2(pretrained_window_sizes=windows)
 
 
 @pytest.mark.parametrize(

@@ -42,7 +42,7 @@ def test_stale_static_mask_is_taken_as_stock_takes_it(kind, calls, on_cpu_kernel
 
 
 @kinds
-def test_static_mask_of_another_window_count_takes_the_stock_path(kind, calls):
+def test_static_mask_of_another_window_count_takes_the_stock_path(kind, calls, caplog):
     """Where the batch makes up for it stock runs, with the wrong masks; else it raises."""
     block = small_block(kind, (14, 28))
     x = torch.randn(2, 14, 14, 16)
@@ -50,6 +50,7 @@ def test_static_mask_of_another_window_count_takes_the_stock_path(kind, calls):
     patch(block)
     assert torch.equal(block(x), expected)
     assert calls == []
+    assert "runs stock: its attn_mask is for another number of windows" in caplog.text
     with pytest.raises(RuntimeError):
         block(x[:1])
 
