@@ -6,7 +6,6 @@ can be compiled without the GPU it is for, and is tested on tensors without data
 
 from __future__ import annotations
 
-import functools
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -16,13 +15,13 @@ import torch
 from torch import Tensor
 
 from swin_kernels.backends.triton.token_layout import TokenLayout, alignment
-from swin_kernels.geometry import Grid
 from swin_kernels.problem import NEEDS, Options
 
 STRIDED = ("query", "key", "value", "grad_out")  # kernels read these as they lie
 SMALLEST_BLOCK = 16  # of the matrix units
 REGISTERS = 65_536  # of a multiprocessor: CUDA programming guide, table of compute capabilities
 LARGEST_LOGIT = 1.1e38  # as in kernels/common.py
+_WHOLE: list[tuple[str, int | None]] = [("query", None), ("key", None), ("value", None)]
 
 
 def block_of(length: int) -> int:
@@ -60,146 +59,70 @@ class Gpu:
         return self.arch.startswith(("sm_9", "sm_10", "interpreter"))
 
 
-@dataclass(frozen=True, eq=False)
 class Call:
     """A forward or a backward: what its launches, and their configurations, depend on."""
 
-    facts: Mapping[str, TensorFacts]  # by the names of `Operands`, and of what a backward reads
-    options: Options
-    allow_tf32: bool = False
-    needs: int = 0  # of a backward: bits of swin_kernels.problem.NEEDS
+    def __init__(
+        self,
+        facts: Mapping[str, TensorFacts],
+        options: Options,
+        allow_tf32: bool = False,
+        needs: int = 0,
+    ) -> None:
+        """`facts` by the names of `Operands`, and of what a backward reads.
 
-    @functools.cached_property
-    def grid(self) -> Grid:
-        axes = slice(1, -3 if self.packed else -2)
-        return self.options.grid(self.facts["query"].shape[axes])
+        `needs`, of a backward, are bits of `swin_kernels.problem.NEEDS`.
+        """
+        query, biases = facts["query"], NEEDS["bias"] | NEEDS["bias_table"]
+        self.facts, self.options, self.needs = facts, options, needs
+        self.packed = "key" not in facts
+        self.dtype = query.dtype
+        self.fp32 = query.dtype == torch.float32
+        self.tf32 = self.fp32 and allow_tf32
+        self.batch = query.shape[0]
+        self.heads, self.head_dim = query.shape[-2:]
+        self.value_dim = facts["query" if self.packed else "value"].shape[-1]
+        self.largest_block = max(block_of(self.head_dim), block_of(self.value_dim))
+        # channels that no block of the matrix units divides: narrow loads, more offsets
+        self.unaligned_head_dim = self.head_dim % 16 != 0 or self.value_dim % 16 != 0
 
-    @property
-    def packed(self) -> bool:
-        return "key" not in self.facts
+        self.grid = options.grid(query.shape[1 : -3 if self.packed else -2])
+        self.tokens = self.grid.tokens  # of a window
+        self.windows = self.batch * self.grid.windows  # of the batch
+        # of what a tiled forward keeps: each row's largest logit, then the shares of its sum
+        self.stats_shape = self.windows, self.heads, 2 * self.tokens
 
-    @property
-    def batch(self) -> int:
-        return self.facts["query"].shape[0]
-
-    @property
-    def heads(self) -> int:
-        return self.facts["query"].shape[-2]
-
-    @property
-    def head_dim(self) -> int:
-        return self.facts["query"].shape[-1]
-
-    @property
-    def value_dim(self) -> int:
-        return self.facts["query" if self.packed else "value"].shape[-1]
-
-    @property
-    def largest_block(self) -> int:
-        return max(block_of(self.head_dim), block_of(self.value_dim))
-
-    @property
-    def dtype(self) -> torch.dtype:
-        return self.facts["query"].dtype
-
-    @property
-    def fp32(self) -> bool:
-        return self.dtype == torch.float32
-
-    @property
-    def tf32(self) -> bool:
-        return self.fp32 and self.allow_tf32
-
-    @property
-    def tokens(self) -> int:
-        """Of a window."""
-        return self.grid.tokens
-
-    @property
-    def windows(self) -> int:
-        """Of the batch."""
-        return self.batch * self.grid.windows
-
-    @functools.cached_property
-    def layouts(self) -> tuple[TokenLayout, TokenLayout, TokenLayout]:
-        """Of query, key and value."""
-        query = self.facts["query"]
-        if self.packed:
-            first, second, third = (
-                TokenLayout.of("query", query.shape, query.stride, part) for part in range(3)
-            )
-        else:
-            first, second, third = (
-                TokenLayout.of(name, self.facts[name].shape, self.facts[name].stride)
-                for name in ("query", "key", "value")
-            )
-        return first, second, third
-
-    @functools.cached_property
-    def not_vectorizable(self) -> bool:
-        """Whether channels are not loaded 16 bytes at a time."""
-        return alignment(self.layouts) % (16 // self.dtype.itemsize) != 0 or any(
-            x.strides[-1] != 1 or not self.facts[x.tensor].aligned for x in self.layouts
+        # query, key and value: a tensor, and which third of it
+        self.parts = [("query", i) for i in range(3)] if self.packed else _WHOLE
+        self.layouts = [
+            TokenLayout.of(name, facts[name].shape, facts[name].stride, part)
+            for name, part in self.parts
+        ]
+        # whether channels are not loaded 16 bytes at a time
+        self.not_vectorizable = alignment(self.layouts) % (16 // self.dtype.itemsize) != 0 or any(
+            x.strides[-1] != 1 or not facts[x.tensor].aligned for x in self.layouts
         )
 
-    @property
-    def unaligned_head_dim(self) -> bool:
-        """Channels that no block of the matrix units divides: narrow loads, more offsets."""
-        return self.head_dim % 16 != 0 or self.value_dim % 16 != 0
-
-    @property
-    def bias(self) -> str:
-        """none, dense, table or indexed."""
-        if "bias_table" in self.facts:
-            return "indexed" if "bias_index" in self.facts else "table"
-        return "dense" if "bias" in self.facts else "none"
-
-    @property
-    def sums_bias(self) -> bool:
-        """Whether a backward wants the gradient of the bias, or of its table."""
-        return self.bias != "none" and bool(self.needs & (NEEDS["bias"] | NEEDS["bias_table"]))
-
-    @property
-    def cosine(self) -> bool:
-        return "logit_scale" in self.facts
-
-    @property
-    def dropout(self) -> bool:
-        return self.options.dropout_p > 0
-
-    @property
-    def explicit_mask(self) -> bool:
-        return "mask" in self.facts
+        self.bias = "dense" if "bias" in facts else "none"
+        if "bias_table" in facts:
+            self.bias = "indexed" if "bias_index" in facts else "table"
+        # whether a backward wants the gradient of the bias, or of its table
+        self.sums_bias = self.bias != "none" and bool(needs & biases)
+        self.cosine = "logit_scale" in facts
+        self.dropout = options.dropout_p > 0
+        self.explicit_mask = "mask" in facts
+        self.fills_padding = self.fills("pad_key") or self.fills("pad_value")
+        self.adds = self.explicit_mask or self.fills_padding
+        # whether kernels keep logits in units of log2: see kernels/common.py
+        self.logits_in_log2 = not (self.fp32 or self.explicit_mask)
+        # of the shift mask; what is finite stays so in units of log2
+        self.mask_value = float(options.mask_value)
+        if self.logits_in_log2 and math.isfinite(self.mask_value):
+            self.mask_value = max(-LARGEST_LOGIT, min(self.mask_value, LARGEST_LOGIT))
 
     def fills(self, pad: str) -> bool:
         """Whether padding has keys or values that are not zeros."""
         return pad in self.facts and self.grid.needs_padding
-
-    @property
-    def fills_padding(self) -> bool:
-        return self.fills("pad_key") or self.fills("pad_value")
-
-    @property
-    def adds(self) -> bool:
-        return self.explicit_mask or self.fills_padding
-
-    @property
-    def logits_in_log2(self) -> bool:
-        """Whether kernels keep logits in units of log2: see kernels/common.py."""
-        return not (self.fp32 or self.explicit_mask)
-
-    @property
-    def mask_value(self) -> float:
-        """Of the shift mask; what is finite stays so in units of log2."""
-        value = float(self.options.mask_value)
-        if self.logits_in_log2 and math.isfinite(value):
-            return max(-LARGEST_LOGIT, min(value, LARGEST_LOGIT))
-        return value
-
-    @property
-    def stats_shape(self) -> tuple[int, int, int]:
-        """Of what a tiled forward keeps: each row's largest logit, then the shares of its sum."""
-        return self.windows, self.heads, 2 * self.tokens
 
 
 @dataclass(frozen=True)

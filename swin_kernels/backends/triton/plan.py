@@ -154,13 +154,11 @@ _PADS = ("pad_key", "pad_value")
 
 
 def _gradient_layouts(call: Call) -> tuple[list[TokenLayout], Buffers]:
-    names = ("query",) if call.packed else ("query", "key", "value")
-    buffers = {f"grad_{name}": (call.facts[name].shape, call.dtype) for name in names}
-    layouts = [
-        TokenLayout.of(name, shape, contiguous_stride(shape), part)
-        for name, (shape, _) in buffers.items()
-        for part in (range(3) if call.packed else (None,))
-    ]
+    buffers = {f"grad_{name}": (call.facts[name].shape, call.dtype) for name, _ in call.parts}
+    layouts = []
+    for name, part in call.parts:
+        shape = call.facts[name].shape
+        layouts.append(TokenLayout.of(f"grad_{name}", shape, contiguous_stride(shape), part))
     return layouts, buffers
 
 
