@@ -147,20 +147,15 @@ class Grid:
         batch, rest = x.shape[0], x.shape[1 + self.axes :]
         halves = itertools.chain.from_iterable(zip(self.counts, self.window))
         x = x.reshape(batch, *halves, *rest)
-        order = [0, *range(1, 2 * self.axes, 2), *range(2, 2 * self.axes + 1, 2)]
-        order += range(2 * self.axes + 1, x.ndim)
-        return x.permute(order).reshape(batch, self.windows, self.tokens, *rest)
+        x = x.movedim(tuple(range(1, 2 * self.axes, 2)), tuple(range(1, 1 + self.axes)))
+        return x.reshape(batch, self.windows, self.tokens, *rest)
 
     def merge(self, windows: torch.Tensor) -> torch.Tensor:
         """(B, nW, N, ...) -> (B, *padded, ...): the inverse of `split`."""
         batch, rest = windows.shape[0], windows.shape[3:]
         x = windows.reshape(batch, *self.counts, *self.window, *rest)
-        order = [
-            0,
-            *itertools.chain.from_iterable((1 + a, 1 + self.axes + a) for a in range(self.axes)),
-        ]
-        order += range(2 * self.axes + 1, x.ndim)
-        return x.permute(order).reshape(batch, *self.padded, *rest)
+        x = x.movedim(tuple(range(1, 1 + self.axes)), tuple(range(1, 2 * self.axes, 2)))
+        return x.reshape(batch, *self.padded, *rest)
 
     def shift_mask(
         self,

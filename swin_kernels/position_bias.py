@@ -48,15 +48,9 @@ def log_coordinates(
     fine-tuned at another window sees the coordinates it was trained on.
     """
     axes = []
-    for axis, w in enumerate(window):
-        trained = (
-            pretrained_window[axis]
-            if pretrained_window is not None and pretrained_window[axis]
-            else w
-        )
-        axes.append(
-            torch.arange(-(w - 1), w, dtype=torch.float32, device=device) / max(trained - 1, 1) * 8
-        )
+    for w, trained in zip(window, pretrained_window or window):
+        steps = torch.arange(-(w - 1), w, dtype=torch.float32, device=device)
+        axes.append(steps / max((trained or w) - 1, 1) * 8)
     grid = torch.stack(torch.meshgrid(*axes, indexing="ij"), dim=-1)
     return torch.sign(grid) * torch.log2(grid.abs() + 1.0) / math.log2(8)
 

@@ -7,9 +7,10 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
+from swin_kernels.backends.reference.windows import crop, pad_ends, roll
+from swin_kernels.geometry import Grid
 from swin_kernels.ops.attention import (
     shifted_window_attention,
     shifted_window_attention_qkvpacked,
@@ -103,31 +104,21 @@ def attention_of_qkv(
     return operation(window_size, shift_size, scale=scale, **options)
 
 
-class _PaddedMap:
-    """A map with the padding in it, where the operation would put it: it need not pad this one."""
+def _put_in_padding(x: Tensor, grid: Grid) -> Tensor:
+    """(B, height, width, C) -> (B, *padded, C), padded where the operation would do it.
 
-    def __init__(
-        self, x: Tensor, window: Sequence[int], shift: Sequence[int], pad_order: str
-    ) -> None:
-        self.size = x.shape[1], x.shape[2]
-        self.missing = [-size % w for size, w in zip(self.size, window)]
-        # padded after the roll: rolled back, it is a map that is cut into the very same windows
-        self.shift = tuple(shift) if pad_order == "roll-pad" and any(shift) else None
+    Padded after the roll and rolled back, it is a map that is cut into the very same windows.
+    """
+    if grid.pad_order == "pad-roll":
+        return pad_ends(x, grid)
+    return roll(pad_ends(roll(x, grid, -1), grid), grid, 1)
 
-    def _roll(self, x: Tensor, sign: int) -> Tensor:
-        if self.shift is None:
-            return x
-        return torch.roll(x, (sign * self.shift[0], sign * self.shift[1]), (1, 2))
 
-    def put_in(self, x: Tensor) -> Tensor:
-        """(B, height, width, C) -> (B, *padded, C)"""
-        below, right = self.missing
-        return self._roll(F.pad(self._roll(x, -1), (0, 0, 0, right, 0, below)), 1)
-
-    def taken_out(self, x: Tensor) -> Tensor:
-        """(B, *padded, C) -> (B, height, width, C)"""
-        height, width = self.size
-        return self._roll(self._roll(x, -1)[:, :height, :width], 1)
+def _take_out_padding(x: Tensor, grid: Grid) -> Tensor:
+    """(B, *padded, C) -> (B, height, width, C)"""
+    if grid.pad_order == "pad-roll":
+        return crop(x, grid)
+    return roll(crop(roll(x, grid, -1), grid), grid, 1)
 
 
 def attention_of_map(
@@ -150,11 +141,11 @@ def attention_of_map(
     `qkv_of_zeros` gives what qkv makes of such a token, 3·C numbers or None for zeros.
     """
     packed = (3, num_heads, -1)
-    padding = None
+    padding = None  # what is in the map
     if x.shape[1] % window[0] or x.shape[2] % window[1]:
         if sees_padding:
-            padding = _PaddedMap(x, window, shift, pad_order)
-            x = padding.put_in(x)
+            padding = Grid(tuple(x.shape[1:3]), window, shift, (False, False), pad_order)
+            x = _put_in_padding(x, padding)
         elif (token := qkv_of_zeros()) is not None:
             _, pad_key, pad_value = token.reshape(packed).unbind(0)
             options |= {"pad_key": pad_key, "pad_value": pad_value}
@@ -167,4 +158,4 @@ def attention_of_map(
         **options,
     )
     out = after(out.flatten(3).flatten(1, 2)).unflatten(1, size)
-    return out if padding is None else padding.taken_out(out)
+    return out if padding is None else _take_out_padding(out, padding)

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from swin_kernels.backends.reference.dropout import dropout_factor
+from swin_kernels.position_bias import relative_position_index
 from swin_kernels.problem import Operands
 from swin_kernels.testing.cases import Case
 
@@ -20,18 +21,9 @@ def _unfused_regions(case: Case, device: torch.device) -> Tensor:
     slices = []
     for axis, (window, shift) in enumerate(zip(case.window, case.shift)):
         wraps = case.periodic is not None and case.periodic[axis]
-        cuts = (
-            [slice(None)]
-            if shift == 0 or wraps
-            else [
-                slice(0, -window),
-                slice(-window, -shift),
-                slice(-shift, None),
-            ]
-        )
-        slices.append(cuts)
-    for number, parts in enumerate(itertools.product(*slices)):
-        place = (slice(None), *parts)
+        cuts = [slice(0, -window), slice(-window, -shift), slice(-shift, None)]
+        slices.append([slice(None)] if shift == 0 or wraps else cuts)
+    for number, place in enumerate(itertools.product([slice(None)], *slices)):
         regions[place] = number
     return regions
 
@@ -58,29 +50,18 @@ def _unfused_windows(case: Case, x: Tensor, filler: Tensor | None = None) -> Ten
         return torch.roll(x, shifts, tuple(axes)) if any(shifts) else x
 
     x = roll(pad(x)) if case.pad_order == "pad-roll" else pad(roll(x))
-    batch, channels, window = x.shape[0], x.shape[-1], case.window
-    if len(window) == 1:
-        return x.reshape(-1, window[0], channels)
-    if len(window) == 2:
-        (rows, cols), (wh, ww) = case.grid.counts, window
-        x = x.view(batch, rows, wh, cols, ww, channels).permute(0, 1, 3, 2, 4, 5)
-        return x.reshape(-1, wh * ww, channels)
-    (slabs, rows, cols), (wd, wh, ww) = case.grid.counts, window
-    x = x.view(batch, slabs, wd, rows, wh, cols, ww, channels).permute(0, 1, 3, 5, 2, 4, 6, 7)
-    return x.reshape(-1, wd * wh * ww, channels)
+    halves = itertools.chain.from_iterable(zip(case.grid.counts, case.window))
+    windows = x.view(x.shape[0], *halves, x.shape[-1])
+    windows = windows.movedim(tuple(range(1, 2 * len(axes), 2)), tuple(axes))
+    return windows.reshape(-1, case.grid.tokens, x.shape[-1])
 
 
 def _unfused_map(case: Case, windows: Tensor, batch: int) -> Tensor:
     """(B·nW, N, C) -> (B, *S, C), the inverse of `_unfused_windows`."""
-    channels, window, counts = windows.shape[-1], case.window, case.grid.counts
-    x = windows.view(batch, *counts, *window, channels)
-    axes = len(window)
-    order = [
-        0,
-        *itertools.chain.from_iterable((1 + a, 1 + axes + a) for a in range(axes)),
-        1 + 2 * axes,
-    ]
-    x = x.permute(order).reshape(batch, *case.grid.padded, channels)
+    channels, axes = windows.shape[-1], len(case.size)
+    x = windows.view(batch, *case.grid.counts, *case.window, channels)
+    x = x.movedim(tuple(range(1, 1 + axes)), tuple(range(1, 2 * axes, 2)))
+    x = x.reshape(batch, *case.grid.padded, channels)
 
     def crop(x: Tensor) -> Tensor:
         place = (slice(None), *(slice(0, s) for s in case.size))
@@ -98,14 +79,7 @@ def _unfused_bias(operands: Operands, case: Case) -> Tensor | None:
         return operands.bias
     index = operands.bias_index
     if index is None:
-        axes = [torch.arange(w, device=operands.query.device) for w in case.window]
-        places = torch.stack(torch.meshgrid(*axes, indexing="ij")).flatten(1).T  # (N, axes)
-        offsets = (
-            places[:, None] - places[None, :] + torch.tensor(case.window, device=places.device) - 1
-        )
-        index = offsets[..., 0]
-        for axis, w in enumerate(case.window[1:], start=1):
-            index = index * (2 * w - 1) + offsets[..., axis]
+        index = relative_position_index(case.window, operands.query.device)
     tokens = index.shape[0]
     bias = operands.bias_table[index.long().reshape(-1)].view(tokens, tokens, -1)
     return bias.permute(2, 0, 1).contiguous()

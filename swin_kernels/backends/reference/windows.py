@@ -8,8 +8,8 @@ from torch import Tensor
 from swin_kernels.geometry import Grid
 
 
-def _pad_ends(x: Tensor, grid: Grid, filler: Tensor | None) -> Tensor:
-    """(B, *size, H, D) -> (B, *padded, H, D): each axis ends in `filler` (H, D), or zeros."""
+def pad_ends(x: Tensor, grid: Grid, filler: Tensor | None = None) -> Tensor:
+    """(B, *size, …) -> (B, *padded, …): each axis ends in `filler`, of the last axes, or zeros."""
     for axis in range(grid.axes):
         missing = grid.padded[axis] - grid.size[axis]
         if missing == 0:
@@ -21,13 +21,13 @@ def _pad_ends(x: Tensor, grid: Grid, filler: Tensor | None) -> Tensor:
     return x
 
 
-def _crop(x: Tensor, grid: Grid) -> Tensor:
+def crop(x: Tensor, grid: Grid) -> Tensor:
     for axis in range(grid.axes):
         x = x.narrow(1 + axis, 0, grid.size[axis])
     return x
 
 
-def _roll(x: Tensor, grid: Grid, sign: int) -> Tensor:
+def roll(x: Tensor, grid: Grid, sign: int) -> Tensor:
     if not any(grid.shift):
         return x
     return torch.roll(x, [sign * s for s in grid.shift], tuple(range(1, 1 + grid.axes)))
@@ -36,9 +36,9 @@ def _roll(x: Tensor, grid: Grid, sign: int) -> Tensor:
 def to_windows(x: Tensor, grid: Grid, filler: Tensor | None = None) -> Tensor:
     """(B, *S, H, D) -> (B, nW, H, N, D); tokens that padding adds hold `filler`."""
     if grid.pad_order == "pad-roll":
-        x = _roll(_pad_ends(x, grid, filler), grid, -1)
+        x = roll(pad_ends(x, grid, filler), grid, -1)
     else:
-        x = _pad_ends(_roll(x, grid, -1), grid, filler)
+        x = pad_ends(roll(x, grid, -1), grid, filler)
     return grid.split(x).transpose(2, 3)
 
 
@@ -46,8 +46,8 @@ def from_windows(windows: Tensor, grid: Grid) -> Tensor:
     """(B, nW, H, N, D) -> (B, *S, H, D): put back, the roll undone, the padding cropped."""
     x = grid.merge(windows.transpose(2, 3))
     if grid.pad_order == "pad-roll":
-        return _crop(_roll(x, grid, 1), grid)
-    return _roll(_crop(x, grid), grid, 1)
+        return crop(roll(x, grid, 1), grid)
+    return roll(crop(x, grid), grid, 1)
 
 
 def padding_of(grid: Grid, device: torch.device) -> Tensor:
