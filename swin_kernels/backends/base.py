@@ -18,6 +18,8 @@ OLDEST_CAPABILITY = (8, 0)
 
 # a forward again, on operands of the very facts that it was made for, unchecked; output first
 Repeat = Callable[[Operands], Sequence[Tensor]]
+Saved = tuple[Tensor, ...]  # what a backward wants to find again beside the operands
+Needed = tuple[bool, ...]  # by the fields of `Operands`, whether its gradient is
 
 
 @dataclass(frozen=True)
@@ -58,17 +60,12 @@ class Backend(ABC):
     @abstractmethod
     def forward(
         self, operands: Operands, options: Options, differentiable: bool
-    ) -> tuple[Tensor, tuple[Tensor, ...]]:
-        """The output, and what a backward wants to find again beside the operands."""
+    ) -> tuple[Tensor, Saved]:
+        """The output, and what is saved beside the operands."""
 
     @abstractmethod
     def backward(
-        self,
-        grad_out: Tensor,
-        operands: Operands,
-        options: Options,
-        saved: tuple[Tensor, ...],
-        needed: tuple[bool, ...],
+        self, grad_out: Tensor, operands: Operands, options: Options, saved: Saved, needed: Needed
     ) -> tuple[Tensor | None, ...]:
         """Gradients in the order of `Operands`; those not needed may be anything."""
 

@@ -10,7 +10,15 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from swin_kernels.backends.base import Backend, Ops, asked_while_tracing, tf32_allowed, too_old
+from swin_kernels.backends.base import (
+    Backend,
+    Needed,
+    Ops,
+    Saved,
+    asked_while_tracing,
+    tf32_allowed,
+    too_old,
+)
 from swin_kernels.problem import DIFFERENTIABLE, Operands, Options, Problem, needs_of
 
 _PACKAGE = Path(__file__).resolve().parent.parent
@@ -88,18 +96,13 @@ class _NativeBackend(Backend):
 
     def forward(
         self, operands: Operands, options: Options, differentiable: bool
-    ) -> tuple[Tensor, tuple[Tensor, ...]]:
+    ) -> tuple[Tensor, Saved]:
         assert self.ops is not None
         tf32 = self._allow_tf32(operands.query)
         return self.ops.forward(*operands, *options, tf32), ()
 
     def backward(
-        self,
-        grad_out: Tensor,
-        operands: Operands,
-        options: Options,
-        saved: tuple[Tensor, ...],
-        needed: tuple[bool, ...],
+        self, grad_out: Tensor, operands: Operands, options: Options, saved: Saved, needed: Needed
     ) -> tuple[Tensor | None, ...]:
         assert self.ops is not None
         tf32, needs = self._allow_tf32(operands.query), needs_of(needed)

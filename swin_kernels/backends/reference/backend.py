@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from swin_kernels.backends.base import Backend
+from swin_kernels.backends.base import Backend, Needed, Saved
 from swin_kernels.backends.reference.backward import backward
 from swin_kernels.backends.reference.forward import forward
 from swin_kernels.problem import Operands, Options, Problem
@@ -20,15 +20,10 @@ class ReferenceBackend(Backend):
 
     def forward(
         self, operands: Operands, options: Options, differentiable: bool
-    ) -> tuple[Tensor, tuple[Tensor, ...]]:
+    ) -> tuple[Tensor, Saved]:
         return forward(operands, options), ()
 
     def backward(
-        self,
-        grad_out: Tensor,
-        operands: Operands,
-        options: Options,
-        saved: tuple[Tensor, ...],
-        needed: tuple[bool, ...],
+        self, grad_out: Tensor, operands: Operands, options: Options, saved: Saved, needed: Needed
     ) -> tuple[Tensor | None, ...]:
         return backward(grad_out, operands, options)

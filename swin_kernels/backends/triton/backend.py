@@ -9,8 +9,10 @@ from torch import Tensor
 
 from swin_kernels.backends.base import (
     Backend,
+    Needed,
     Ops,
     Repeat,
+    Saved,
     asked_while_tracing,
     backward_fake,
     forward_fake,
@@ -176,7 +178,7 @@ class TritonBackend(Backend):
 
     def forward(
         self, operands: Operands, options: Options, differentiable: bool
-    ) -> tuple[Tensor, tuple[Tensor, ...]]:
+    ) -> tuple[Tensor, Saved]:
         out, kept = self.ops.forward(*operands, *options, differentiable)
         if kept.ndim == 1:  # nothing
             return out, ()
@@ -184,12 +186,7 @@ class TritonBackend(Backend):
         return out, (out, kept) if kept.ndim == 3 else (kept,)
 
     def backward(
-        self,
-        grad_out: Tensor,
-        operands: Operands,
-        options: Options,
-        saved: tuple[Tensor, ...],
-        needed: tuple[bool, ...],
+        self, grad_out: Tensor, operands: Operands, options: Options, saved: Saved, needed: Needed
     ) -> tuple[Tensor | None, ...]:
         out, kept = (None, None, *saved)[-2:]
         needs = needs_of(needed)
