@@ -30,7 +30,7 @@ def backend_of(attention: str, backend: str | None) -> str | None:
 
 
 class _MapAttention(nn.Module):
-    """What both versions share."""
+    """What both versions share: the arguments and all that follows from them."""
 
     qkv: Any
 
@@ -40,10 +40,10 @@ class _MapAttention(nn.Module):
         window_size: tuple[int, int],
         shift_size: tuple[int, int],
         num_heads: int,
-        attn_drop: float,
-        proj_drop: float,
-        backend: str | None,
-        pad_order: str,
+        attn_drop: float = 0.0,
+        proj_drop: float = 0.0,
+        backend: str | None = None,
+        pad_order: str = "pad-roll",
     ) -> None:
         super().__init__()
         if num_heads < 1 or dim % num_heads != 0:
@@ -72,23 +72,16 @@ class _MapAttention(nn.Module):
 
         A token of padding is 0 before that layer, and so its bias behind it.
         """
-        plain = (
-            is_plain(self.qkv, nn.Linear)
-            and is_plain(self.proj, nn.Linear)
-            and is_plain(self.proj_drop, nn.Dropout, nn.Identity)
-        )
         return attention_of_map(
             x,
-            self.num_heads,
+            self,
             self.window_size,
             self._shift(x),
             qkv=lambda tokens: apply_linear(self.qkv, tokens, qkv_bias),
             qkv_of_zeros=lambda: sum_of(self.qkv.bias, qkv_bias),
-            after=lambda tokens: self.proj_drop(self.proj(tokens)),
-            sees_padding=not plain,
+            qkv_is_plain=is_plain(self.qkv, nn.Linear),
             pad_order=self.pad_order,
             softmax=self.softmax,
-            attn_drop=self.attn_drop,
             backend=self.backend,
             **options,
         )
@@ -103,23 +96,11 @@ class _MapAttention(nn.Module):
 class MapAttention(_MapAttention):
     """softmax(q·kᵀ/√d + B)·v within shifted windows of a map (Liu et al., ICCV 2021, eq. 4)."""
 
-    def __init__(
-        self,
-        dim: int,
-        window_size: tuple[int, int],
-        shift_size: tuple[int, int],
-        num_heads: int,
-        attn_drop: float = 0.0,
-        proj_drop: float = 0.0,
-        backend: str | None = None,
-        pad_order: str = "pad-roll",
-    ) -> None:
-        super().__init__(
-            dim, window_size, shift_size, num_heads, attn_drop, proj_drop, backend, pad_order
-        )
-        self.qkv = nn.Linear(dim, 3 * dim)
+    def __init__(self, *arguments, **options) -> None:
+        super().__init__(*arguments, **options)
+        self.qkv = nn.Linear(self.dim, 3 * self.dim)
         self.relative_position_bias_table = nn.Parameter(
-            torch.zeros(table_length(window_size), num_heads)
+            torch.zeros(table_length(self.window_size), self.num_heads)
         )
         nn.init.trunc_normal_(self.relative_position_bias_table, std=0.02)
 
@@ -137,20 +118,10 @@ class MapAttentionV2(_MapAttention):
     relative_coords_table: Tensor
 
     def __init__(
-        self,
-        dim: int,
-        window_size: tuple[int, int],
-        shift_size: tuple[int, int],
-        num_heads: int,
-        attn_drop: float = 0.0,
-        proj_drop: float = 0.0,
-        backend: str | None = None,
-        pad_order: str = "pad-roll",
-        pretrained_window_size: Sequence[int] = (0, 0),
+        self, *arguments, pretrained_window_size: Sequence[int] = (0, 0), **options
     ) -> None:
-        super().__init__(
-            dim, window_size, shift_size, num_heads, attn_drop, proj_drop, backend, pad_order
-        )
+        super().__init__(*arguments, **options)
+        dim, num_heads = self.dim, self.num_heads
         self.qkv = nn.Linear(dim, 3 * dim, bias=False)
         self.q_bias = nn.Parameter(torch.zeros(dim))
         self.v_bias = nn.Parameter(torch.zeros(dim))

@@ -123,27 +123,31 @@ def _take_out_padding(x: Tensor, grid: Grid) -> Tensor:
 
 def attention_of_map(
     x: Tensor,
-    num_heads: int,
+    attn: Any,
     window: tuple[int, ...],
     shift: tuple[int, ...],
     *,
     qkv: Callable[[Tensor], Tensor],
     qkv_of_zeros: Callable[[], Tensor | None],
-    after: Callable[[Tensor], Tensor],
-    sees_padding: bool,
+    qkv_is_plain: bool,
     pad_order: str,
     **options: Any,
 ) -> Tensor:
-    """`qkv`, attention and `after` of a map (B, height, width, C) -> the same.
+    """`qkv`, attention, `proj` and `proj_drop` of a map (B, height, width, C) -> the same.
 
-    `qkv` and `after` are called once, on (B, tokens, C). If `sees_padding`, because they are
-    wrapped or watched, the tokens that padding adds are among those, as in unfused layers; else
-    `qkv_of_zeros` gives what qkv makes of such a token, 3·C numbers or None for zeros.
+    `qkv` and the layers are called once, on (B, tokens, C). If one of them is wrapped or watched,
+    the tokens that padding adds are among those, as in unfused layers; else `qkv_of_zeros` gives
+    what qkv makes of such a token, 3·C numbers or None for zeros.
     """
-    packed = (3, num_heads, -1)
+    packed = (3, attn.num_heads, -1)
     padding = None  # what is in the map
     if x.shape[1] % window[0] or x.shape[2] % window[1]:
-        if sees_padding:
+        plain = (
+            qkv_is_plain
+            and is_plain(attn.proj, nn.Linear)
+            and is_plain(attn.proj_drop, nn.Dropout, nn.Identity)
+        )
+        if not plain:  # they could tell that padding did not come
             padding = Grid(tuple(x.shape[1:3]), window, shift, (False, False), pad_order)
             x = _put_in_padding(x, padding)
         elif (token := qkv_of_zeros()) is not None:
@@ -155,7 +159,8 @@ def attention_of_map(
         window,
         shift,
         pad_order=pad_order,
+        attn_drop=attn.attn_drop,
         **options,
     )
-    out = after(out.flatten(3).flatten(1, 2)).unflatten(1, size)
+    out = attn.proj_drop(attn.proj(out.flatten(3).flatten(1, 2))).unflatten(1, size)
     return out if padding is None else _take_out_padding(out, padding)

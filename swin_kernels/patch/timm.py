@@ -8,6 +8,7 @@ then the model's own proj. Window, shift, bias and mask are read from the block 
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Callable, Mapping
 from types import FunctionType
 from typing import Any, ClassVar
@@ -58,11 +59,17 @@ class _FusedBlock(Fused):
     """What the three blocks share; subclasses say where qkv and bias come from."""
 
     stock_attention: ClassVar[type[nn.Module]]
-    block_methods: ClassVar[tuple[str, ...]]  # replaced or relied on
+    # replaced or relied on; the second is the one replaced
+    block_methods: ClassVar[tuple[str, ...]] = ("forward", "_attn", "get_attn_mask")
     attention_methods: ClassVar[tuple[str, ...]]
     # submodules of attn that the fused path passes over
-    watched: ClassVar[Mapping[str, type[nn.Module]]]
-    resolution: ClassVar[str]  # the attribute with the size that the static mask is made for
+    watched: ClassVar[Mapping[str, type[nn.Module]]] = {
+        "softmax": nn.Softmax,
+        "attn_drop": nn.Dropout,
+    }
+    # the attribute with the size that the static mask is made for
+    resolution: ClassVar[str] = "input_resolution"
+    _scripted: ClassVar[Callable]  # the stock method
 
     # of the stock block
     attn: Any
@@ -70,11 +77,14 @@ class _FusedBlock(Fused):
     window_size: tuple[int, int]
     shift_size: tuple[int, int]
 
+    def __init_subclass__(cls, **options: Any) -> None:
+        super().__init_subclass__(**options)
+        if "stock" in vars(cls):
+            cls._scripted = _named("_scripted", getattr(cls.stock, cls.block_methods[1]))
+
     @classmethod
     def relied_on(cls) -> tuple[Callable, ...]:
-        module = {
-            m.__name__: m for m in (swin_transformer, swin_transformer_v2, swin_transformer_v2_cr)
-        }[cls.stock.__module__]
+        module = sys.modules[cls.stock.__module__]
         return (
             *(getattr(cls.stock, name) for name in cls.block_methods),
             *(getattr(cls.stock_attention, name) for name in cls.attention_methods),
@@ -205,15 +215,6 @@ class _FusedBlock(Fused):
         """The operation's bias and scale arguments."""
         raise NotImplementedError
 
-    def _sees_padding(self) -> bool:
-        """Whether a module that stock calls on padding too could tell that it did not come."""
-        attn = self.attn
-        return not (
-            self._qkv_is_plain()
-            and is_plain(attn.proj, nn.Linear)
-            and is_plain(attn.proj_drop, nn.Dropout, nn.Identity)
-        )
-
     def _fused(self, x: Tensor) -> Tensor | None:
         """The stock method of (B, height, width, C), fused; None where stock must run it."""
         if is_exporting(x):
@@ -222,22 +223,26 @@ class _FusedBlock(Fused):
         if isinstance(masking, str):
             self._swin_kernels.runs_stock(self.stock, masking)
             return None
-        attn = self.attn
         return attention_of_map(
             x,
-            attn.num_heads,
+            self.attn,
             tuple(self.window_size),
             tuple(self.shift_size),
             qkv=self._qkv,
             qkv_of_zeros=self._qkv_of_zeros,
-            after=lambda tokens: attn.proj_drop(attn.proj(tokens)),
-            sees_padding=self._sees_padding(),
+            qkv_is_plain=self._qkv_is_plain(),
             pad_order="roll-pad",
-            attn_drop=attn.attn_drop,
             backend=self._swin_kernels.backend,
             **masking,
             **self._bias(),
         )
+
+    def _attn(self, x):
+        if torch.jit.is_scripting():
+            return self._scripted(x)
+        else:  # noqa: RET505  TorchScript compiles what follows a return, but not this branch
+            out = self._fused(x)
+            return super()._attn(x) if out is None else out  # type: ignore[misc]
 
 
 class SwinTransformerBlock(_FusedBlock, swin_transformer.SwinTransformerBlock):
@@ -245,13 +250,7 @@ class SwinTransformerBlock(_FusedBlock, swin_transformer.SwinTransformerBlock):
 
     stock = swin_transformer.SwinTransformerBlock
     stock_attention = swin_transformer.WindowAttention
-    block_methods = ("forward", "_attn", "get_attn_mask")
     attention_methods = ("forward", "_get_rel_pos_bias")
-    watched: ClassVar[Mapping[str, type[nn.Module]]] = {
-        "softmax": nn.Softmax,
-        "attn_drop": nn.Dropout,
-    }
-    resolution = "input_resolution"
     known_sources: ClassVar[Mapping[str, str]] = {
         "6608065702c3fc10": "timm 1.0.31",
         "876aa8f7011b5d41": "timm 1.0.22 to 1.0.30",
@@ -266,28 +265,13 @@ class SwinTransformerBlock(_FusedBlock, swin_transformer.SwinTransformerBlock):
             "scale": attn.scale if isinstance(attn.scale, Tensor) else float(attn.scale),
         }
 
-    _scripted = _named("_scripted", swin_transformer.SwinTransformerBlock._attn)
-
-    def _attn(self, x):
-        if torch.jit.is_scripting():
-            return self._scripted(x)
-        else:  # noqa: RET505  TorchScript compiles what follows a return, but not this branch
-            out = self._fused(x)
-            return super()._attn(x) if out is None else out
-
 
 class SwinTransformerV2Block(_FusedBlock, swin_transformer_v2.SwinTransformerV2Block):
     """Swin V2: cosine attention, biases from an MLP on log-spaced coordinates."""
 
     stock = swin_transformer_v2.SwinTransformerV2Block
     stock_attention = swin_transformer_v2.WindowAttention
-    block_methods = ("forward", "_attn", "get_attn_mask")
     attention_methods = ("forward",)
-    watched: ClassVar[Mapping[str, type[nn.Module]]] = {
-        "softmax": nn.Softmax,
-        "attn_drop": nn.Dropout,
-    }
-    resolution = "input_resolution"
     known_sources: ClassVar[Mapping[str, str]] = {
         "6ff1a93d1cfecff1": "timm 1.0.31",
         "66eb5a69881a05f9": "timm 1.0.22 to 1.0.30",
@@ -338,15 +322,6 @@ class SwinTransformerV2Block(_FusedBlock, swin_transformer_v2.SwinTransformerV2B
             "logit_scale": attn.logit_scale.clamp(max=MAX_LOG_SCALE).exp().flatten(),
         }
 
-    _scripted = _named("_scripted", swin_transformer_v2.SwinTransformerV2Block._attn)
-
-    def _attn(self, x):
-        if torch.jit.is_scripting():
-            return self._scripted(x)
-        else:  # noqa: RET505  TorchScript compiles what follows a return, but not this branch
-            out = self._fused(x)
-            return super()._attn(x) if out is None else out
-
 
 class SwinTransformerV2CrBlock(_FusedBlock, swin_transformer_v2_cr.SwinTransformerV2CrBlock):
     """Christoph Reich's Swin V2: cosine attention, dense biases from a network with dropout."""
@@ -370,10 +345,6 @@ class SwinTransformerV2CrBlock(_FusedBlock, swin_transformer_v2_cr.SwinTransform
             "logit_scale": attn.logit_scale.clamp(max=MAX_LOG_SCALE).exp(),
         }
 
-    _scripted = _named(
-        "_scripted", swin_transformer_v2_cr.SwinTransformerV2CrBlock._shifted_window_attn
-    )
-
     def _shifted_window_attn(self, x):
         if torch.jit.is_scripting():
             return self._scripted(x)
@@ -384,9 +355,5 @@ class SwinTransformerV2CrBlock(_FusedBlock, swin_transformer_v2_cr.SwinTransform
 
 FUSED: dict[str, type[_FusedBlock]] = {
     f"{cls.stock.__module__}.{cls.stock.__qualname__}": cls
-    for cls in (
-        SwinTransformerBlock,
-        SwinTransformerV2Block,
-        SwinTransformerV2CrBlock,
-    )
+    for cls in (SwinTransformerBlock, SwinTransformerV2Block, SwinTransformerV2CrBlock)
 }
