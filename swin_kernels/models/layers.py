@@ -26,6 +26,16 @@ def initialise(module: nn.Module) -> None:
             nn.init.zeros_(module.bias)
 
 
+def make_head(channels: int, classes: int) -> nn.Module:
+    """The classifier, nothing where there are no classes."""
+    return nn.Linear(channels, classes) if classes else nn.Identity()
+
+
+def drop_path_rates(last: float, blocks: int) -> list[float]:
+    """Of each block: 0 in the first, `last` in the last, linear between them."""
+    return [i * (last / max(blocks - 1, 1)) for i in range(blocks)]
+
+
 def run_blocks(blocks: Iterable[nn.Module], x: Tensor, checkpointing: bool) -> Tensor:
     """x through all blocks; with `checkpointing` each is computed again in the backward."""
     for block in blocks:

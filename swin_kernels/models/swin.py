@@ -19,7 +19,9 @@ from swin_kernels.models.layers import (
     PatchEmbed,
     PatchMerging,
     check_least,
+    drop_path_rates,
     initialise,
+    make_head,
     run_blocks,
 )
 
@@ -43,16 +45,11 @@ class SwinConfig:
     pad_order: str = "pad-roll"  #: "roll-pad" where windows do not divide a map and timm did it
 
     def __post_init__(self) -> None:
+        got = f"got {self.depths} and {self.num_heads}"
         if len(self.depths) != len(self.num_heads) or not self.depths:
-            raise ValueError(
-                f"depths and num_heads: expected one number a stage each, got {self.depths} and "
-                f"{self.num_heads}"
-            )
+            raise ValueError(f"depths and num_heads: expected one number a stage each, {got}")
         if min(self.depths) < 1 or min(self.num_heads) < 1:
-            raise ValueError(
-                f"depths and num_heads: expected at least 1 a stage, got {self.depths} and "
-                f"{self.num_heads}"
-            )
+            raise ValueError(f"depths and num_heads: expected at least 1 a stage, {got}")
         check_least(self, 1, "embed_dim", "window_size", "img_size", "patch_size", "in_chans")
         check_least(self, 0, "num_classes", "mlp_ratio")
         if self.pad_order not in PAD_ORDERS:
@@ -67,22 +64,17 @@ class SwinConfig:
         return min(self.window_size, self.map_size(stage))
 
 
-def sizes_of_models(**common) -> dict[str, SwinConfig]:
-    """T, S, B and L."""
-    return {
-        "tiny": SwinConfig(**common),
-        "small": SwinConfig(depths=(2, 2, 18, 2), **common),
-        "base": SwinConfig(128, (2, 2, 18, 2), (4, 8, 16, 32), **common),
-        "large": SwinConfig(192, (2, 2, 18, 2), (6, 12, 24, 48), **common),
-    }
-
-
+# channels, depths and heads
+SIZES = {
+    "tiny": (96, (2, 2, 6, 2), (3, 6, 12, 24)),
+    "small": (96, (2, 2, 18, 2), (3, 6, 12, 24)),
+    "base": (128, (2, 2, 18, 2), (4, 8, 16, 32)),
+    "large": (192, (2, 2, 18, 2), (6, 12, 24, 48)),
+}
 CONFIGS = {
-    **{f"swin_{n}_patch4_window7_224": c for n, c in sizes_of_models().items()},
-    **{
-        f"swin_{n}_patch4_window12_384": c
-        for n, c in sizes_of_models(window_size=12, img_size=384).items()
-    },
+    f"swin_{n}_patch4_window{window}_{size}": SwinConfig(*s, window_size=window, img_size=size)
+    for window, size in ((7, 224), (12, 384))
+    for n, s in SIZES.items()
 }
 ModuleOfMap = Callable[[int], nn.Module]  # of a map's channels: a module from a map to such a map
 Replace = Callable[[Tensor], Tensor]  # of embedded patches (B, height, width, C), the same
@@ -174,14 +166,10 @@ class SwinTransformer(nn.Module):
         self.features_only = features_only
         self.patch_embed = PatchEmbed(config.patch_size, config.in_chans, config.embed_dim)
         self.pos_drop = nn.Dropout(config.drop_rate)
-        blocks_in_all = sum(config.depths)
-        step = config.drop_path_rate / max(blocks_in_all - 1, 1)  # from 0 in the first block
-        rates = [i * step for i in range(blocks_in_all)]
+        rates = iter(drop_path_rates(config.drop_path_rate, sum(config.depths)))
         stages, last = [], len(config.depths) - 1
         for i, depth in enumerate(config.depths):
-            blocks = []
-            for j in range(depth):
-                blocks.append(self.make_block(i, j, rates[sum(config.depths[:i]) + j]))
+            blocks = [self.make_block(i, j, next(rates)) for j in range(depth)]
             downsample = self.make_merging(config.embed_dim << i) if i < last else None
             stages.append(Stage(blocks, downsample))
         self.layers = nn.ModuleList(stages)
@@ -192,11 +180,7 @@ class SwinTransformer(nn.Module):
             )
         else:
             self.norm = nn.LayerNorm(self.num_features)
-            self.head = (
-                nn.Linear(self.num_features, config.num_classes)
-                if config.num_classes
-                else nn.Identity()
-            )
+            self.head = make_head(self.num_features, config.num_classes)
         self.apply(initialise)
         self.initialise_norms()
         if before_attention is not None:  # after that: they have weights of their own
@@ -208,13 +192,14 @@ class SwinTransformer(nn.Module):
     def default() -> SwinConfig:
         return SwinConfig()
 
-    def make_block(self, stage: int, index: int, drop_path: float) -> nn.Module:
-        """Block `index` of a stage."""
-        c, dim = self.config, self.config.embed_dim << stage
-        window = c.window(stage)
+    def make_attention(
+        self, stage: int, index: int, kind: type[nn.Module] = MapAttention, **options
+    ) -> nn.Module:
+        """Attention of block `index` of a stage."""
+        c, window = self.config, self.config.window(stage)
         shift = window // 2 if index % 2 else 0  # on maps of several windows
-        attention = MapAttention(
-            dim,
+        return kind(
+            c.embed_dim << stage,
             (window, window),
             (shift, shift),
             c.num_heads[stage],
@@ -222,8 +207,13 @@ class SwinTransformer(nn.Module):
             c.drop_rate,
             self.backend,
             c.pad_order,
+            **options,
         )
-        return SwinBlock(attention, dim, c.mlp_ratio, c.drop_rate, drop_path)
+
+    def make_block(self, stage: int, index: int, drop_path: float) -> nn.Module:
+        """Block `index` of a stage."""
+        c, attention = self.config, self.make_attention(stage, index)
+        return SwinBlock(attention, c.embed_dim << stage, c.mlp_ratio, c.drop_rate, drop_path)
 
     def make_merging(self, dim: int) -> nn.Module:
         return PatchMerging(dim)

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from swin_kernels.models.attention import MapAttentionV2
 from swin_kernels.models.layers import PatchMerging, check_least
-from swin_kernels.models.swin import SwinBlock, SwinConfig, SwinTransformer
+from swin_kernels.models.swin import SIZES, SwinBlock, SwinConfig, SwinTransformer
 
 
 @dataclass(frozen=True)
@@ -33,26 +33,20 @@ class SwinV2Config(SwinConfig):
             )
 
 
-_SIZES = {
-    "tiny": (96, (2, 2, 6, 2), (3, 6, 12, 24)),
-    "small": (96, (2, 2, 18, 2), (3, 6, 12, 24)),
-    "base": (128, (2, 2, 18, 2), (4, 8, 16, 32)),
-    "large": (192, (2, 2, 18, 2), (6, 12, 24, 48)),
-}
 _HUGE = {
     "huge": (352, (2, 2, 18, 2), (11, 22, 44, 88)),
     "giant": (512, (2, 2, 42, 4), (16, 32, 64, 128)),
 }
 CONFIGS = {
-    **{f"swinv2_{n}_window8_256": SwinV2Config(*s) for n, s in _SIZES.items()},
-    **{f"swinv2_{n}_window16_256": SwinV2Config(*s, window_size=16) for n, s in _SIZES.items()},
+    **{f"swinv2_{n}_window8_256": SwinV2Config(*s) for n, s in SIZES.items()},
+    **{f"swinv2_{n}_window16_256": SwinV2Config(*s, window_size=16) for n, s in SIZES.items()},
     # pretrained at 192 with windows of 12
     **{
         f"swinv2_{n}_window12to{window}_192to{size}": SwinV2Config(
             *s, window_size=window, img_size=size, pretrained_window_sizes=(12, 12, 12, 6)
         )
         for window, size in ((16, 256), (24, 384))
-        for n, s in _SIZES.items()
+        for n, s in SIZES.items()
     },
     **{f"swinv2_{n}": SwinV2Config(*s, extra_norm_every=6) for n, s in _HUGE.items()},
 }
@@ -85,29 +79,15 @@ class SwinTransformerV2(SwinTransformer):
         return SwinV2Config()
 
     def make_block(self, stage: int, index: int, drop_path: float) -> nn.Module:
-        c, dim = self.config, self.config.embed_dim << stage
-        window = c.window(stage)
-        shift = window // 2 if index % 2 else 0
-        pretrained = c.pretrained_window_sizes[stage]
-        attention = MapAttentionV2(
-            dim,
-            (window, window),
-            (shift, shift),
-            c.num_heads[stage],
-            c.attn_drop_rate,
-            c.drop_rate,
-            self.backend,
-            c.pad_order,
-            (pretrained, pretrained),
-        )
-        every = c.extra_norm_every
+        c = self.config
+        pretrained = (c.pretrained_window_sizes[stage],) * 2
         return SwinV2Block(
-            attention,
-            dim,
+            self.make_attention(stage, index, MapAttentionV2, pretrained_window_size=pretrained),
+            c.embed_dim << stage,
             c.mlp_ratio,
             c.drop_rate,
             drop_path,
-            extra_norm=every > 0 and (index + 1) % every == 0,
+            extra_norm=c.extra_norm_every > 0 and (index + 1) % c.extra_norm_every == 0,
         )
 
     def make_merging(self, dim: int) -> nn.Module:

@@ -6,6 +6,7 @@ and parameters are named as in timm's vision_transformer.py, whose state dicts l
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from dataclasses import dataclass, replace
 
 import torch
@@ -18,7 +19,9 @@ from swin_kernels.models.layers import (
     Mlp,
     PatchEmbed,
     check_least,
+    drop_path_rates,
     initialise,
+    make_head,
     run_blocks,
 )
 from swin_kernels.models.swin import Replace
@@ -141,17 +144,6 @@ class ViTBlock(nn.Module):
         return x + self.drop_path(self.mlp(self.norm2(x)))
 
 
-class _PreLogits(nn.Module):
-    """tanh(fc(x)), which ViT is pretrained with (section 3.1)."""
-
-    def __init__(self, dim: int, size: int) -> None:
-        super().__init__()
-        self.fc = nn.Linear(dim, size)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return torch.tanh(self.fc(x))
-
-
 class VisionTransformer(nn.Module):
     """ViT: logits of an image.
 
@@ -186,26 +178,21 @@ class VisionTransformer(nn.Module):
         self.dist_token = nn.Parameter(torch.zeros(1, 1, c.embed_dim)) if c.distilled else None
         self.pos_embed = nn.Parameter(torch.zeros(1, c.tokens + c.grid**2, c.embed_dim))
         self.pos_drop = nn.Dropout(c.drop_rate)
-        step = c.drop_path_rate / max(c.depth - 1, 1)
-        self.blocks = nn.ModuleList(ViTBlock(c, i * step, self.backend) for i in range(c.depth))
+        rates = drop_path_rates(c.drop_path_rate, c.depth)
+        self.blocks = nn.ModuleList(ViTBlock(c, rate, self.backend) for rate in rates)
         self.norm = nn.LayerNorm(c.embed_dim, eps=NORM_EPS)
         self.num_features = c.embed_dim
-        self.pre_logits = (
-            _PreLogits(c.embed_dim, c.representation_size)
-            if c.representation_size
-            else nn.Identity()
-        )
-        self.head = self._make_head()
-        self.head_dist = self._make_head() if c.distilled else None
+        self.pre_logits: nn.Module = nn.Identity()
+        if c.representation_size:  # as ViT is pretrained (section 3.1)
+            fc = nn.Linear(c.embed_dim, c.representation_size)
+            self.pre_logits = nn.Sequential(OrderedDict(fc=fc, tanh=nn.Tanh()))
+        channels = c.representation_size or c.embed_dim
+        self.head = make_head(channels, c.num_classes)
+        self.head_dist = make_head(channels, c.num_classes) if c.distilled else None
         self.apply(initialise)
         for token in (self.cls_token, self.dist_token, self.pos_embed):
             if token is not None:
                 nn.init.trunc_normal_(token, std=0.02)
-
-    def _make_head(self) -> nn.Module:
-        classes = self.config.num_classes
-        size = self.config.representation_size or self.num_features
-        return nn.Linear(size, classes) if classes else nn.Identity()
 
     def set_checkpointing(self, on: bool = True) -> None:
         """Whether blocks are computed again in the backward instead of kept (while training)."""
