@@ -127,13 +127,8 @@ def _cost_table(
     times: dict[str, dict[str, list[float]]], peaks: dict[str, dict[str, int]] | None
 ) -> Table:
     """Medians with their 20th and 80th percentile, and peaks, by step."""
-    from rich import box
-    from rich.table import Table
-
-    table = Table(box=box.MARKDOWN)
-    table.add_column("step")
-    for title in ("stock, ms", "patched, ms", "stock ÷ patched", "stock, MB", "patched, MB"):
-        table.add_column(title, justify="right", no_wrap=True)
+    titles = ("stock, ms", "patched, ms", "stock ÷ patched", "stock, MB", "patched, MB")
+    table = command.make_table("step", *titles, no_wrap=True)
     for step, of in times.items():
         medians, cells = {}, []
         for name, seconds in of.items():

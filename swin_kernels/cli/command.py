@@ -123,29 +123,22 @@ def check_batch(batch: int, height: int, width: int, device: torch.device) -> No
 def processor() -> str:
     """The name of the CPU, as the system tells it."""
     cpuinfo = Path("/proc/cpuinfo")
-    if cpuinfo.exists():
-        for line in cpuinfo.read_text().splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    return platform.processor() or platform.machine()
+    text = cpuinfo.read_text() if cpuinfo.exists() else ""
+    named = re.search(r"^model name[^:]*:(.*)", text, re.MULTILINE)
+    return named[1].strip() if named else platform.processor() or platform.machine()
 
 
 def machine(images: Tensor, backend: str) -> str:
     """What the figures were measured with, in a line; `backend` is the one that ran."""
     threads = torch.get_num_threads()
-    where = [f"{processor()}, {os.cpu_count()} CPUs"]
-    if images.is_cuda:
-        where.append(torch.cuda.get_device_name(images.device))
     vector = f" ({native.cpu_capability()})" if backend == "cpu" else ""
-    return " · ".join(
-        [
-            *where,
-            f"{threads} thread{'s' if threads > 1 else ''}",
-            f"torch {torch.__version__}",
-            f"swin_kernels {swin_kernels.__version__}",
-            f"backend {backend}{vector}",
-        ]
-    )
+    parts = [f"{processor()}, {os.cpu_count()} CPUs"]
+    if images.is_cuda:
+        parts.append(torch.cuda.get_device_name(images.device))
+    parts.append(f"{threads} thread{'s' if threads > 1 else ''}")
+    parts.append(f"torch {torch.__version__}")
+    parts.append(f"swin_kernels {swin_kernels.__version__}")
+    return " · ".join([*parts, f"backend {backend}{vector}"])
 
 
 def three_digits(x: float) -> str:
@@ -224,14 +217,21 @@ def progress(console: Console, steps: int) -> Iterator[Bar]:
         yield bar
 
 
-def numbers_table(differences: list[timing.Difference]) -> Table:
+def make_table(first: str, *numbers: str, no_wrap: bool = False) -> Table:
+    """A table in Markdown: a column of names, columns of numbers."""
     from rich import box
     from rich.table import Table
 
     table = Table(box=box.MARKDOWN)
-    table.add_column("max. difference")
-    for title in ("patched − stock", "stock − float64", "patched − float64"):
-        table.add_column(title, justify="right")
+    table.add_column(first)
+    for title in numbers:
+        table.add_column(title, justify="right", no_wrap=no_wrap)
+    return table
+
+
+def numbers_table(differences: list[timing.Difference]) -> Table:
+    titles = ("patched − stock", "stock − float64", "patched − float64")
+    table = make_table("max. difference", *titles)
     for d in differences:
         values = (d.patched_stock, d.stock_exact, d.patched_exact)
         cells = [

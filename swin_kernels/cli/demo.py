@@ -94,13 +94,7 @@ def prepare(options: argparse.Namespace) -> Prepared:
 
 
 def _cost_table(title: str, costs: dict[str, dict[str, float]]) -> Table:
-    from rich import box
-    from rich.table import Table
-
-    table = Table(box=box.MARKDOWN)
-    table.add_column(title)
-    for title in ("stock", "patched", "stock ÷ patched"):
-        table.add_column(title, justify="right")
+    table = command.make_table(title, "stock", "patched", "stock ÷ patched")
     for name, values in costs.items():
         scale, unit = (1e-6, "MB") if "memory" in name else (1e3, "ms")
         stock, patched = values["stock"], values["patched"]

@@ -250,16 +250,8 @@ def load_model(name: str) -> Model:
         pretrained, weights = False, f"random weights (pretrained ones: {cause})"
     facts: dict[str, Any] = timm.data.resolve_data_config(model=module)
     _, height, width = facts["input_size"]
-    return Model(
-        module.eval(),
-        height,
-        width,
-        facts["mean"],
-        facts["std"],
-        facts["crop_pct"],
-        pretrained,
-        weights,
-    )
+    mean, std, crop = facts["mean"], facts["std"], facts["crop_pct"]
+    return Model(module.eval(), height, width, mean, std, crop, pretrained, weights)
 
 
 def last_shifted_grid(module: nn.Module) -> tuple[str, Grid] | None:
