@@ -134,12 +134,8 @@ class Grid:
         """Region of every token of the rolled map: (*padded), int64. At most 3 regions an axis."""
         total = torch.zeros((), dtype=torch.int64, device=device)
         for axis in range(self.axes):
-            codes = torch.tensor(
-                [self.region(axis, i) for i in range(self.padded[axis])],
-                dtype=torch.int64,
-                device=device,
-            )
-            total = total[..., None] * 3 + codes
+            codes = [self.region(axis, i) for i in range(self.padded[axis])]
+            total = total[..., None] * 3 + torch.tensor(codes, dtype=torch.int64, device=device)
         return total
 
     def split(self, x: torch.Tensor) -> torch.Tensor:

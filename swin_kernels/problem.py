@@ -180,13 +180,10 @@ class Problem:
         dropout_p: float = 0.0,
     ) -> Problem:
         """The problem that these arguments pose; ValueError if they do not fit together."""
-        for name, number in (
-            ("mask_value", mask_value),
-            ("dropout_p", dropout_p),
-            ("scale", scale),
-        ):
-            if not (number is None and name == "scale"):
-                _check_number(name, number)
+        _check_number("mask_value", mask_value)
+        _check_number("dropout_p", dropout_p)
+        if scale is not None:
+            _check_number("scale", scale)
         _check_mask_gradient(operands.mask)
         arguments = (
             _facts(operands),
@@ -238,6 +235,7 @@ def _problem(
             f"scale={scale} came together with logit_scale: cosine attention is scaled by "
             "logit_scale alone; leave scale out"
         )
+    bias = "none" if operands.bias_table is None else "table"
     query = operands.query
     return Problem(
         batch=query.shape[0],
@@ -248,11 +246,7 @@ def _problem(
         dtype=query.dtype,
         device=query.device,
         packed=operands.key is None,
-        bias="dense"
-        if operands.bias is not None
-        else "none"
-        if operands.bias_table is None
-        else "table",
+        bias=bias if operands.bias is None else "dense",
         has_mask=operands.mask is not None,
         cosine=operands.logit_scale is not None,
         options=Options(
@@ -285,12 +279,7 @@ def _check_tokens(operands: Operands) -> tuple[tuple[int, ...], int, int, int]:
                 "qkv: expected (B, *S, 3, H, D) with 1, 2 or 3 axes S, as one linear layer "
                 f"writes it after .unflatten(-1, (3, heads, head_dim)), got {_shape(query)}"
             )
-        size, heads, head_dim, value_dim = (
-            query.shape[1:-3],
-            query.shape[-2],
-            query.shape[-1],
-            query.shape[-1],
-        )
+        size, value_dim = query.shape[1:-3], query.shape[-1]
     else:
         if not 4 <= query.ndim <= 6:
             raise ValueError(
@@ -305,12 +294,8 @@ def _check_tokens(operands: Operands) -> tuple[tuple[int, ...], int, int, int]:
                 f"value: expected {(*query.shape[:-1], 'Dv')} beside a query of {_shape(query)}, "
                 f"got {_shape(value)}"
             )
-        size, heads, head_dim, value_dim = (
-            query.shape[1:-2],
-            query.shape[-2],
-            query.shape[-1],
-            value.shape[-1],
-        )
+        size, value_dim = query.shape[1:-2], value.shape[-1]
+    heads, head_dim = query.shape[-2:]
     if heads < 1 or head_dim < 1 or value_dim < 1:
         raise ValueError(
             f"expected at least one head and one channel, got {heads} heads of {head_dim} and "

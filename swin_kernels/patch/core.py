@@ -103,9 +103,8 @@ class Fused:
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)  # type: ignore[misc]
-        if (
-            reason := self.why_unknown()
-        ) is not None:  # pickled beside another release of the library
+        # pickled beside another release of the library
+        if (reason := self.why_unknown()) is not None:
             _to_stock(self)
             warnings.warn(f"swin_kernels: unpickled as a stock block: {reason}", stacklevel=2)
         else:
@@ -201,17 +200,13 @@ def survey(model: nn.Module) -> list[Found]:
     return found
 
 
-def notes_on(found: list[Found]) -> dict[str, str]:
-    return {f.name: note for f in found if f.reason is None and (note := f.fused.note(f.block))}
-
-
 def report_on(found: list[Found]) -> PatchReport:
     """What `patch` would do with these blocks."""
     return PatchReport(
         replaced=tuple(f.name for f in found if not f.patched and f.reason is None),
         already_patched=tuple(f.name for f in found if f.patched),
         left={f.name: f.reason for f in found if not f.patched and f.reason is not None},
-        notes=notes_on(found),
+        notes={f.name: n for f in found if f.reason is None and (n := f.fused.note(f.block))},
     )
 
 

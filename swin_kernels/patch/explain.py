@@ -16,7 +16,7 @@ from swin_kernels.ops.attention import (
     shifted_window_attention_qkvpacked,
 )
 from swin_kernels.ops.dispatch import BACKENDS, DEFAULT_BACKEND, check_name, reasons_against
-from swin_kernels.patch.core import STOCK_CLASSES, grouped, notes_on, survey
+from swin_kernels.patch.core import STOCK_CLASSES, grouped, report_on, survey
 from swin_kernels.problem import Operands, Problem
 from swin_kernels.version import __version__
 
@@ -86,28 +86,17 @@ def _model(model: nn.Module) -> str:
         found = survey(model)
     except ValueError as error:
         return f"patch would raise ValueError: {error}"
-    name = type(model).__name__
+    name, report = type(model).__name__, report_on(found)
     fused = sum(f.reason is None for f in found)
     lines = [f"{name}: {fused} of {len(found)} blocks of window attention run fused once patched"]
-    lines += grouped(
-        "would be replaced", {f.name: "" for f in found if not f.patched and not f.reason}
-    )
-    lines += grouped(
-        "would be left", {f.name: f.reason for f in found if not f.patched and f.reason}
-    )
-    lines += grouped(
-        "patched",
-        {
-            f.name: f"backend {f.block._swin_kernels.backend or 'chosen per call'}"
-            for f in found
-            if f.patched
-        },
-    )
-    lines += grouped(
-        "patched, on the stock path for now",
-        {f.name: f.reason for f in found if f.patched and f.reason},
-    )
-    lines += grouped("note", notes_on(found))
+    lines += grouped("would be replaced", dict.fromkeys(report.replaced, ""))
+    lines += grouped("would be left", report.left)
+    patched = [f for f in found if f.patched]
+    backends = {f.name: f.block._swin_kernels.backend or "chosen per call" for f in patched}
+    lines += grouped("patched", {name: f"backend {backend}" for name, backend in backends.items()})
+    stock = {f.name: f.reason for f in patched if f.reason}
+    lines += grouped("patched, on the stock path for now", stock)
+    lines += grouped("note", report.notes)
     return "\n".join(lines)
 
 

@@ -15,14 +15,6 @@ _IGNORED = ("annotation", "returns", "type_comment", "type_params", "kind", "ctx
 _DEFINITIONS = (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)
 
 
-def _is_docstring(node: ast.AST) -> bool:
-    return (
-        isinstance(node, ast.Expr)
-        and isinstance(node.value, ast.Constant)
-        and isinstance(node.value.value, str)
-    )
-
-
 def _tokens(node: object) -> Iterator[str]:
     """The tree in prefix order; `ast.dump` and `ast.unparse` differ between versions of Python."""
     if isinstance(node, ast.AST):
@@ -31,7 +23,9 @@ def _tokens(node: object) -> Iterator[str]:
             if field in _IGNORED or value is None or value == []:
                 continue
             documented = (
-                field == "body" and isinstance(node, _DEFINITIONS) and _is_docstring(value[0])
+                field == "body"
+                and isinstance(node, _DEFINITIONS)
+                and ast.get_docstring(node, clean=False) is not None
             )
             yield field
             yield from _tokens(value[1:] if documented else value)

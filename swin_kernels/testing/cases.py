@@ -84,7 +84,7 @@ class Case:
             (self.mask_value != -100.0, f"mv{self.mask_value:g}"),
             (
                 self.periodic is not None,
-                "periodic" + "".join(str(int(p)) for p in self.periodic or ()),
+                "periodic" + "".join(f"{p:d}" for p in self.periodic or ()),
             ),
             (self.scale is not None, f"scale{self.scale}"),
             (self.dropout_p > 0, f"drop{self.dropout_p}"),
@@ -104,24 +104,22 @@ class Case:
     @property
     def grid(self) -> Grid:
         """How the map is padded, shifted and split into windows."""
-        periodic = self.periodic if self.periodic is not None else False
-        return Grid.checked(self.size, self.window, self.shift, periodic, self.pad_order)
+        return Grid.checked(
+            self.size, self.window, self.shift, self.periodic or False, self.pad_order
+        )
 
     @property
     def options(self) -> dict[str, Any]:
         """The keyword arguments of the public functions that are not tensors."""
-        options: dict[str, Any] = {
+        return {
             "window_size": self.window,
             "shift_size": self.shift,
             "mask_value": self.mask_value,
             "pad_order": self.pad_order,
             "dropout_p": self.dropout_p,
+            "periodic": self.periodic or False,
+            "scale": self.scale,
         }
-        if self.periodic is not None:
-            options["periodic"] = self.periodic
-        if self.scale is not None:
-            options["scale"] = self.scale
-        return options
 
     def but(self, **changes) -> Case:
         """This case with some fields changed."""
@@ -167,17 +165,19 @@ def make_operands(case: Case, device: torch.device | str | None = None, seed: in
     They are drawn on the CPU, the same for every device; None is torch's default device. In fp64
     the values are those of fp32, so that fp32 arithmetic on them errs by rounding alone.
     """
-    device = torch.device(torch.get_default_device() if device is None else device)
-    source, generator = _source(device, seed)
+    device, source, generator = _source(device, seed)
     with source:
         return _make_operands(case, device, generator)
 
 
-def _source(device: torch.device, seed: int) -> tuple[torch.device, torch.Generator | None]:
-    """Where numbers are drawn, and from what: nowhere for tensors without data."""
+def _source(
+    device: torch.device | str | None, seed: int
+) -> tuple[torch.device, torch.device, torch.Generator | None]:
+    """The device, where numbers are drawn, and from what: nowhere for tensors without data."""
+    device = torch.device(torch.get_default_device() if device is None else device)
     if device.type == "meta":
-        return device, None
-    return torch.device("cpu"), torch.Generator().manual_seed(seed)
+        return device, device, None
+    return device, torch.device("cpu"), torch.Generator().manual_seed(seed)
 
 
 def _make_operands(case: Case, device: torch.device, generator: torch.Generator | None) -> Operands:
@@ -219,8 +219,7 @@ def _make_operands(case: Case, device: torch.device, generator: torch.Generator 
 
 def make_grad_out(case: Case, device: torch.device | str | None = None, seed: int = 1) -> Tensor:
     """A random gradient of the output, in the layout of the case."""
-    device = torch.device(torch.get_default_device() if device is None else device)
-    source, generator = _source(device, seed)
+    device, source, generator = _source(device, seed)
     shape = (case.batch, *case.size, case.heads, case.dv)
     grad = torch.randn(shape, generator=generator, device=source)
     return _laid_out(grad.to(device=device, dtype=case.dtype), case.layout)

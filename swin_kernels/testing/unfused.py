@@ -131,15 +131,8 @@ def unfused(case: Case, operands: Operands) -> Tensor:
     )
     if case.dropout_p > 0:
         seed = torch.randint(2**63 - 1, (1,), dtype=torch.int64, device=q.device)
-        kept = dropout_factor(
-            seed,
-            case.dropout_p,
-            batch,
-            case.grid.windows,
-            heads,
-            case.grid.tokens,
-            weights.dtype,
-        )
+        shape = batch, case.grid.windows, heads, case.grid.tokens
+        kept = dropout_factor(seed, case.dropout_p, *shape, weights.dtype)
         weights = weights * kept.flatten(0, 1)
     out = (weights.to(dtype) @ v).transpose(1, 2).flatten(-2)  # (B·nW, N, H·Dv)
     return _unfused_map(case, out, batch).unflatten(-1, (heads, -1))

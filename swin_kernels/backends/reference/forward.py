@@ -71,16 +71,12 @@ def scores_of(operands: Operands, options: Options) -> Scores:
     grid, dtype = grid_of(operands, options), sum_dtype(operands.query.dtype)
     q, k, v = (x.to(dtype) for x in operands.unpacked())
     # what padding holds is a token like any other, so it is rounded to their dtype first
-    pads = (
+    pad_key, pad_value = (
         None if x is None else x.to(operands.query.dtype).to(dtype)
         for x in (operands.pad_key, operands.pad_value)
     )
-    pad_key, pad_value = pads
-    query, key, value = (
-        to_windows(q, grid),
-        to_windows(k, grid, pad_key),
-        to_windows(v, grid, pad_value),
-    )
+    query = to_windows(q, grid)
+    key, value = to_windows(k, grid, pad_key), to_windows(v, grid, pad_value)
     query_norm = key_norm = None
     factor: Tensor | float = options.scale
     if operands.logit_scale is not None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import math
+import operator
 from collections.abc import Iterable
 from typing import NamedTuple
 
@@ -15,11 +17,7 @@ def pad_to_3d(values, filler) -> tuple:
 
 
 def contiguous_stride(shape: tuple[int, ...]) -> tuple[int, ...]:
-    stride, step = [], 1
-    for size in reversed(shape):
-        stride.append(step)
-        step *= size
-    return tuple(reversed(stride))
+    return tuple(itertools.accumulate(reversed(shape[1:]), operator.mul, initial=1))[::-1]
 
 
 def needs_wide_offsets(shape: tuple[int, ...], stride: tuple[int, ...]) -> bool:
