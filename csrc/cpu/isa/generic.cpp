@@ -1,7 +1,6 @@
 // The kernels for any processor: 16-byte vectors that every 64-bit target has.
 #define SWIN_ISA generic
 #define SWIN_VECTOR_BYTES 16
-#define SWIN_COLUMN_VECTORS 2
 #include "cpu/isa/std.h"
 // the body comes after the headers it uses, so that no shared inline function is compiled for one
 // processor only

@@ -1,6 +1,7 @@
 // The headers that the tile bodies use, read before any of them changes the target.
 #pragma once
 
+#include <bit>
 #include <cmath>
 #include <cstdint>
 #include <cstdlib>
