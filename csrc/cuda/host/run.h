@@ -15,9 +15,11 @@ template <class P>
 Gradients run_backward(const Device& device, const Arguments& a, const Problem& p,
                        const Tensor& grad_out, int64_t needs);
 
+}  // namespace swin_kernels::cuda
+
 #define SWIN_COMPILE(P)                                                                         \
+  namespace swin_kernels::cuda {                                                                \
   template void run_forward<P>(const Device&, const Arguments&, const Problem&, const Tensor&); \
   template Gradients run_backward<P>(const Device&, const Arguments&, const Problem&,           \
-                                     const Tensor&, int64_t);
-
-}  // namespace swin_kernels::cuda
+                                     const Tensor&, int64_t);                                   \
+  }

@@ -2,6 +2,4 @@
 #include "cuda/host/backward.h"
 #include "cuda/host/forward.h"
 
-namespace swin_kernels::cuda {
 SWIN_COMPILE(Bf16)
-}  // namespace swin_kernels::cuda
