@@ -1,5 +1,6 @@
 #include "arguments.h"
 
+#include <torch/csrc/stable/ops.h>
 #include <torch/headeronly/util/Exception.h>
 
 #include <string>
@@ -81,6 +82,31 @@ void check_extras(const Arguments& a, const Problem& p) {
                     "swin_kernels: expected every tensor on the device of query");
 }
 
+// Spatial axes of `t` are its axes 1 … ; `part` picks query, key or value out of a packed tensor
+// (B, *S, 3, H, D), −1 says that it is not packed.
+TokenView part_of(const Tensor& t, void* data, int part) {
+  const int64_t packed = part >= 0 ? 1 : 0, axes = t.dim() - 3 - packed;
+  TokenView view;
+  view.data = data;
+  view.batch = t.stride(0);
+  for (int64_t i = 0; i < axes; ++i) view.axis[kAxes - axes + i] = t.stride(1 + i);
+  view.head = t.stride(t.dim() - 2);
+  view.channel = t.stride(t.dim() - 1);
+  if (packed)
+    view.data = static_cast<char*>(data) + part * t.stride(axes + 1) * int64_t(t.element_size());
+  return view;
+}
+
+TokenViews parts_of_packed(const Tensor& t, void* data) {
+  return {part_of(t, data, 0), part_of(t, data, 1), part_of(t, data, 2)};
+}
+
+// Empty where `t` is not there.
+Tensor empty_like(const MaybeTensor& t, const Tensor& query) {
+  return torch::stable::empty(t.has_value() ? shape_of(*t) : std::vector<int64_t>{0},
+                              query.scalar_type(), std::nullopt, query.device());
+}
+
 }  // namespace
 
 std::vector<int64_t> shape_of(const Tensor& t) {
@@ -150,16 +176,34 @@ void check_grad_out(const Tensor& grad_out, const Arguments& a) {
                   "swin_kernels: grad_out: expected the shape, dtype and device of the output");
 }
 
-TokenView view_of(const Tensor& t, void* data, int part) {
-  const int64_t packed = part >= 0 ? 1 : 0, axes = t.dim() - 3 - packed;
-  TokenView view;
-  view.data = data;
-  view.batch = t.stride(0);
-  for (int64_t i = 0; i < axes; ++i) view.axis[kAxes - axes + i] = t.stride(1 + i);
-  view.head = t.stride(t.dim() - 2);
-  view.channel = t.stride(t.dim() - 1);
-  if (packed)
-    view.data = static_cast<char*>(data) + part * t.stride(axes + 1) * int64_t(t.element_size());
+TokenView view_of(const Tensor& t) { return part_of(t, t.mutable_data_ptr(), -1); }
+TokenView read_only(const Tensor& t) {
+  return part_of(t, const_cast<void*>(t.const_data_ptr()), -1);
+}
+
+TokenViews views_of(const Arguments& a) {
+  if (!a.packed()) return {read_only(a.query), read_only(*a.key), read_only(*a.value)};
+  return parts_of_packed(a.query, const_cast<void*>(a.query.const_data_ptr()));
+}
+
+TokenGradients::TokenGradients(const Arguments& a)
+    : query(empty_like(a.query, a.query)),
+      key(empty_like(a.key, a.query)),
+      value(empty_like(a.value, a.query)),
+      views(a.packed() ? parts_of_packed(query, query.mutable_data_ptr())
+                       : TokenViews{view_of(query), view_of(key), view_of(value)}) {}
+
+bool holds_pad_key(const Arguments& a) {
+  return a.logit_scale.has_value() && a.pad_key.has_value() &&
+         element_of(*a.pad_key) == Element::kHalf;
+}
+
+FloatView float_view(const MaybeTensor& t) {
+  FloatView view;
+  if (!t.has_value()) return view;
+  view.data = t->const_data_ptr();
+  view.element = element_of(*t);
+  for (int64_t i = 0; i < t->dim(); ++i) view.stride[i] = t->stride(i);
   return view;
 }
 

@@ -48,6 +48,10 @@ using Gradients = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Ten
 constexpr int64_t kNeedsBias = 1, kNeedsTable = 2, kNeedsPadKey = 4, kNeedsPadValue = 8,
                   kNeedsLogitScale = 16;
 
+inline bool needed(int64_t needs, int64_t bit, const MaybeTensor& t) {
+  return (needs & bit) != 0 && t.has_value();
+}
+
 // Throws, with what came and what was expected, before anything is computed.
 Problem checked_problem(const Arguments& a);
 
@@ -55,9 +59,26 @@ void check_grad_out(const Tensor& grad_out, const Arguments& a);
 
 Element element_of(const Tensor& t);
 
-// Spatial axes of `t` are its axes 1 … ; `part` picks query, key or value out of a packed tensor
-// (B, *S, 3, H, D), −1 says that it is not packed.
-TokenView view_of(const Tensor& t, void* data, int part);
+// A tensor (B, *S, H, D); kernels only read what is given as const.
+TokenView view_of(const Tensor& t);
+TokenView read_only(const Tensor& t);
+
+TokenViews views_of(const Arguments& a);
+
+// The tensors that the gradients of the tokens are written to, those of key and value empty for a
+// packed query, and where each lies in them.
+struct TokenGradients {
+  Tensor query, key, value;
+  TokenViews views;
+
+  explicit TokenGradients(const Arguments& a);
+};
+
+// Whether the gradient of a pad_key that is a zero vector may be more than its dtype holds: inf
+// would turn into NaN against the zero token behind it. For fp16 in cosine attention.
+bool holds_pad_key(const Arguments& a);
+
+FloatView float_view(const MaybeTensor& t);
 
 // Rows of a table of all relative positions in a window.
 int64_t table_length(const Problem& p);

@@ -12,10 +12,15 @@
 
 namespace swin_kernels {
 
-constexpr int64_t kMaxTokens = int64_t(1)
-                               << 15;  // of a window, so that no product of sizes overflows
-constexpr double kNormClamp = 1e-12;   // of norms in cosine attention, as in the reference
-constexpr int kAxes = 3;               // maps of fewer axes have leading axes of one token
+constexpr int64_t kMaxTokens = 1 << 15;  // of a window, so that no product of sizes overflows
+constexpr double kNormClamp = 1e-12;     // of norms in cosine attention, as in the reference
+constexpr int kAxes = 3;                 // maps of fewer axes have leading axes of one token
+
+// How many parts of `size` cover n.
+template <class Int>
+SWIN_HOST_DEVICE constexpr Int parts_of(Int n, Int size) {
+  return (n + size - 1) / size;
+}
 
 struct Axis {
   int64_t size = 1;    // tokens of the map
@@ -25,7 +30,7 @@ struct Axis {
   int64_t windows = 1;  // kept, as a division costs a GPU a hundred instructions
 
   static Axis of(int64_t size, int64_t window, int64_t shift, bool wraps) {
-    return {size, window, shift, wraps, (size + window - 1) / window};
+    return {size, window, shift, wraps, parts_of(size, window)};
   }
 
   SWIN_HOST_DEVICE int64_t count() const { return windows; }
@@ -73,11 +78,15 @@ struct TokenView {
   int64_t batch = 0, axis[kAxes] = {0, 0, 0}, head = 0, channel = 1;
 };
 
-// A mask (nW, N, N) at its strides, in elements, of any floating dtype.
-struct MaskView {
-  const void* data = nullptr;
+struct TokenViews {
+  TokenView query, key, value;
+};
+
+// A tensor of floating numbers of any dtype, at its strides in elements.
+struct FloatView {
+  const void* data = nullptr;  // null: none
   Element element = Element::kFloat;
-  int64_t window = 0, row = 0, column = 1;
+  int64_t stride[3] = {0, 0, 0};
 };
 
 // The counter-based dropout mask of docs/contract.md: Philox4x32-10, first word of the block.

@@ -11,9 +11,9 @@ namespace swin_kernels::cpu {
 // Pointers to void hold Sum; they are null where the call has no such operand.
 struct Operands {
   Problem problem;
-  TokenView query, key, value;
+  TokenViews tokens;
   const void* bias = nullptr;         // (H, keys, queries rounded up to lanes)
-  MaskView mask;                      // null data: none
+  FloatView mask;                     // (nW, N, N)
   const void* pad_key = nullptr;      // (H, D)
   const void* pad_value = nullptr;    // (H, Dv)
   const void* logit_scale = nullptr;  // (H,): cosine attention
@@ -32,7 +32,8 @@ struct Forward {
 // order: the same bits for any number of threads.
 struct Backward {
   Operands in;
-  TokenView grad_out, grad_query, grad_key, grad_value;
+  TokenView grad_out;
+  TokenViews grad;
   int64_t windows_per_chunk = 1, heads_per_task = 1;
   void* partial_bias = nullptr;  // (chunks, H, keys, queries rounded up to lanes)
   // in double, as one row sums over every token of padding, all alike where there is no bias
@@ -40,7 +41,7 @@ struct Backward {
   void* partial_pad_value = nullptr;    // (chunks, H, Dv)
   void* partial_logit_scale = nullptr;  // (chunks, H): over every token
 
-  int64_t head_groups() const { return (in.problem.heads + heads_per_task - 1) / heads_per_task; }
+  int64_t head_groups() const { return parts_of(in.problem.heads, heads_per_task); }
 
   struct Share {
     int64_t first_window, last_window, first_head, last_head, chunk;

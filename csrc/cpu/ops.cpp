@@ -3,9 +3,6 @@
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
-#include <torch/headeronly/util/BFloat16.h>
-#include <torch/headeronly/util/Exception.h>
-#include <torch/headeronly/util/Half.h>
 
 #include <algorithm>
 #include <cmath>
@@ -63,7 +60,7 @@ Tensor forward_as(const Arguments& a, const Problem& p) {
   Buffers<T> buffers;
   Forward call;
   call.in = operands_of(a, p, kernels(element).vector_bytes / int64_t(sizeof(T)), buffers);
-  call.out = view_of(out, out.mutable_data_ptr(), -1);
+  call.out = view_of(out);
   const auto run = kernels(element).forward[int(element)];
   torch::stable::parallel_for(0, p.batch * p.windows() * p.heads, 1,
                               [&](int64_t begin, int64_t end) { run(call, begin, end); });
@@ -105,23 +102,10 @@ std::vector<T> summed_to_table(const Numbers<T>& bias, const std::vector<int32_t
 template <class F>
 Tensor filled_like(const Tensor& like, const F& value) {
   Tensor t = empty_tensor(shape_of(like), like.scalar_type());
-  void* data = t.mutable_data_ptr();
-  for (int64_t i = 0; i < t.numel(); ++i) {
-    switch (element_of(like)) {
-      case Element::kFloat:
-        static_cast<float*>(data)[i] = float(value(i));
-        break;
-      case Element::kDouble:
-        static_cast<double*>(data)[i] = double(value(i));
-        break;
-      case Element::kHalf:
-        static_cast<torch::headeronly::Half*>(data)[i] = float(value(i));
-        break;
-      case Element::kBFloat16:
-        static_cast<torch::headeronly::BFloat16*>(data)[i] = float(value(i));
-        break;
-    }
-  }
+  as_dtype(like.scalar_type(), [&]<class To>(To) {
+    To* data = static_cast<To*>(t.mutable_data_ptr());
+    for (int64_t i = 0; i < t.numel(); ++i) data[i] = static_cast<To>(value(i));
+  });
   return t;
 }
 
@@ -130,7 +114,6 @@ Tensor filled_like(const Tensor& like, const F& value) {
 // and adding up the partial sums stays cheap.
 void share_out(Backward& call, int64_t bytes_per_chunk) {
   constexpr int64_t kTasks = 64, kWindows = 8, kPartialBytes = 32 << 20;
-  const auto parts_of = [](int64_t n, int64_t part) { return (n + part - 1) / part; };
   const Problem& p = call.in.problem;
   const int64_t windows = p.batch * p.windows();
   const int64_t most = kPartialBytes / std::max<int64_t>(bytes_per_chunk, 1);
@@ -140,16 +123,12 @@ void share_out(Backward& call, int64_t bytes_per_chunk) {
   call.heads_per_task = parts_of(p.heads, std::min(p.heads, parts_of(kTasks, chunks)));
 }
 
-// The heads whose pad_key is a zero vector under cosine attention, where fp16 cannot hold the
-// gradient: inf would turn into NaN against the zero token behind it.
+// The heads whose pad_key is a zero vector that `holds_pad_key` is about.
 template <class T>
 std::vector<bool> rows_held_finite(const Arguments& a, const std::vector<T>& pad_key,
                                    const Problem& p) {
   std::vector<bool> held(size_t(p.heads), false);
-  if (!a.logit_scale.has_value() || !a.pad_key.has_value() ||
-      element_of(*a.pad_key) != Element::kHalf)
-    return held;
-  for (int64_t h = 0; h < p.heads; ++h) {
+  for (int64_t h = 0; holds_pad_key(a) && h < p.heads; ++h) {
     T squares = 0;
     for (int64_t c = 0; c < p.head_dim; ++c)
       squares += pad_key[size_t(h * p.head_dim + c)] * pad_key[size_t(h * p.head_dim + c)];
@@ -163,37 +142,29 @@ Gradients backward_as(const Tensor& grad_out, const Arguments& a, const Problem&
   const ScalarType dtype = a.query.scalar_type();
   const Element element = element_of(a.query);
   const int64_t lanes = kernels(element).vector_bytes / int64_t(sizeof(T)), n = p.tokens();
-  const int64_t width = (n + lanes - 1) / lanes * lanes;
-  const bool wants_bias = (needs & kNeedsBias) && a.bias.has_value();
-  const bool wants_table = (needs & kNeedsTable) && a.bias_table.has_value();
-
-  Tensor grad_query = empty_tensor(shape_of(a.query), dtype);
-  Tensor grad_key = empty_tensor(a.packed() ? std::vector<int64_t>{0} : shape_of(*a.key), dtype);
-  Tensor grad_value =
-      empty_tensor(a.packed() ? std::vector<int64_t>{0} : shape_of(*a.value), dtype);
+  const int64_t width = parts_of(n, lanes) * lanes;
+  const bool wants_bias = needed(needs, kNeedsBias, a.bias);
+  const bool wants_table = needed(needs, kNeedsTable, a.bias_table);
 
   Buffers<T> buffers;
   Backward call;
   call.in = operands_of(a, p, lanes, buffers);
-  call.grad_out = view_of(grad_out, const_cast<void*>(grad_out.const_data_ptr()), -1);
-  Tensor& key_home = a.packed() ? grad_query : grad_key;
-  Tensor& value_home = a.packed() ? grad_query : grad_value;
-  call.grad_query = view_of(grad_query, grad_query.mutable_data_ptr(), a.packed() ? 0 : -1);
-  call.grad_key = view_of(key_home, key_home.mutable_data_ptr(), a.packed() ? 1 : -1);
-  call.grad_value = view_of(value_home, value_home.mutable_data_ptr(), a.packed() ? 2 : -1);
+  call.grad_out = read_only(grad_out);
+  const TokenGradients grad(a);
+  call.grad = grad.views;
 
   const int64_t windows = p.batch * p.windows();
   const int64_t bias_size = wants_bias || wants_table ? n * width : 0;
   share_out(call, p.heads * bias_size * int64_t(sizeof(T)));
-  const int64_t chunks = (windows + call.windows_per_chunk - 1) / call.windows_per_chunk;
+  const int64_t chunks = parts_of(windows, call.windows_per_chunk);
   const auto partial = [&]<class Sum>(Sum, bool wanted, int64_t size, void*& pointer) {
     Numbers<Sum> sums(wanted ? chunks * p.heads * size : 0);
     pointer = sums.data();
     return sums;
   };
-  const bool wants_pad_key = (needs & kNeedsPadKey) && a.pad_key.has_value();
-  const bool wants_pad_value = (needs & kNeedsPadValue) && a.pad_value.has_value();
-  const bool wants_logit_scale = (needs & kNeedsLogitScale) && a.logit_scale.has_value();
+  const bool wants_pad_key = needed(needs, kNeedsPadKey, a.pad_key);
+  const bool wants_pad_value = needed(needs, kNeedsPadValue, a.pad_value);
+  const bool wants_logit_scale = needed(needs, kNeedsLogitScale, a.logit_scale);
   const Numbers<T> biases = partial(T(), bias_size > 0, bias_size, call.partial_bias);
   const Numbers<double> pad_keys =
       partial(double(), wants_pad_key, p.head_dim, call.partial_pad_key);
@@ -225,9 +196,9 @@ Gradients backward_as(const Tensor& grad_out, const Arguments& a, const Problem&
   };
   const auto as_it_is = [](const auto& total, int64_t i) { return total[i]; };
   const std::vector<bool> held = rows_held_finite(a, buffers.pad_key, p);
-  return {grad_query,
-          grad_key,
-          grad_value,
+  return {grad.query,
+          grad.key,
+          grad.value,
           wants_bias ? grad_bias() : empty_tensor({0}, dtype),
           wants_table ? grad_table() : empty_tensor({0}, dtype),
           finish(wants_pad_key, a.pad_key, pad_keys, p.head_dim,

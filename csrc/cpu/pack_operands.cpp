@@ -1,10 +1,5 @@
 #include "cpu/pack_operands.h"
 
-#include <torch/csrc/stable/ops.h>
-#include <torch/headeronly/util/BFloat16.h>
-#include <torch/headeronly/util/Exception.h>
-#include <torch/headeronly/util/Half.h>
-
 #include <limits>
 #include <string>
 
@@ -13,39 +8,20 @@ namespace {
 
 using torch::headeronly::BFloat16;
 using torch::headeronly::Half;
-using torch::headeronly::ScalarType;
 
-// f(index, value) over every element of a tensor of at most three axes, whatever its strides.
-template <class From, class F>
-void visit_as(const Tensor& t, int64_t first, int64_t last, const F& f) {
+// f(index, value) over the slices [first, last) of axis 0 of a tensor of at most three axes,
+// whatever its strides.
+template <class F>
+void visit(const Tensor& t, int64_t first, int64_t last, const F& f) {
   const int64_t n1 = t.dim() > 1 ? t.size(1) : 1, n2 = t.dim() > 2 ? t.size(2) : 1;
   const int64_t s0 = t.dim() > 0 ? t.stride(0) : 0, s1 = t.dim() > 1 ? t.stride(1) : 0;
   const int64_t s2 = t.dim() > 2 ? t.stride(2) : 0;
-  const From* data = static_cast<const From*>(t.const_data_ptr());
-  for (int64_t i = first; i < last; ++i)
-    for (int64_t j = 0; j < n1; ++j)
-      for (int64_t k = 0; k < n2; ++k) f(i, j, k, data[i * s0 + j * s1 + k * s2]);
-}
-
-// The slices [first, last) of axis 0.
-template <class F>
-void visit(const Tensor& t, int64_t first, int64_t last, const F& f) {
-  switch (t.scalar_type()) {
-    case ScalarType::Float:
-      return visit_as<float>(t, first, last, f);
-    case ScalarType::Double:
-      return visit_as<double>(t, first, last, f);
-    case ScalarType::Half:
-      return visit_as<Half>(t, first, last, f);
-    case ScalarType::BFloat16:
-      return visit_as<BFloat16>(t, first, last, f);
-    case ScalarType::Int:
-      return visit_as<int32_t>(t, first, last, f);
-    case ScalarType::Long:
-      return visit_as<int64_t>(t, first, last, f);
-    default:
-      STD_TORCH_CHECK(false, "swin_kernels: unexpected dtype");
-  }
+  as_dtype(t.scalar_type(), [&]<class From>(From) {
+    const From* data = static_cast<const From*>(t.const_data_ptr());
+    for (int64_t i = first; i < last; ++i)
+      for (int64_t j = 0; j < n1; ++j)
+        for (int64_t k = 0; k < n2; ++k) f(i, j, k, data[i * s0 + j * s1 + k * s2]);
+  });
 }
 
 // What padding holds is a token like any other, so it is rounded to their dtype.
@@ -103,7 +79,7 @@ std::vector<int32_t> bias_index_of(const Arguments& a, const Problem& p) {
 template <class T>
 Numbers<T> bias_rows(const Arguments& a, const Problem& p, int64_t lanes,
                      const std::vector<int32_t>& index) {
-  const int64_t n = p.tokens(), width = (n + lanes - 1) / lanes * lanes;
+  const int64_t n = p.tokens(), width = parts_of(n, lanes) * lanes;
   if (!a.bias.has_value() && !a.bias_table.has_value()) return {};
   Numbers<T> rows(p.heads * n * width);
   const std::vector<T> table = copy_of<T>(a.bias_table);  // (T, H)
@@ -140,19 +116,12 @@ Operands operands_of(const Arguments& a, const Problem& p, int64_t lanes, Buffer
   buffers.logit_scale = copy_of<T>(a.logit_scale);
   Operands in;
   in.problem = p;
-  const Tensor& key = a.packed() ? a.query : *a.key;
-  const Tensor& value = a.packed() ? a.query : *a.value;
-  // the tiles only read these
-  in.query = view_of(a.query, const_cast<void*>(a.query.const_data_ptr()), a.packed() ? 0 : -1);
-  in.key = view_of(key, const_cast<void*>(key.const_data_ptr()), a.packed() ? 1 : -1);
-  in.value = view_of(value, const_cast<void*>(value.const_data_ptr()), a.packed() ? 2 : -1);
+  in.tokens = views_of(a);
   in.bias = buffers.bias.data();
   in.pad_key = buffers.pad_key.empty() ? nullptr : buffers.pad_key.data();
   in.pad_value = buffers.pad_value.empty() ? nullptr : buffers.pad_value.data();
   in.logit_scale = buffers.logit_scale.empty() ? nullptr : buffers.logit_scale.data();
-  if (a.mask.has_value())
-    in.mask = {a.mask->const_data_ptr(), element_of(*a.mask), a.mask->stride(0), a.mask->stride(1),
-               a.mask->stride(2)};
+  in.mask = float_view(a.mask);
   in.mask_value = a.mask_value;
   in.scale = a.scale;
   in.dropout_p = a.dropout_p;

@@ -3,6 +3,9 @@
 
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/util/BFloat16.h>
+#include <torch/headeronly/util/Exception.h>
+#include <torch/headeronly/util/Half.h>
 
 #include <cstdint>
 #include <vector>
@@ -32,6 +35,28 @@ class Numbers {
   MaybeTensor memory_;
   T* data_ = nullptr;
 };
+
+// f(a number of the dtype).
+template <class F>
+void as_dtype(torch::headeronly::ScalarType dtype, const F& f) {
+  using torch::headeronly::ScalarType;
+  switch (dtype) {
+    case ScalarType::Float:
+      return f(float());
+    case ScalarType::Double:
+      return f(double());
+    case ScalarType::Half:
+      return f(torch::headeronly::Half());
+    case ScalarType::BFloat16:
+      return f(torch::headeronly::BFloat16());
+    case ScalarType::Int:
+      return f(int32_t());
+    case ScalarType::Long:
+      return f(int64_t());
+    default:
+      STD_TORCH_CHECK(false, "swin_kernels: unexpected dtype");
+  }
+}
 
 // What a call's operands point into.
 template <class T>

@@ -21,9 +21,9 @@ constexpr bool kRelative = P::kUnit == Unit::kPlain;
 // The gradient of each row's largest weight, −∞ where `largest` is none of them.
 template <int Tiles, class Sum>
 SWIN_DEVICE void gradient_at(Sum (&found)[2], const Sum (&largest)[2], Sum (&weights)[Tiles][4],
-                             const Sum (&grad)[Tiles][4], int tiles, int lane) {
+                             const Sum (&grad)[Tiles][4], int tiles) {
   found[0] = found[1] = -INFINITY;
-  for_each_logit(weights, 0, tiles, lane, [&](Sum& x, int n, int e, int, int) {
+  for_each_sum(weights, tiles, [&](Sum x, int n, int e) {
     if (x == largest[e / 2]) found[e / 2] = fmax(found[e / 2], grad[n][e]);
   });
   max_over_row(found);
@@ -31,69 +31,60 @@ SWIN_DEVICE void gradient_at(Sum (&found)[2], const Sum (&largest)[2], Sum (&wei
 
 // dp − that of the largest p of its row.
 template <int Tiles, class Sum>
-SWIN_DEVICE void relate_to_largest(Sum (&dp)[Tiles][4], Sum (&p)[Tiles][4], int tiles, int lane) {
+SWIN_DEVICE void relate_to_largest(Sum (&dp)[Tiles][4], Sum (&p)[Tiles][4], int tiles) {
   Sum largest[2] = {0, 0}, reference[2];
-  for_each_logit(p, 0, tiles, lane,
-                 [&](Sum& x, int, int e, int, int) { largest[e / 2] = fmax(largest[e / 2], x); });
+  for_each_sum(p, tiles, [&](Sum x, int, int e) { largest[e / 2] = fmax(largest[e / 2], x); });
   max_over_row(largest);
-  gradient_at(reference, largest, p, dp, tiles, lane);
-  for_each_logit(dp, 0, tiles, lane, [&](Sum& x, int, int e, int, int) { x -= reference[e / 2]; });
+  gradient_at(reference, largest, p, dp, tiles);
+  for_each_sum(dp, tiles, [&](Sum& x, int, int e) { x -= reference[e / 2]; });
 }
 
 // The gradient behind `l2_normalize` of a warp's sums (16, 8·tiles), a gradient of unit vectors
 // still to be scaled by `factor`: dx = (dx̂ − x̂·(x̂·dx̂))/‖x‖, and dx̂/ε where the clamp holds. fp16
-// cannot hold that: it saturates. `radial` is x̂·dx̂ of a lane's two rows, `unit` and `norms` those
-// of the warp's first.
+// cannot hold that: it saturates. `radial` is x̂·dx̂ of a lane's two rows, `unit` the warp's.
 template <class P, int Tiles>
 SWIN_DEVICE void l2_normalize_bwd(typename P::Sum (&grad)[Tiles][4],
                                   const Operand<typename P::Element>& unit,
                                   const typename P::Sum* norms, typename P::Sum factor,
-                                  const WideSum<P> (&radial)[2], int tiles, int lane) {
+                                  const WideSum<P> (&radial)[2], int tiles) {
   using Sum = typename P::Sum;
   using Wide = WideSum<P>;
-  const Lane own(lane);
-#pragma unroll
-  for (int n = 0; n < Tiles; ++n) {
-    if (n >= tiles) break;
-#pragma unroll
-    for (int e = 0; e < 4; ++e) {
-      const Sum norm = norms[own.row(e)];
-      const bool clamped = norm <= Sum(kNormClamp);
-      const Wide x =
-          Wide(to_float(unit.data[own.row(e) * unit.pitch + n * kColumns + own.column(e)]));
-      Sum g = Sum(grad[n][e] - (clamped ? Wide(0) : x * radial[e / 2])) * (factor / norm);
-      if (sizeof(typename P::Element) == 2 && clamped && is_half<typename P::Element>())
-        g = fmin(fmax(g, Sum(-65504)), Sum(65504));
-      grad[n][e] = g;
-    }
-  }
+  const Lane own;
+  for_each_sum(grad, tiles, [&](Sum& g, int n, int e) {
+    const Sum norm = norms[warp_row() + own.row(e)];
+    const bool clamped = norm <= Sum(kNormClamp);
+    const Wide x = Wide(to_float(unit.at(own.row(e), n * kColumns + own.column(e))));
+    g = Sum(g - (clamped ? Wide(0) : x * radial[e / 2])) * (factor / norm);
+    if (std::is_same_v<typename P::Element, Half> && clamped)
+      g = fmin(fmax(g, Sum(-65504)), Sum(65504));
+  });
 }
 
 // x̂·dx̂ of a lane's two rows, over all channels of one tile.
 template <class P, int Tiles>
 SWIN_DEVICE void radial_of(WideSum<P> (&radial)[2], const typename P::Sum (&grad)[Tiles][4],
-                           const Operand<typename P::Element>& unit, int tiles, int lane) {
+                           const Operand<typename P::Element>& unit, int tiles) {
   using Wide = WideSum<P>;
-  const Lane own(lane);
+  const Lane own;
   radial[0] = radial[1] = 0;
-#pragma unroll
-  for (int n = 0; n < Tiles; ++n) {
-    if (n >= tiles) break;
-#pragma unroll
-    for (int e = 0; e < 4; ++e)
-      radial[e / 2] +=
-          Wide(grad[n][e]) *
-          Wide(to_float(unit.data[own.row(e) * unit.pitch + n * kColumns + own.column(e)]));
-  }
+  for_each_sum(grad, tiles, [&](auto g, int n, int e) {
+    const auto x = to_float(unit.at(own.row(e), n * kColumns + own.column(e)));
+    radial[e / 2] += Wide(g) * Wide(x);
+  });
   sum_over_row(radial);
 }
 
 template <class Sum, int Tiles>
 SWIN_DEVICE void scale(Sum (&sums)[Tiles][4], Sum factor) {
-#pragma unroll
-  for (int n = 0; n < Tiles; ++n)
-#pragma unroll
-    for (int e = 0; e < 4; ++e) sums[n][e] *= factor;
+  for_each_sum(sums, Tiles, [&](Sum& x, int, int) { x *= factor; });
+}
+
+// The sum of a number of each of the block's warps, `pitch` apart in memory; in one order always.
+template <class Sum>
+SWIN_DEVICE Sum sum_of_warps(const Sum* memory, int pitch) {
+  Sum total = 0;
+  for (int w = 0; w < block_threads() / kWarp; ++w) total += memory[w * pitch];
+  return total;
 }
 
 // A lane's sums over the padded ones of the tokens that are its warp's rows, by column.
@@ -108,11 +99,11 @@ struct PaddingSum {
     for (int n = 0; n < Tiles; ++n) columns[n][0] = columns[n][1] = 0;
   }
 
-  SWIN_DEVICE void add(const Sum (&grad)[Tiles][4], const int64_t* offsets, int lane) {
-    const Lane own(lane);
+  SWIN_DEVICE void add(const Sum (&grad)[Tiles][4], const int64_t (&offsets)[kTile]) {
+    const Lane own;
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
-      if (offsets[own.row(2 * r)] != kPadding) continue;
+      if (offsets[warp_row() + own.row(2 * r)] != kPadding) continue;
 #pragma unroll
       for (int n = 0; n < Tiles; ++n)
 #pragma unroll
@@ -120,51 +111,42 @@ struct PaddingSum {
     }
   }
 
-  // The block's sum to `to`, through memory for (4, 8·Tiles) numbers; in one order always.
-  SWIN_DEVICE void write(Wide* to, Wide* memory, int dim, int lane) {
-    const Lane own(lane);
-    const int warp = thread_index() / kWarp, warps = block_threads() / kWarp;
+  // The block's sum to `to`, through memory for (4, 8·Tiles) numbers.
+  SWIN_DEVICE void write(Wide* to, Wide* memory, int dim) {
+    const Lane own;
+    const int warp = thread_index() / kWarp;
 #pragma unroll
     for (int n = 0; n < Tiles; ++n)
 #pragma unroll
       for (int c = 0; c < 2; ++c) {
-        Wide x = columns[n][c];
-#pragma unroll
-        for (int lanes = 4; lanes < kWarp; lanes *= 2) x += shuffle_xor(x, lanes);
+        const Wide x = sum_over_lanes<4, kWarp>(columns[n][c]);
         if (own.group == 0) memory[(warp * Tiles + n) * kColumns + own.column(c)] = x;
       }
     block_barrier();
-    for (int c = thread_index(); c < dim && c < Tiles * kColumns; c += block_threads()) {
-      Wide total = 0;
-      for (int w = 0; w < warps; ++w) total += memory[w * Tiles * kColumns + c];
-      to[c] = total;
-    }
+    constexpr int kPitch = Tiles * kColumns;
+    for (int c = thread_index(); c < dim && c < kPitch; c += block_threads())
+      to[c] = sum_of_warps(memory + c, kPitch);
     block_barrier();
   }
 };
 
 // The block's sum of a number of each row, which the four lanes of a row share: to `to`.
 template <class Sum>
-SWIN_DEVICE void write_row_sum(Sum* to, Sum* memory, Sum of_rows, int lane) {
-  Sum x = of_rows;
-#pragma unroll
-  for (int lanes = 4; lanes < kWarp; lanes *= 2) x += shuffle_xor(x, lanes);
-  if (lane == 0) memory[thread_index() / kWarp] = x;
+SWIN_DEVICE void write_row_sum(Sum* to, Sum* memory, Sum of_rows) {
+  const Sum x = sum_over_lanes<4, kWarp>(of_rows);
+  if (lane_index() == 0) memory[thread_index() / kWarp] = x;
   block_barrier();
-  if (thread_index() == 0) {
-    Sum total = 0;
-    for (int w = 0; w < block_threads() / kWarp; ++w) total += memory[w];
-    *to = total;
-  }
+  if (thread_index() == 0) *to = sum_of_warps(memory, 1);
   block_barrier();
 }
 
 // A warp's rows of the gradient of a bias (N, N).
 template <class Sum>
 SWIN_DEVICE void write_bias(Sum* to, Sum (&sums)[kKeyTiles][4], int tokens, int first_row,
-                            int first_column, int lane) {
-  for_each_logit(sums, first_row, kKeyTiles, lane, [&](Sum& x, int, int, int i, int j) {
-    if (i < tokens && first_column + j < tokens) to[i * tokens + first_column + j] = x;
+                            int first_column) {
+  for_each_logit(sums, kKeyTiles, [&](Sum x, int row, int column) {
+    const int i = first_row + row, j = first_column + column;
+    if (i < tokens && j < tokens) to[i * tokens + j] = x;
   });
 }
 

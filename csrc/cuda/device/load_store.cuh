@@ -1,9 +1,8 @@
 // Tiles of tokens between a map in memory and shared memory, by a whole block.
 #pragma once
 
-#include "cuda/device/fragments.cuh"
+#include "cuda/device/mma.cuh"
 #include "cuda/device/params.cuh"
-#include "cuda/device/ptx.cuh"
 #include "cuda/device/window.cuh"
 
 namespace swin_kernels::cuda {
@@ -15,7 +14,6 @@ constexpr int64_t kNoToken = -2;  // beyond the window
 template <class T, int Channels>
 struct TokenTile {
   static constexpr int kPitch = Channels + 16 / int(sizeof(T));
-  static constexpr int kBytes = kTile * kPitch * int(sizeof(T));
   static_assert(Channels * sizeof(T) % 32 == 0);
 };
 
@@ -23,18 +21,28 @@ struct alignas(16) Piece {
   uint32_t words[4];
 };
 
-template <class Sum>
-SWIN_DEVICE Sum read(const FloatView& view, int64_t offset) {
-  switch (view.element) {
+// f(a number of the dtype).
+template <class F>
+SWIN_DEVICE auto as_element(Element element, const F& f) {
+  switch (element) {
     case Element::kFloat:
-      return Sum(static_cast<const float*>(view.data)[offset]);
+      return f(float());
     case Element::kDouble:
-      return Sum(static_cast<const double*>(view.data)[offset]);
+      return f(double());
     case Element::kHalf:
-      return Sum(to_float(static_cast<const Half*>(view.data)[offset]));
+      return f(Half());
     default:
-      return Sum(to_float(static_cast<const BFloat16*>(view.data)[offset]));
+      return f(BFloat16());
   }
+}
+
+// view[i, j, k] of as many axes as it has.
+template <class Sum>
+SWIN_DEVICE Sum read(const FloatView& view, int64_t i, int64_t j = 0, int64_t k = 0) {
+  const int64_t offset = i * view.stride[0] + j * view.stride[1] + k * view.stride[2];
+  return as_element(view.element, [&](auto type) {
+    return Sum(to_float(static_cast<const decltype(type)*>(view.data)[offset]));
+  });
 }
 
 // What a token of padding holds in channel c: rounded as a token is; 0 where `pad` is null, or of
@@ -42,7 +50,7 @@ SWIN_DEVICE Sum read(const FloatView& view, int64_t offset) {
 template <class T, class Sum>
 SWIN_DEVICE T padding(const FloatView* pad, int64_t head, int64_t c) {
   if (pad == nullptr || pad->data == nullptr) return rounded<T>(Sum(0));
-  return rounded<T>(read<Sum>(*pad, head * pad->stride[0] + c * pad->stride[1]));
+  return rounded<T>(read<Sum>(*pad, head, c));
 }
 
 // The offsets of kTile tokens of a window from token `first` on in each of some views.
@@ -92,15 +100,15 @@ SWIN_DEVICE void load_tile(T* tile, const TokenView& view, const int64_t (&offse
   }
 }
 
-// Rows [first, first + rows) of a tile to the tokens at `offsets`, by one warp.
+// A warp's rows of a tile to the tokens at `offsets`.
 template <class T, int Channels>
 SWIN_DEVICE void store_rows(const T* tile, const TokenView& view, const int64_t (&offsets)[kTile],
-                            int first, int rows, int begin, int dim, bool by_16_bytes, int lane) {
+                            int begin, int dim, bool by_16_bytes) {
   constexpr int kPitch = TokenTile<T, Channels>::kPitch;
   constexpr int kPiece = 16 / int(sizeof(T)), kPieces = Channels / kPiece;
   T* data = static_cast<T*>(view.data);
-  for (int i = lane; i < rows * kPieces; i += kWarp) {
-    const int row = first + i / kPieces, c = begin + i % kPieces * kPiece;
+  for (int i = lane_index(); i < kRows * kPieces; i += kWarp) {
+    const int row = warp_row() + i / kPieces, c = begin + i % kPieces * kPiece;
     const int64_t offset = offsets[row];
     const T* from = tile + row * kPitch + i % kPieces * kPiece;
     if (offset < 0) continue;
@@ -112,6 +120,17 @@ SWIN_DEVICE void store_rows(const T* tile, const TokenView& view, const int64_t 
     for (int e = 0; e < kPiece; ++e)
       if (c + e < dim) data[offset + (c + e) * view.channel] = from[e];
   }
+}
+
+// A warp's sums to the tokens at `offsets`: through its rows of a tile, which nobody reads any
+// more.
+template <int Channels, class Sum, int Tiles, class T>
+SWIN_DEVICE void store_sums(const Sum (&sums)[Tiles][4], int tiles, T* tile, const TokenView& view,
+                            const int64_t (&offsets)[kTile], int begin, int dim, bool by_16_bytes) {
+  constexpr int kPitch = TokenTile<T, Channels>::kPitch;
+  put(tile + warp_row() * kPitch, kPitch, sums, tiles);
+  warp_barrier();
+  store_rows<T, Channels>(tile, view, offsets, begin, dim, by_16_bytes);
 }
 
 }  // namespace swin_kernels::cuda

@@ -23,28 +23,38 @@ using Fp32 = Precision<float, float, Unit::kPlain>;
 using Fp64 = Precision<double, double, Unit::kPlain>;
 
 // How an operand lies in memory: (rows or columns, depth), or (depth, rows or columns).
-enum class Order { kDepthLast, kDepthFirst };
+enum Order { kDepthLast, kDepthFirst };
 
 template <class T>
 struct Operand {
   const T* data;  // its first row or column, at depth 0
   int pitch;      // elements from one line to the next
+
+  SWIN_DEVICE const T& at(int line, int place) const { return data[line * pitch + place]; }
 };
 
 template <Order O, class T>
 SWIN_DEVICE const T& element(const Operand<T>& x, int line, int depth) {
-  return O == Order::kDepthLast ? x.data[line * x.pitch + depth] : x.data[depth * x.pitch + line];
+  return O == kDepthLast ? x.at(line, depth) : x.at(depth, line);
 }
 
 template <class P, int Tiles>
 using Sums = typename P::Sum[Tiles][4];
 
-template <class P, int Tiles>
-SWIN_DEVICE void clear(typename P::Sum (&sums)[Tiles][4]) {
+// visit(sum, n, e) of a lane's sums in the first `tiles` fragments.
+template <class S, int Tiles, class F>
+SWIN_DEVICE void for_each_sum(S (&sums)[Tiles][4], int tiles, const F& visit) {
 #pragma unroll
-  for (int n = 0; n < Tiles; ++n)
+  for (int n = 0; n < Tiles; ++n) {
+    if (n >= tiles) break;
 #pragma unroll
-    for (int e = 0; e < 4; ++e) sums[n][e] = 0;
+    for (int e = 0; e < 4; ++e) visit(sums[n][e], n, e);
+  }
+}
+
+template <class Sum, int Tiles>
+SWIN_DEVICE void clear(Sum (&sums)[Tiles][4]) {
+  for_each_sum(sums, Tiles, [](Sum& x, int, int) { x = 0; });
 }
 
 // 16 of the depth and 16 of the columns, from two registers of each of their halves.
@@ -55,16 +65,22 @@ SWIN_DEVICE void multiply_pair(float (&sums)[Tiles][4], const uint32_t (&left)[4
   if (n + 1 < tiles) multiply_fragments<T>(sums[n + 1], left, right[2], right[3]);
 }
 
+// A block of 16 lines and 16 of the depth, as `multiply_fragments` takes it.
+template <Order O, class T>
+SWIN_DEVICE void load_block(uint32_t (&block)[4], const Operand<T>& x, int line, int depth,
+                            const BlockPlace& at) {
+  if constexpr (O == kDepthLast)
+    load_matrices(block, &x.at(line + at.row, depth + at.column));
+  else
+    load_matrices_transposed(block, &x.at(depth + at.row, line + at.column));
+}
+template <Order L, class T>
+SWIN_DEVICE void load_left(uint32_t (&left)[4], const Operand<T>& x, int depth) {
+  load_block<L>(left, x, 0, depth, L == kDepthLast ? rows_first() : columns_first());
+}
 template <Order R, class T>
-SWIN_DEVICE void load_right(uint32_t (&right)[4], const Operand<T>& x, int depth, int column,
-                            int lane) {
-  if constexpr (R == Order::kDepthLast) {
-    const BlockPlace at = columns_first(lane);
-    load_matrices(right, x.data + (column + at.row) * x.pitch + depth + at.column);
-  } else {
-    const BlockPlace at = rows_first(lane);
-    load_matrices_transposed(right, x.data + (depth + at.row) * x.pitch + column + at.column);
-  }
+SWIN_DEVICE void load_right(uint32_t (&right)[4], const Operand<T>& x, int depth, int column) {
+  load_block<R>(right, x, column, depth, R == kDepthLast ? columns_first() : rows_first());
 }
 
 // sums (16, 8·tiles) += left (16, depth) · right (depth, 8·tiles), by one warp. `depth` is rounded
@@ -72,28 +88,22 @@ SWIN_DEVICE void load_right(uint32_t (&right)[4], const Operand<T>& x, int depth
 // finite, 0 in the left operand. `tiles` <= Tiles is the same for the whole warp.
 template <class P, Order L, Order R, int Tiles, class T>
 SWIN_DEVICE void multiply(typename P::Sum (&sums)[Tiles][4], const Operand<T>& left,
-                          const Operand<T>& right, int depth, int tiles, int lane) {
+                          const Operand<T>& right, int depth, int tiles) {
   static_assert(Tiles % 2 == 0);
   if constexpr (P::kUnit == Unit::kHalf) {
     for (int k = 0; k < depth; k += 16) {
       uint32_t a[4];
-      if constexpr (L == Order::kDepthLast) {
-        const BlockPlace at = rows_first(lane);
-        load_matrices(a, left.data + at.row * left.pitch + k + at.column);
-      } else {
-        const BlockPlace at = columns_first(lane);
-        load_matrices_transposed(a, left.data + (k + at.row) * left.pitch + at.column);
-      }
+      load_left<L>(a, left, k);
 #pragma unroll
       for (int n = 0; n < Tiles; n += 2) {
         if (n >= tiles) break;
         uint32_t b[4];
-        load_right<R>(b, right, k, 8 * n, lane);
+        load_right<R>(b, right, k, 8 * n);
         multiply_pair<T>(sums, a, b, n, tiles);
       }
     }
   } else if constexpr (P::kUnit == Unit::kTf32) {
-    const Lane own(lane);
+    const Lane own;
     for (int k = 0; k < depth; k += 8) {
       uint32_t a[4];
 #pragma unroll
@@ -106,21 +116,21 @@ SWIN_DEVICE void multiply(typename P::Sum (&sums)[Tiles][4], const Operand<T>& l
 #pragma unroll
         for (int i = 0; i < 2; ++i)
           b[i] = to_tf32(element<R>(right, 8 * n + own.right_column(), k + own.right_depth(i)));
-        multiply_tf32(sums[n], a, b[0], b[1]);
+        multiply_fragments<T>(sums[n], a, b[0], b[1]);
       }
     }
   } else {
     // sums of sums of kBlock: one over hundreds of tokens would be rounded more than fp32 allows;
     // of fp64 a few fragments at a time, for want of registers
     constexpr int kBlock = 16, kAtOnce = sizeof(typename P::Sum) == 8 ? 2 : Tiles;
-    const Lane own(lane);
+    const Lane own;
 #pragma unroll
     for (int begin = 0; begin < Tiles; begin += kAtOnce) {
       if (begin >= tiles) break;
       for (int first = 0; first < depth; first += kBlock) {
         const int last = first + kBlock < depth ? first + kBlock : depth;
         typename P::Sum part[kAtOnce][4];
-        clear<P>(part);
+        clear(part);
         for (int k = first; k < last; ++k) {
           const T a[2] = {element<L>(left, own.row(0), k), element<L>(left, own.row(2), k)};
 #pragma unroll
@@ -146,7 +156,7 @@ SWIN_DEVICE void multiply(typename P::Sum (&sums)[Tiles][4], const Operand<T>& l
 // product before. Tiles of weights beyond `depth` tiles are 0.
 template <class P, Order R, int Tiles, int Depth, class T>
 SWIN_DEVICE void multiply_weights(float (&sums)[Tiles][4], const float (&weights)[Depth][4],
-                                  const Operand<T>& right, int depth, int tiles, int lane) {
+                                  const Operand<T>& right, int depth, int tiles) {
   static_assert(P::kUnit == Unit::kHalf && Tiles % 2 == 0 && Depth % 2 == 0);
 #pragma unroll
   for (int k = 0; k < Depth; k += 2) {
@@ -159,7 +169,7 @@ SWIN_DEVICE void multiply_weights(float (&sums)[Tiles][4], const float (&weights
     for (int n = 0; n < Tiles; n += 2) {
       if (n >= tiles) break;
       uint32_t b[4];
-      load_right<R>(b, right, 8 * k, 8 * n, lane);
+      load_right<R>(b, right, 8 * k, 8 * n);
       multiply_pair<T>(sums, a, b, n, tiles);
     }
   }
@@ -167,8 +177,8 @@ SWIN_DEVICE void multiply_weights(float (&sums)[Tiles][4], const float (&weights
 
 // One fragment of sums into memory, rounded to its elements.
 template <class Sum, class T>
-SWIN_DEVICE void put_fragment(T* to, int pitch, const Sum (&sums)[4], int n, int lane) {
-  const Lane own(lane);
+SWIN_DEVICE void put_fragment(T* to, int pitch, const Sum (&sums)[4], int n) {
+  const Lane own;
 #pragma unroll
   for (int half = 0; half < 2; ++half) {
     T* at = to + own.row(2 * half) * pitch + kColumns * n + own.column(0);
@@ -182,11 +192,11 @@ SWIN_DEVICE void put_fragment(T* to, int pitch, const Sum (&sums)[4], int n, int
 }
 
 template <class Sum, class T, int Tiles>
-SWIN_DEVICE void put(T* to, int pitch, const Sum (&sums)[Tiles][4], int tiles, int lane) {
+SWIN_DEVICE void put(T* to, int pitch, const Sum (&sums)[Tiles][4], int tiles) {
 #pragma unroll
   for (int n = 0; n < Tiles; ++n) {
     if (n >= tiles) break;
-    put_fragment(to, pitch, sums[n], n, lane);
+    put_fragment(to, pitch, sums[n], n);
   }
 }
 
@@ -203,19 +213,18 @@ struct WeightTile {
 template <class P, int Tiles>
 SWIN_DEVICE void multiply_by_weights(typename P::Sum (&sums)[Tiles][4],
                                      const typename P::Sum (&weights)[kKeyTiles][4],
-                                     typename P::Element* memory, int first_row,
+                                     typename P::Element* memory,
                                      const Operand<typename P::Element>& right, int depth_tiles,
-                                     int tiles, int lane) {
+                                     int tiles) {
   if constexpr (WeightTile<P>::kInRegisters) {
-    multiply_weights<P, Order::kDepthFirst>(sums, weights, right, depth_tiles, tiles, lane);
+    multiply_weights<P, kDepthFirst>(sums, weights, right, depth_tiles, tiles);
   } else {
     constexpr int kPitch = WeightTile<P>::kPitch;
+    auto* const own = memory + warp_row() * kPitch;
     warp_barrier();  // the warp read what was there
-    put(memory + first_row * kPitch, kPitch, weights, depth_tiles, lane);
+    put(own, kPitch, weights, depth_tiles);
     warp_barrier();
-    multiply<P, Order::kDepthLast, Order::kDepthFirst>(
-        sums, Operand<typename P::Element>{memory + first_row * kPitch, kPitch}, right,
-        depth_tiles * kColumns, tiles, lane);
+    multiply<P, kDepthLast, kDepthFirst>(sums, {own, kPitch}, right, depth_tiles * kColumns, tiles);
   }
 }
 

@@ -16,8 +16,8 @@ tiled_statistics(SWIN_PARAMETER Backward call) {
   const TileOfProgram own(call.in.problem);
   BackwardTile<P, Channels, false> pass(call, memory, own.head, false);
   const WindowPlace at(pass.p, own.window);
-  const int tokens = pass.tokens, lane = pass.lane;
-  pass.load_row_tile(at, own.window, own.first, call.grad_query, call.grad_query);
+  const int tokens = pass.tokens;
+  pass.load_row_tile(at, own.window, own.first, call.grad.query, call.grad.query);
 
   RunningSoftmax<P> softmax;
   Sum delta[2] = {0, 0}, reference[2] = {0, 0};
@@ -27,15 +27,14 @@ tiled_statistics(SWIN_PARAMETER Backward call) {
     Sum s[kKeyTiles][4], dp[kKeyTiles][4], alpha[2], products[2] = {0, 0};
     pass.logits(s, tiles);
     pass.probability_gradients(dp, tiles);
-    for_each_logit(dp, pass.warp_row, tiles, lane,
-                   [&](Sum& x, int, int, int i, int j) { x *= pass.kept_factor(i, j); });
+    for_each_logit(dp, tiles, [&](Sum& x, int i, int j) { x *= pass.kept_factor(i, j); });
     const Sum before[2] = {softmax.row_sum[0], softmax.row_sum[1]};
-    softmax.take(s, alpha, tiles, lane);
+    softmax.take(s, alpha, tiles);
     if constexpr (kRelative<P>) {
       // where the largest logit so far is in this tile, what was summed is to be relative to its dp
       const Sum ones[2] = {1, 1};
       Sum found[2];
-      gradient_at(found, ones, s, dp, tiles, lane);
+      gradient_at(found, ones, s, dp, tiles);
 #pragma unroll
       for (int r = 0; r < 2; ++r) {
         if (found[r] == Sum(-INFINITY)) continue;
@@ -43,7 +42,7 @@ tiled_statistics(SWIN_PARAMETER Backward call) {
         reference[r] = found[r];
       }
     }
-    for_each_logit(s, pass.warp_row, tiles, lane, [&](Sum& x, int n, int e, int, int) {
+    for_each_sum(s, tiles, [&](Sum x, int n, int e) {
       products[e / 2] += x * (dp[n][e] - reference[e / 2]);
     });
     sum_over_row(products);
@@ -52,10 +51,10 @@ tiled_statistics(SWIN_PARAMETER Backward call) {
   }
   Sum* to = static_cast<Sum*>(call.statistics) +
             (own.window * pass.p.heads + own.head) * kStatistics * tokens;
-  const Lane place(lane);
+  const Lane place;
 #pragma unroll
   for (int r = 0; r < 2; ++r) {
-    const int i = own.first + pass.warp_row + place.row(2 * r);
+    const int i = own.first + warp_row() + place.row(2 * r);
     if (place.member != 0 || i >= tokens) continue;
     const Sum row_sum = softmax.row_sum[r], divides = divisor<P>(row_sum);
     to[kRowMax * tokens + i] = row_sum == 0 ? Sum(0) : softmax.row_max[r];
@@ -74,15 +73,14 @@ tiled_grad_query(SWIN_PARAMETER Backward call) {
   const TileOfProgram own(call.in.problem);
   BackwardTile<P, Channels, false> pass(call, memory, own.head);
   const WindowPlace at(pass.p, own.window);
-  const int tokens = pass.tokens, lane = pass.lane;
-  const int warp_row = pass.warp_row;
-  pass.load_row_tile(at, own.window, own.first, call.grad_query, call.grad_query);
+  const int tokens = pass.tokens;
+  pass.load_row_tile(at, own.window, own.first, call.grad.query, call.grad.query);
 
   ChannelChunks<Channels> chunks(pass.query.dim, pass.query.norms != nullptr);
   WideSum<P> radial[2] = {0, 0};  // q̂·dq̂
   for (; !chunks.done(); chunks.next()) {
     Sum grad[kChannelTiles][4];
-    clear<P>(grad);
+    clear(grad);
     for (int column = 0; column < tokens; column += kTile) {
       const int tiles = groups_in(tokens, column, kColumns);
       pass.go_to_columns(at, column);
@@ -93,14 +91,14 @@ tiled_grad_query(SWIN_PARAMETER Backward call) {
     }
     if (!pass.finish(grad, radial, pass.query, chunks)) continue;
     block_barrier();  // the keys were read
-    store_grad<P, Channels>(grad, pass.key.tile, call.grad_query, memory.row_offsets[2], warp_row,
-                            chunks.begin, pass.query.dim, call.in.by_16_bytes, lane);
+    store_sums<Channels>(grad, kChannelTiles, pass.key.tile, call.grad.query, memory.row_offsets[2],
+                         chunks.begin, pass.query.dim, call.in.by_16_bytes);
   }
   if (call.partial_logit_scale != nullptr) {  // (windows and tiles, H)
     const int64_t row = own.window * tile_count(tokens) + own.first / kTile;
     write_row_sum(
         static_cast<WideSum<P>*>(call.partial_logit_scale) + row * pass.p.heads + own.head,
-        memory.sums, WideSum<P>(radial[0] + radial[1]), lane);
+        memory.sums, WideSum<P>(radial[0] + radial[1]));
   }
 }
 
@@ -113,9 +111,8 @@ tiled_grad_key_value(SWIN_PARAMETER Backward call) {
   const TileOfProgram own(call.in.problem);
   BackwardTile<P, Channels, true> pass(call, memory, own.head);
   const WindowPlace at(pass.p, own.window);
-  const int tokens = pass.tokens, lane = pass.lane;
-  const int warp_row = pass.warp_row, head_dim = pass.key.dim, value_dim = pass.value.dim;
-  pass.load_row_tile(at, own.window, own.first, call.grad_key, call.grad_value);
+  const int tokens = pass.tokens, head_dim = pass.key.dim, value_dim = pass.value.dim;
+  pass.load_row_tile(at, own.window, own.first, call.grad.key, call.grad.value);
 
   // padding of this tile alone: a row (windows and tiles) of partial sums
   const int64_t row = own.window * tile_count(tokens) + own.first / kTile;
@@ -126,8 +123,8 @@ tiled_grad_key_value(SWIN_PARAMETER Backward call) {
   for (; !chunks.done(); chunks.next()) {
     const int begin = chunks.begin, tiles_out = chunks.tiles();
     Sum grad_key[kChannelTiles][4], grad_value[kChannelTiles][4];
-    clear<P>(grad_key);
-    clear<P>(grad_value);
+    clear(grad_key);
+    clear(grad_value);
     for (int column = 0; column < tokens; column += kTile) {
       const int tiles = groups_in(tokens, column, kColumns);
       pass.go_to_columns(at, column);
@@ -143,30 +140,26 @@ tiled_grad_key_value(SWIN_PARAMETER Backward call) {
       }
     }
     if (!pass.finish(grad_key, radial, pass.key, chunks)) continue;
-    PaddingSum<P, kChannelTiles> padding;
     block_barrier();  // queries and gradients of the output were read
-    if (begin < head_dim) {
-      if (call.partial_pad_key != nullptr) {
+    const auto store = [&](const auto& grad, const Side<P, Channels>& own_side,
+                           const Side<P, Channels>& free_side, const TokenView& view,
+                           const int64_t (&offsets)[kTile], void* partial_pad) {
+      const int dim = own_side.dim;
+      if (begin >= dim) return;
+      if (partial_pad != nullptr) {
+        PaddingSum<P, kChannelTiles> padding;
         padding.clear();
-        padding.add(grad_key, memory.row_offsets[0] + warp_row, lane);
-        padding.write(static_cast<WideSum<P>*>(call.partial_pad_key) + partial * head_dim + begin,
-                      memory.sums, head_dim - begin, lane);
+        padding.add(grad, own_side.offsets);
+        padding.write(static_cast<WideSum<P>*>(partial_pad) + partial * dim + begin, memory.sums,
+                      dim - begin);
       }
-      store_grad<P, Channels>(grad_key, pass.query.tile, call.grad_key, memory.row_offsets[2],
-                              warp_row, begin, head_dim, call.in.by_16_bytes, lane);
-    }
-    if (begin < value_dim) {
-      if (call.partial_pad_value != nullptr) {
-        padding.clear();
-        padding.add(grad_value, memory.row_offsets[1] + warp_row, lane);
-        padding.write(
-            static_cast<WideSum<P>*>(call.partial_pad_value) + partial * value_dim + begin,
-            memory.sums, value_dim - begin, lane);
-      }
-      store_grad<P, Channels>(grad_value, pass.grad_out.tile, call.grad_value,
-                              memory.row_offsets[3], warp_row, begin, value_dim,
-                              call.in.by_16_bytes, lane);
-    }
+      store_sums<Channels>(grad, kChannelTiles, free_side.tile, view, offsets, begin, dim,
+                           call.in.by_16_bytes);
+    };
+    store(grad_key, pass.key, pass.query, call.grad.key, memory.row_offsets[2],
+          call.partial_pad_key);
+    store(grad_value, pass.value, pass.grad_out, call.grad.value, memory.row_offsets[3],
+          call.partial_pad_value);
   }
 }
 
@@ -181,26 +174,23 @@ tiled_grad_bias(SWIN_PARAMETER Backward call) {
   const int first_column = int(block_index() % tiles_a_side) * kTile;
   const int first_row = int(block_index() / tiles_a_side % tiles_a_side) * kTile;
   const int64_t program = block_index() / (tiles_a_side * tiles_a_side);
-  const int64_t head = program % p.heads, run = program / p.heads;
-  BackwardTile<P, Channels, false> pass(call, memory, head);
-  const int tokens = pass.tokens, lane = pass.lane;
+  const WindowRun run(p, program, call.windows_per_program);
+  BackwardTile<P, Channels, false> pass(call, memory, run.head);
+  const int tokens = pass.tokens;
   const int tiles = groups_in(tokens, first_column, kColumns);
 
   Sum sum[kKeyTiles][4];
-  clear<P>(sum);
-  const int64_t windows = p.batch * p.windows();
-  int64_t window = run * call.windows_per_program;
-  const int64_t last =
-      window + call.windows_per_program < windows ? window + call.windows_per_program : windows;
-  for (WindowPlace at(p, window); window < last; ++window, at.next(p)) {
-    pass.load_row_tile(at, window, first_row, call.grad_query, call.grad_query);
+  clear(sum);
+  WindowPlace at(p, run.first);
+  for (int step = 0; step < run.count; ++step, at.next(p)) {
+    pass.load_row_tile(at, run.first + step, first_row, call.grad.query, call.grad.query);
     pass.go_to_columns(at, first_column);
     Sum weights[kKeyTiles][4], ds[kKeyTiles][4];
     pass.tile_gradients(weights, ds, tiles);
-    for_each_logit(ds, 0, tiles, lane, [&](Sum& x, int n, int e, int, int) { sum[n][e] += x; });
+    for_each_sum(ds, tiles, [&](Sum x, int n, int e) { sum[n][e] += x; });
   }
   write_bias(static_cast<Sum*>(call.partial_bias) + program * tokens * tokens, sum, tokens,
-             first_row + pass.warp_row, first_column, lane);
+             first_row, first_column);
 }
 
 }  // namespace swin_kernels::cuda

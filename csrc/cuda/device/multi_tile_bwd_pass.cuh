@@ -1,5 +1,5 @@
-// What the passes of the backward of windows of several tiles share: where a program is, and a tile
-// of logits with its gradient.
+// What the passes of the backward of windows of several tiles share: a tile of logits with its
+// gradient.
 #pragma once
 
 #include "cuda/device/grad.cuh"
@@ -40,8 +40,7 @@ struct ChannelChunks {
   SWIN_DEVICE bool done() const { return turns == 0; }
   SWIN_DEVICE bool last() const { return turns == 1; }
   SWIN_DEVICE int tiles() const {
-    const int left = dim - begin < Channels ? dim - begin : Channels;
-    return (left + kColumns - 1) / kColumns;
+    return parts_of(dim - begin < Channels ? dim - begin : Channels, kColumns);
   }
   SWIN_DEVICE void next() {
     begin += Channels;
@@ -62,7 +61,7 @@ struct BackwardTile {
   const Backward& call;
   const Problem& p;
   Memory& memory;
-  int lane, warp_row, tokens;
+  int tokens;
   int64_t head;
   Sum factor;
   HeadBias<Sum> bias;
@@ -78,41 +77,28 @@ struct BackwardTile {
       : call(call),
         p(call.in.problem),
         memory(memory),
-        lane(thread_index() % kWarp),
-        warp_row(thread_index() / kWarp * kRows),
         tokens(int(p.tokens())),
         head(head),
         factor(logit_factor<Sum>(call.in, head)),
         bias{call.in.bias, head, table_middle(p),
              stage_column(reinterpret_cast<Sum*>(memory.table_column), call.in.bias, head)},
         has_statistics(has_statistics),
-        query{memory.tokens[0],
-              call.in.query,
-              (Transposed ? memory.column_offsets : memory.row_offsets)[0],
-              int(p.head_dim),
-              nullptr,
-              norms_or_null(0)},
-        key{memory.tokens[1],
-            call.in.key,
-            (Transposed ? memory.row_offsets : memory.column_offsets)[0],
-            int(p.head_dim),
-            &call.in.pad_key,
-            norms_or_null(1)},
-        value{memory.tokens[2],
-              call.in.value,
-              (Transposed ? memory.row_offsets : memory.column_offsets)[1],
-              int(p.value_dim),
-              &call.in.pad_value,
-              nullptr},
-        grad_out{memory.tokens[3],
-                 call.grad_out,
-                 (Transposed ? memory.column_offsets : memory.row_offsets)[1],
-                 int(p.value_dim),
-                 nullptr,
-                 nullptr} {}
+        query(side(0, call.in.tokens.query, p.head_dim, nullptr)),
+        key(side(1, call.in.tokens.key, p.head_dim, &call.in.pad_key)),
+        value(side(2, call.in.tokens.value, p.value_dim, &call.in.pad_value)),
+        grad_out(side(3, call.grad_out, p.value_dim, nullptr)) {}
 
-  SWIN_DEVICE Sum* norms_or_null(int which) {
-    return call.in.logit_scale.data != nullptr ? memory.norms[which] : nullptr;
+  // The `which`-th tensor of memory.tokens.
+  SWIN_DEVICE Side<P, Channels> side(int which, const TokenView& view, int64_t dim,
+                                     const FloatView* pad) {
+    const bool of_keys = which == 1 || which == 2, of_values = which >= 2;
+    const bool of_units = !of_values && call.in.logit_scale.data != nullptr;
+    return {memory.tokens[which],
+            view,
+            (of_keys == Transposed ? memory.row_offsets : memory.column_offsets)[of_values],
+            int(dim),
+            pad,
+            of_units ? memory.norms[which] : nullptr};
   }
 
   SWIN_DEVICE Side<P, Channels>& rows(bool of_values) {
@@ -120,12 +106,6 @@ struct BackwardTile {
   }
   SWIN_DEVICE Side<P, Channels>& columns(bool of_values) {
     return Transposed ? (of_values ? grad_out : query) : (of_values ? value : key);
-  }
-
-  SWIN_DEVICE void divide_by_norms(Side<P, Channels>& side) {
-    if (side.norms != nullptr)
-      norms_of<T>(memory.norms[&side == &query ? 0 : 1], side.view, side.offsets, side.dim,
-                  side.pad, head);
   }
 
   SWIN_DEVICE void load_statistics(int first_query) {
@@ -151,7 +131,7 @@ struct BackwardTile {
     if (!Transposed && has_statistics) load_statistics(first);
     block_barrier();
     rows(false).held = rows(true).held = -1;
-    divide_by_norms(rows(false));
+    rows(false).take_norms(head);
   }
 
   // To tokens [first, first + kTile) of the same window, as columns.
@@ -165,22 +145,21 @@ struct BackwardTile {
     block_barrier();
     fill_bias<Transposed>(memory.logits, bias, place, tokens);
     columns(false).held = columns(true).held = -1;
-    divide_by_norms(columns(false));
+    columns(false).take_norms(head);
   }
 
   SWIN_DEVICE void logits(Sum (&s)[kKeyTiles][4], int tiles) {
-    clear<P>(s);
-    multiply_sides(s, rows(false), columns(false), call.in, head, warp_row, tiles, lane);
-    add_logits(s, memory.logits, factor, warp_row, tiles, lane);
-    add_shift_mask(s, Sum(call.in.mask_value), place, seams, warp_row, tiles, lane);
-    add_mask<Transposed>(s, call.in.mask, window_number, memory.logits, place, tokens, warp_row,
-                         tiles, lane);
+    clear(s);
+    multiply_sides(s, rows(false), columns(false), call.in, head, tiles);
+    add_logits(s, memory.logits, factor, tiles);
+    add_shift_mask(s, Sum(call.in.mask_value), place, seams, tiles);
+    add_mask<Transposed>(s, call.in.mask, window_number, memory.logits, place, tokens, tiles);
   }
 
   // The gradient of what dropout keeps of the probabilities.
   SWIN_DEVICE void probability_gradients(Sum (&dp)[kKeyTiles][4], int tiles) {
-    clear<P>(dp);
-    multiply_sides(dp, rows(true), columns(true), call.in, head, warp_row, tiles, lane);
+    clear(dp);
+    multiply_sides(dp, rows(true), columns(true), call.in, head, tiles);
   }
 
   // What dropout multiplies a probability by.
@@ -199,36 +178,31 @@ struct BackwardTile {
     // registers do not hold two tiles of fp64 and what is multiplied: to where the warp's rows of
     // the bias were
     constexpr bool kAside = sizeof(Sum) == 8;
-    Sum* const aside = memory.logits.numbers + warp_row * memory.logits.kPitch;
-    if (kAside) put(aside, memory.logits.kPitch, weights, tiles, lane);
+    Sum* const aside = memory.logits.numbers;
+    constexpr int kPitch = LogitTile<Sum>::kPitch;
+    if (kAside) put(aside + warp_row() * kPitch, kPitch, weights, tiles);
     probability_gradients(ds, tiles);
-    const Lane own(lane);
-#pragma unroll
-    for (int n = 0; n < kKeyTiles; ++n) {
-      if (n >= tiles) break;
-#pragma unroll
-      for (int e = 0; e < 4; ++e) {
-        const int row = warp_row + own.row(e), column = n * kColumns + own.column(e);
-        const int i = Transposed ? column : row;
-        if (kAside)
-          weights[n][e] = aside[own.row(e) * memory.logits.kPitch + n * kColumns + own.column(e)];
-        const Sum prob = divided<P>(exponential<P>(weights[n][e] - memory.statistics[kRowMax][i]),
-                                    memory.statistics[kRowSum][i]);
-        const Sum kept = kept_factor(row, column);
-        Sum dp = ds[n][e] * kept;
-        if (kRelative<P>) dp -= memory.statistics[kDpAtMax][i];
-        ds[n][e] = prob * (dp - memory.statistics[kDelta][i]);
-        weights[n][e] = prob * kept;
-      }
-    }
+    const Lane own;
+    for_each_sum(weights, tiles, [&](Sum& weight, int n, int e) {
+      const int row = warp_row() + own.row(e), column = n * kColumns + own.column(e);
+      const int i = Transposed ? column : row;
+      if (kAside) weight = aside[row * kPitch + column];
+      const Sum prob = divided<P>(exponential<P>(weight - memory.statistics[kRowMax][i]),
+                                  memory.statistics[kRowSum][i]);
+      const Sum kept = kept_factor(row, column);
+      Sum dp = ds[n][e] * kept;
+      if (kRelative<P>) dp -= memory.statistics[kDpAtMax][i];
+      ds[n][e] = prob * (dp - memory.statistics[kDelta][i]);
+      weight = prob * kept;
+    });
   }
 
   // grad (16, channels) += weights (16, 8·tiles) times the tokens of a tile.
   template <int Tiles>
   SWIN_DEVICE void add_weighted(Sum (&grad)[Tiles][4], const Sum (&weights)[kKeyTiles][4],
                                 const Side<P, Channels>& side, int tiles, int channel_tiles) {
-    multiply_by_weights<P>(grad, weights, reinterpret_cast<T*>(memory.logits.numbers), warp_row,
-                           side.from(0), tiles, channel_tiles, lane);
+    multiply_by_weights<P>(grad, weights, reinterpret_cast<T*>(memory.logits.numbers), side.all(),
+                           tiles, channel_tiles);
   }
 
   // From sums of ds times tokens to a gradient of queries or keys; false while x̂·dx̂ is not known.
@@ -244,40 +218,13 @@ struct BackwardTile {
     const bool once = chunks.dim <= Channels;
     if (once || !chunks.last()) {
       WideSum<P> part[2];
-      radial_of<P>(part, grad, side.from(warp_row), chunks.tiles(), lane);
+      radial_of<P>(part, grad, side.own_rows(), chunks.tiles());
       radial[0] += part[0];
       radial[1] += part[1];
     }
     if (chunks.last())
-      l2_normalize_bwd<P>(grad, side.from(warp_row), side.norms + warp_row, factor, radial,
-                          chunks.tiles(), lane);
+      l2_normalize_bwd<P>(grad, side.own_rows(), side.norms, factor, radial, chunks.tiles());
     return chunks.last();
-  }
-};
-
-// Rows of the output of a pass over `begin` … of the channels of some tokens: through a tile whose
-// rows of this warp nobody reads any more.
-template <class P, int Channels, int Tiles>
-SWIN_DEVICE void store_grad(typename P::Sum (&grad)[Tiles][4], typename P::Element* tile,
-                            const TokenView& view, const int64_t (&offsets)[kTile], int warp_row,
-                            int begin, int dim, bool by_16_bytes, int lane) {
-  constexpr int kPitch = TokenTile<typename P::Element, Channels>::kPitch;
-  put(tile + warp_row * kPitch, kPitch, grad, Tiles, lane);
-  warp_barrier();
-  store_rows<typename P::Element, Channels>(tile, view, offsets, warp_row, kRows, begin, dim,
-                                            by_16_bytes, lane);
-}
-
-// The program's tile of a window, window and head: tiles are neighbours in launch order.
-struct TileOfProgram {
-  int first;
-  int64_t head, window;
-
-  SWIN_DEVICE TileOfProgram(const Problem& p) {
-    const int tiles = tile_count(int(p.tokens()));
-    first = int(block_index() % tiles) * kTile;
-    head = block_index() / tiles % p.heads;
-    window = block_index() / tiles / p.heads;
   }
 };
 

@@ -5,13 +5,6 @@
 
 namespace swin_kernels::cuda {
 
-// A tensor of floating numbers of any dtype, at its strides in elements.
-struct FloatView {
-  const void* data = nullptr;  // null: none
-  Element element = Element::kFloat;
-  int64_t stride[3] = {0, 0, 0};
-};
-
 enum class BiasKind : int { kNone = 0, kDense = 1, kTable = 2, kIndexedTable = 3 };
 
 struct Bias {
@@ -21,11 +14,17 @@ struct Bias {
   const void* index = nullptr;
   bool index_is_64_bits = false;
   int64_t index_stride[2] = {0, 0};  // (N, N)
+
+  SWIN_HOST_DEVICE int64_t row_of(int64_t i, int64_t j) const {
+    const int64_t at = i * index_stride[0] + j * index_stride[1];
+    return index_is_64_bits ? static_cast<const int64_t*>(index)[at]
+                            : static_cast<const int32_t*>(index)[at];
+  }
 };
 
 struct Call {
   Problem problem;
-  TokenView query, key, value;
+  TokenViews tokens;
   Bias bias;
   FloatView mask;         // (nW, N, N)
   FloatView pad_key;      // (H, D)
@@ -48,7 +47,8 @@ struct Forward {
 // Sums over windows go to rows of partial sums, one a program, and are added up after in order.
 struct Backward {
   Call in;
-  TokenView grad_out, grad_query, grad_key, grad_value;
+  TokenView grad_out;
+  TokenViews grad;
   int64_t windows_per_program = 1;
   void* statistics = nullptr;           // (W, H, kStatistics, N): of windows in several tiles
   void* partial_bias = nullptr;         // (runs, H, N, N)

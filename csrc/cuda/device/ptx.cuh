@@ -3,6 +3,7 @@
 #pragma once
 
 #include <cstdint>
+#include <type_traits>
 
 #if defined(__CUDACC__)
 
@@ -43,37 +44,23 @@ SWIN_DEVICE float to_float(BFloat16 x) { return __bfloat162float(x); }
 
 template <class T, class Sum>
 SWIN_DEVICE T rounded(Sum x) {
-  return T(x);
-}
-template <>
-SWIN_DEVICE Half rounded<Half, float>(float x) {
-  return __float2half_rn(x);
-}
-template <>
-SWIN_DEVICE BFloat16 rounded<BFloat16, float>(float x) {
-  return __float2bfloat16_rn(x);
-}
-
-template <class T>
-SWIN_DEVICE constexpr bool is_half() {
-  return false;
-}
-template <>
-SWIN_DEVICE constexpr bool is_half<Half>() {
-  return true;
+  if constexpr (std::is_same_v<T, Half>)
+    return __float2half_rn(float(x));
+  else if constexpr (std::is_same_v<T, BFloat16>)
+    return __float2bfloat16_rn(float(x));
+  else
+    return T(x);
 }
 
 // Two neighbours in one register, the first in its low half.
 template <class T>
-SWIN_DEVICE uint32_t packed(float first, float second);
-template <>
-SWIN_DEVICE uint32_t packed<Half>(float first, float second) {
-  const __half2 pair = __floats2half2_rn(first, second);
-  return reinterpret_cast<const uint32_t&>(pair);
-}
-template <>
-SWIN_DEVICE uint32_t packed<BFloat16>(float first, float second) {
-  const __nv_bfloat162 pair = __floats2bfloat162_rn(first, second);
+SWIN_DEVICE uint32_t packed(float first, float second) {
+  const auto pair = [&] {
+    if constexpr (std::is_same_v<T, Half>)
+      return __floats2half2_rn(first, second);
+    else
+      return __floats2bfloat162_rn(first, second);
+  }();
   return reinterpret_cast<const uint32_t&>(pair);
 }
 
@@ -110,33 +97,23 @@ SWIN_DEVICE void load_matrices_transposed(uint32_t (&r)[4], const void* row) {
                : "memory");
 }
 
-// c (16×8) += a (16×16) · b (16×8); who holds which element is in fragments.cuh.
+#define SWIN_MMA(variant)                                                \
+  asm("mma.sync.aligned." variant                                        \
+      " {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};" \
+      : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])                   \
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1))
+
+// c (16×8) += a · b of numbers T: a (16×16), b (16×8), or of float, rounded to TF32, a (16×8), b
+// (8×8); who holds which element is in fragments.cuh.
 template <class T>
 SWIN_DEVICE void multiply_fragments(float (&c)[4], const uint32_t (&a)[4], uint32_t b0,
-                                    uint32_t b1);
-template <>
-SWIN_DEVICE void multiply_fragments<Half>(float (&c)[4], const uint32_t (&a)[4], uint32_t b0,
-                                          uint32_t b1) {
-  asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 "
-      "{%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
-      : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
-      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
-}
-template <>
-SWIN_DEVICE void multiply_fragments<BFloat16>(float (&c)[4], const uint32_t (&a)[4], uint32_t b0,
-                                              uint32_t b1) {
-  asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 "
-      "{%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
-      : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
-      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
-}
-
-// c (16×8) += a (16×8) · b (8×8) of numbers rounded to TF32.
-SWIN_DEVICE void multiply_tf32(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
-  asm("mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32 "
-      "{%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
-      : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
-      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+                                    uint32_t b1) {
+  if constexpr (std::is_same_v<T, Half>)
+    SWIN_MMA("m16n8k16.row.col.f32.f16.f16.f32");
+  else if constexpr (std::is_same_v<T, BFloat16>)
+    SWIN_MMA("m16n8k16.row.col.f32.bf16.bf16.f32");
+  else
+    SWIN_MMA("m16n8k8.row.col.f32.tf32.tf32.f32");
 }
 
 // 16 bytes on their way to shared memory; there after `wait_for_copies` and a barrier.

@@ -30,20 +30,10 @@ struct TableGather {
 
 template <class Sum>
 SWIN_DEVICE void write(void* to, Element element, int64_t at, Sum x) {
-  switch (element) {
-    case Element::kFloat:
-      static_cast<float*>(to)[at] = float(x);
-      break;
-    case Element::kDouble:
-      static_cast<double*>(to)[at] = double(x);
-      break;
-    case Element::kHalf:
-      static_cast<Half*>(to)[at] = rounded<Half>(float(x));
-      break;
-    case Element::kBFloat16:
-      static_cast<BFloat16*>(to)[at] = rounded<BFloat16>(float(x));
-      break;
-  }
+  as_element(element, [&](auto type) {
+    using T = decltype(type);
+    static_cast<T*>(to)[at] = rounded<T>(x);
+  });
 }
 
 // Whether a head's padding holds a vector that cosine attention clamps the norm of.
@@ -51,7 +41,7 @@ template <class Sum>
 SWIN_DEVICE bool pad_is_zero(const FloatView& pad, int64_t head, int64_t dim) {
   Sum squares = 0;
   for (int64_t c = 0; c < dim; ++c) {
-    const Sum x = read<Sum>(pad, head * pad.stride[0] + c * pad.stride[1]);
+    const Sum x = read<Sum>(pad, head, c);
     squares += x * x;
   }
   return sqrt(squares) <= Sum(kNormClamp);
@@ -60,7 +50,7 @@ SWIN_DEVICE bool pad_is_zero(const FloatView& pad, int64_t head, int64_t dim) {
 template <class Sum>
 SWIN_KERNEL(128, 8)
 sum_rows(SWIN_PARAMETER RowSum call) {
-  const int64_t columns = (call.numbers + block_threads() - 1) / block_threads();
+  const int64_t columns = parts_of<int64_t>(call.numbers, block_threads());
   const int64_t number = block_index() % columns * block_threads() + thread_index();
   const int64_t group = block_index() / columns;
   if (number >= call.numbers) return;
@@ -82,7 +72,7 @@ template <class Sum>
 SWIN_KERNEL(128, 8)
 gather_table(SWIN_PARAMETER TableGather call) {
   const Problem& p = call.problem;
-  const int tokens = int(p.tokens()), lane = thread_index() % kWarp;
+  const int tokens = int(p.tokens()), lane = lane_index();
   const int64_t own = block_index() * (block_threads() / kWarp) + thread_index() / kWarp;
   if (own >= call.bias.rows * p.heads) return;
   const int64_t row = own / p.heads, head = own % p.heads;
@@ -108,17 +98,10 @@ gather_table(SWIN_PARAMETER TableGather call) {
       if (meets) total += dense[int64_t(i) * tokens + j];
     }
   } else {
-    for (int64_t pair = lane; pair < int64_t(tokens) * tokens; pair += kWarp) {
-      const int64_t at =
-          pair / tokens * call.bias.index_stride[0] + pair % tokens * call.bias.index_stride[1];
-      const int64_t found = call.bias.index_is_64_bits
-                                ? static_cast<const int64_t*>(call.bias.index)[at]
-                                : static_cast<const int32_t*>(call.bias.index)[at];
-      if (found == row) total += dense[pair];
-    }
+    for (int64_t pair = lane; pair < int64_t(tokens) * tokens; pair += kWarp)
+      if (call.bias.row_of(pair / tokens, pair % tokens) == row) total += dense[pair];
   }
-#pragma unroll
-  for (int lanes = 1; lanes < kWarp; lanes *= 2) total += shuffle_xor(total, lanes);
+  total = sum_over_lanes<1, kWarp>(total);
   if (lane == 0) write(call.to, call.element, row * p.heads + head, total);
 }
 

@@ -35,19 +35,13 @@ single_tile_forward(SWIN_PARAMETER Forward call) {
   Memory& memory = *reinterpret_cast<Memory*>(shared_memory());
   auto& mask = *reinterpret_cast<LogitTile<Sum>*>(&memory + 1);  // only with an explicit mask
   const Problem& p = call.in.problem;
-  const int lane = thread_index() % kWarp, first_row = thread_index() / kWarp * kRows;
-  const int tokens = int(p.tokens()), tiles = (tokens + kColumns - 1) / kColumns;
-  const int lines = (tokens + kRows - 1) / kRows * kRows;
+  const int tokens = int(p.tokens()), tiles = parts_of(tokens, kColumns);
+  const int lines = parts_of(tokens, kRows) * kRows;
   const int head_dim = int(p.head_dim), value_dim = int(p.value_dim);
-  const int value_tiles = (value_dim + kColumns - 1) / kColumns;
+  const int value_tiles = parts_of(value_dim, kColumns);
   const bool cosine = call.in.logit_scale.data != nullptr;
-
-  // heads are neighbours in launch order: they share the cache lines of a token
-  const int64_t head = block_index() % p.heads;
-  int64_t window = block_index() / p.heads * call.windows_per_program;
-  const int64_t windows = p.batch * p.windows();
-  const int64_t left = windows - window;
-  const int count = int(left < call.windows_per_program ? left : call.windows_per_program);
+  const WindowRun run(p, block_index(), call.windows_per_program);
+  const int64_t head = run.head;
 
   note_tokens(memory.facts, p, 0);
   block_barrier();
@@ -60,14 +54,15 @@ single_tile_forward(SWIN_PARAMETER Forward call) {
     static_assert(sizeof(memory.tokens) >= sizeof(tile));
     fill_bias<false>(tile, head_bias, place, tokens);
     block_barrier();
-    for_each_logit(bias, first_row, tiles, lane, [&](Sum& x, int, int, int row, int column) {
+    for_each_logit(bias, tiles, [&](Sum& x, int row, int column) {
       x = tile.numbers[row * tile.kPitch + column];
     });
     block_barrier();
   }
   const Sum factor = logit_factor<Sum>(call.in, head);
 
-  const TokenView* const views[4] = {&call.in.query, &call.in.key, &call.in.value, &call.out};
+  const TokenView* const views[4] = {&call.in.tokens.query, &call.in.tokens.key,
+                                     &call.in.tokens.value, &call.out};
   const FloatView* const pads[3] = {nullptr, &call.in.pad_key, &call.in.pad_value};
   const int dims[3] = {head_dim, head_dim, value_dim};
   const auto load = [&](int step) {
@@ -78,13 +73,14 @@ single_tile_forward(SWIN_PARAMETER Forward call) {
                                   call.in.by_16_bytes);
     commit_copies();
   };
+  int64_t window = run.first;
   WindowPlace at(p, window), ahead = at;
   place_tokens(memory.offsets[0], views, p, at, head, 0);
   block_barrier();
   load(0);
 
-  for (int step = 0; step < count; ++step, ++window, at.next(p)) {
-    const bool more = step + 1 < count;
+  for (int step = 0; step < run.count; ++step, ++window, at.next(p)) {
+    const bool more = step + 1 < run.count;
     if (more) {
       ahead.next(p);
       place_tokens(memory.offsets[(step + 1) % 3], views, p, ahead, head, 0);
@@ -100,39 +96,30 @@ single_tile_forward(SWIN_PARAMETER Forward call) {
     T *query = memory.tokens[step % 2][0], *key = memory.tokens[step % 2][1];
     const T* value = memory.tokens[step % 2][2];
     if (cosine) {
-      l2_normalize<P, Channels>(query, memory.norms[0], first_row, head_dim, lane);
-      l2_normalize<P, Channels>(key, memory.norms[1], first_row, head_dim, lane);
+      l2_normalize<P, Channels>(query, memory.norms[0], head_dim);
+      l2_normalize<P, Channels>(key, memory.norms[1], head_dim);
       block_barrier();
     }
 
     Sum s[kKeyTiles][4];  // (16, 8·tiles)
-    clear<P>(s);
-    multiply<P, Order::kDepthLast, Order::kDepthLast>(
-        s, Operand<T>{query + first_row * kPitch, kPitch}, Operand<T>{key, kPitch}, head_dim, tiles,
-        lane);
-    for_each_logit(s, first_row, tiles, lane,
-                   [&](Sum& x, int n, int e, int, int) { x = x * factor + bias[n][e]; });
-    add_shift_mask(s, Sum(call.in.mask_value), place, at.seams(p), first_row, tiles, lane);
-    add_mask<false>(s, call.in.mask, at.number(p), mask, place, tokens, first_row, tiles, lane);
+    clear(s);
+    multiply<P, kDepthLast, kDepthLast>(s, Operand<T>{query + warp_row() * kPitch, kPitch},
+                                        {key, kPitch}, head_dim, tiles);
+    for_each_sum(s, tiles, [&](Sum& x, int n, int e) { x = x * factor + bias[n][e]; });
+    add_shift_mask(s, Sum(call.in.mask_value), place, at.seams(p), tiles);
+    add_mask<false>(s, call.in.mask, at.number(p), mask, place, tokens, tiles);
 
     Sum row_sum[2];
-    to_exponentials<P>(s, row_sum, tiles, lane);
-    if (call.in.dropout_threshold != 0)
-      for_each_logit(s, first_row, tiles, lane, [&](Sum& x, int, int, int i, int j) {
-        if (!kept(call.in, window, head, i, j)) x = 0;
-      });
+    to_exponentials<P>(s, row_sum, tiles);
+    drop(s, call.in, window, head, place, tiles);
 
     Sum out[kChannelTiles][4];  // (16, 8·value_tiles)
-    clear<P>(out);
-    multiply_by_weights<P>(out, s, memory.weights, first_row, Operand<T>{value, kPitch}, tiles,
-                           value_tiles, lane);
-    divide_rows<P>(out, row_sum, Sum(call.in.kept_factor));
-    // through the warp's own queries, which nobody reads any more
-    warp_barrier();
-    put(query + first_row * kPitch, kPitch, out, value_tiles, lane);
-    warp_barrier();
-    store_rows<T, Channels>(query, call.out, memory.offsets[step % 3][3], first_row, kRows, 0,
-                            value_dim, call.in.by_16_bytes, lane);
+    clear(out);
+    multiply_by_weights<P>(out, s, memory.weights, {value, kPitch}, tiles, value_tiles);
+    divide_rows<P>(out, row_sum, kChannelTiles, Sum(call.in.kept_factor));
+    warp_barrier();  // the warp's own queries were read
+    store_sums<Channels>(out, value_tiles, query, call.out, memory.offsets[step % 3][3], 0,
+                         value_dim, call.in.by_16_bytes);
   }
 }
 

@@ -4,7 +4,6 @@
 #include <cmath>
 
 #include "cuda/device/load_store.cuh"
-#include "cuda/device/mma.cuh"
 
 namespace swin_kernels::cuda {
 
@@ -38,8 +37,7 @@ struct HeadBias {
   const Sum* column;  // the head's column of the table, where it was brought to shared memory
 
   SWIN_DEVICE Sum of_row(int64_t row) const {
-    if (column != nullptr) return column[row];
-    return read<Sum>(bias.numbers, row * bias.numbers.stride[0] + head * bias.numbers.stride[1]);
+    return column != nullptr ? column[row] : read<Sum>(bias.numbers, row, head);
   }
 
   // For a query i and a key j whose numbers for the table differ by `difference`.
@@ -48,14 +46,11 @@ struct HeadBias {
       case BiasKind::kNone:
         return 0;
       case BiasKind::kDense:
-        return read<Sum>(bias.numbers, head * bias.numbers.stride[0] + i * bias.numbers.stride[1] +
-                                           j * bias.numbers.stride[2]);
+        return read<Sum>(bias.numbers, head, i, j);
       case BiasKind::kTable:
         return of_row(difference + middle);
       default: {
-        const int64_t at = i * bias.index_stride[0] + j * bias.index_stride[1];
-        const int64_t row = bias.index_is_64_bits ? static_cast<const int64_t*>(bias.index)[at]
-                                                  : static_cast<const int32_t*>(bias.index)[at];
+        const int64_t row = bias.row_of(i, j);
         // only the device sees an index that the table lacks: let the user see it too
         return row >= 0 && row < bias.rows ? of_row(row) : Sum(NAN);
       }
@@ -63,18 +58,14 @@ struct HeadBias {
   }
 };
 
-// visit(sum, row, column) of a warp's 16 rows from `first_row` of a tile.
+// visit(sum, row, column) of a warp's 16 rows of a tile.
 template <int Tiles, class Sum, class F>
-SWIN_DEVICE void for_each_logit(Sum (&sums)[Tiles][4], int first_row, int tiles, int lane,
-                                const F& visit) {
-  const Lane own(lane);
-#pragma unroll
-  for (int n = 0; n < Tiles; ++n) {
-    if (n >= tiles) break;
-#pragma unroll
-    for (int e = 0; e < 4; ++e)
-      visit(sums[n][e], n, e, first_row + own.row(e), n * kColumns + own.column(e));
-  }
+SWIN_DEVICE void for_each_logit(Sum (&sums)[Tiles][4], int tiles, const F& visit) {
+  const Lane own;
+  const int first_row = warp_row();
+  for_each_sum(sums, tiles, [&](Sum& x, int n, int e) {
+    visit(x, first_row + own.row(e), n * kColumns + own.column(e));
+  });
 }
 
 // (kTile, kTile) numbers that are added to logits, in shared memory.
@@ -112,16 +103,10 @@ SWIN_DEVICE void fill_bias(LogitTile<Sum>& tile, const HeadBias<Sum>& bias, cons
                           [&](int i, int j, int difference) { return bias.at(i, j, difference); });
 }
 
-// A number of the explicit mask of a window, by its number within its image.
-template <class Sum>
-SWIN_DEVICE Sum mask_at(const FloatView& mask, int64_t window, int i, int j) {
-  return read<Sum>(mask, window * mask.stride[0] + i * mask.stride[1] + j * mask.stride[2]);
-}
-
 template <int Tiles, class Sum>
 SWIN_DEVICE void add_logits(Sum (&sums)[Tiles][4], const LogitTile<Sum>& tile, Sum factor,
-                            int first_row, int tiles, int lane) {
-  for_each_logit(sums, first_row, tiles, lane, [&](Sum& s, int, int, int row, int column) {
+                            int tiles) {
+  for_each_logit(sums, tiles, [&](Sum& s, int row, int column) {
     s = s * factor + tile.numbers[row * tile.kPitch + column];
   });
 }
@@ -129,9 +114,9 @@ SWIN_DEVICE void add_logits(Sum (&sums)[Tiles][4], const LogitTile<Sum>& tile, S
 // The shift mask between regions.
 template <int Tiles, class Sum>
 SWIN_DEVICE void add_shift_mask(Sum (&logits)[Tiles][4], Sum mask_value, const TilePlace& place,
-                                int seams, int first_row, int tiles, int lane) {
+                                int seams, int tiles) {
   if (seams == 0) return;
-  for_each_logit(logits, first_row, tiles, lane, [&](Sum& s, int, int, int row, int column) {
+  for_each_logit(logits, tiles, [&](Sum& s, int row, int column) {
     if ((place.rows->sides[row] ^ place.columns->sides[column]) & seams) s += mask_value;
   });
 }
@@ -140,14 +125,13 @@ SWIN_DEVICE void add_shift_mask(Sum (&logits)[Tiles][4], Sum mask_value, const T
 // not with the bias, since a sum near −100 is rounded more than the logits before.
 template <bool Transposed, int Tiles, class Sum>
 SWIN_DEVICE void add_mask(Sum (&logits)[Tiles][4], const FloatView& mask, int64_t window,
-                          LogitTile<Sum>& tile, const TilePlace& place, int tokens, int first_row,
-                          int tiles, int lane) {
+                          LogitTile<Sum>& tile, const TilePlace& place, int tokens, int tiles) {
   if (mask.data == nullptr) return;
   block_barrier();
   fill_logits<Transposed>(tile, place, tokens, Sum(0),
-                          [&](int i, int j, int) { return mask_at<Sum>(mask, window, i, j); });
+                          [&](int i, int j, int) { return read<Sum>(mask, window, i, j); });
   block_barrier();
-  for_each_logit(logits, first_row, tiles, lane, [&](Sum& s, int, int, int row, int column) {
+  for_each_logit(logits, tiles, [&](Sum& s, int row, int column) {
     s += tile.numbers[row * tile.kPitch + column];
   });
 }
@@ -163,9 +147,7 @@ SWIN_DEVICE void max_over_row(Sum (&x)[2]) {
 template <class Sum>
 SWIN_DEVICE void sum_over_row(Sum (&x)[2]) {
 #pragma unroll
-  for (int r = 0; r < 2; ++r)
-#pragma unroll
-    for (int lanes = 1; lanes < 4; lanes *= 2) x[r] += shuffle_xor(x[r], lanes);
+  for (int r = 0; r < 2; ++r) x[r] = sum_over_lanes<1, 4>(x[r]);
 }
 
 // exp of a difference of logits, as exactly as what it is summed with.
@@ -177,24 +159,33 @@ SWIN_DEVICE typename P::Sum exponential(typename P::Sum difference) {
     return exp(difference);
 }
 
-// exp(s − largest) of a warp's rows of a whole window, and its sums; 0 where all keys are at −inf.
+// A warp's rows of logits become exp(s − base), and `row_sum` their sums. The base is the largest
+// of a row's logits and of `row_max`, which becomes that; where all keys are at −inf it is 0.
 template <class P, int Tiles>
-SWIN_DEVICE void to_exponentials(typename P::Sum (&s)[Tiles][4], typename P::Sum (&row_sum)[2],
-                                 int tiles, int lane) {
+SWIN_DEVICE void to_exponentials(typename P::Sum (&s)[Tiles][4], typename P::Sum (&row_max)[2],
+                                 typename P::Sum (&base)[2], typename P::Sum (&row_sum)[2],
+                                 int tiles) {
   using Sum = typename P::Sum;
-  Sum row_max[2] = {-INFINITY, -INFINITY};
-  row_sum[0] = row_sum[1] = 0;
-  for_each_logit(s, 0, tiles, lane,
-                 [&](Sum& x, int, int e, int, int) { row_max[e / 2] = fmax(row_max[e / 2], x); });
+  for_each_sum(s, tiles, [&](Sum x, int, int e) { row_max[e / 2] = fmax(row_max[e / 2], x); });
   max_over_row(row_max);
 #pragma unroll
-  for (int r = 0; r < 2; ++r)
-    if (row_max[r] == Sum(-INFINITY)) row_max[r] = 0;
-  for_each_logit(s, 0, tiles, lane, [&](Sum& x, int, int e, int, int) {
-    x = exponential<P>(x - row_max[e / 2]);
+  for (int r = 0; r < 2; ++r) {
+    base[r] = row_max[r] == Sum(-INFINITY) ? Sum(0) : row_max[r];
+    row_sum[r] = 0;
+  }
+  for_each_sum(s, tiles, [&](Sum& x, int, int e) {
+    x = exponential<P>(x - base[e / 2]);
     row_sum[e / 2] += x;
   });
   sum_over_row(row_sum);
+}
+
+// Those of whole windows.
+template <class P, int Tiles>
+SWIN_DEVICE void to_exponentials(typename P::Sum (&s)[Tiles][4], typename P::Sum (&row_sum)[2],
+                                 int tiles) {
+  typename P::Sum row_max[2] = {-INFINITY, -INFINITY}, base[2];
+  to_exponentials<P>(s, row_max, base, row_sum, tiles);
 }
 
 // What a row's exponentials are to be divided by: of 2 bytes as what multiplies them, as that
@@ -209,25 +200,14 @@ SWIN_DEVICE typename P::Sum divided(typename P::Sum x, typename P::Sum divisor) 
   return divisor == 0 ? 0 : x / divisor;
 }
 
+// A warp's rows of exponentials, or their products with values, over their sums.
 template <class P, int Tiles>
-SWIN_DEVICE void to_probabilities(typename P::Sum (&s)[Tiles][4], int tiles, int lane) {
+SWIN_DEVICE void divide_rows(typename P::Sum (&rows)[Tiles][4], const typename P::Sum (&row_sum)[2],
+                             int tiles, typename P::Sum kept_factor = 1) {
   using Sum = typename P::Sum;
-  Sum row_sum[2];
-  to_exponentials<P>(s, row_sum, tiles, lane);
   const Sum divisors[2] = {divisor<P>(row_sum[0]), divisor<P>(row_sum[1])};
-  for_each_logit(s, 0, tiles, lane,
-                 [&](Sum& x, int, int e, int, int) { x = divided<P>(x, divisors[e / 2]); });
-}
-
-// A warp's sums of exponentials times values become outputs.
-template <class P, int Tiles>
-SWIN_DEVICE void divide_rows(typename P::Sum (&out)[Tiles][4], const typename P::Sum (&row_sum)[2],
-                             typename P::Sum kept_factor) {
-  const typename P::Sum divisors[2] = {divisor<P>(row_sum[0]), divisor<P>(row_sum[1])};
-#pragma unroll
-  for (int n = 0; n < Tiles; ++n)
-#pragma unroll
-    for (int e = 0; e < 4; ++e) out[n][e] = divided<P>(out[n][e], divisors[e / 2]) * kept_factor;
+  for_each_sum(rows, tiles,
+               [&](Sum& x, int, int e) { x = divided<P>(x, divisors[e / 2]) * kept_factor; });
 }
 
 // Whether dropout keeps the probability of query i and key j: docs/contract.md.
@@ -238,21 +218,36 @@ SWIN_DEVICE bool kept(const Call& call, int64_t window, int64_t head, int i, int
   return word >= call.dropout_threshold;
 }
 
+// Dropout of a warp's rows of weights, which are still to be multiplied by `kept_factor`.
+template <int Tiles, class Sum>
+SWIN_DEVICE void drop(Sum (&weights)[Tiles][4], const Call& call, int64_t window, int64_t head,
+                      const TilePlace& place, int tiles) {
+  if (call.dropout_threshold == 0) return;
+  for_each_logit(weights, tiles, [&](Sum& x, int row, int column) {
+    if (!kept(call, window, head, place.first_row + row, place.first_column + column)) x = 0;
+  });
+}
+
 // The factor of products of queries and keys.
 template <class Sum>
 SWIN_DEVICE Sum logit_factor(const Call& call, int64_t head) {
-  return call.logit_scale.data == nullptr
-             ? Sum(call.scale)
-             : read<Sum>(call.logit_scale, head * call.logit_scale.stride[0]);
+  return call.logit_scale.data == nullptr ? Sum(call.scale) : read<Sum>(call.logit_scale, head);
+}
+
+// A channel over the norm of its token: of 2 bytes one division a row will do, as it is far below
+// what is rounded then.
+template <class T, class Sum>
+SWIN_DEVICE T over_norm(T channel, Sum norm) {
+  const Sum x = to_float(channel);
+  return rounded<T>(sizeof(T) == 2 ? x * (Sum(1) / norm) : x / norm);
 }
 
 // Cosine attention: each of a warp's 16 rows of a tile over its norm, which is kept.
 template <class P, int Channels>
-SWIN_DEVICE void l2_normalize(typename P::Element* tile, typename P::Sum* norms, int first_row,
-                              int dim, int lane) {
+SWIN_DEVICE void l2_normalize(typename P::Element* tile, typename P::Sum* norms, int dim) {
   using T = typename P::Element;
   using Sum = typename P::Sum;
-  const int row = first_row + lane / 2;
+  const int lane = lane_index(), row = warp_row() + lane / 2;
   T* channels = tile + row * TokenTile<T, Channels>::kPitch;
   Sum squares = 0;
   for (int c = lane % 2; c < dim; c += 2) {
@@ -262,11 +257,7 @@ SWIN_DEVICE void l2_normalize(typename P::Element* tile, typename P::Sum* norms,
   squares += shuffle_xor(squares, 1);
   const Sum norm = fmax(sqrt(squares), Sum(kNormClamp));
   if (lane % 2 == 0) norms[row] = norm;
-  for (int c = lane % 2; c < dim; c += 2) {
-    const Sum x = to_float(channels[c]);
-    // of 2 bytes one division a row will do: it is far below what is rounded then
-    channels[c] = rounded<T>(sizeof(T) == 2 ? x * (Sum(1) / norm) : x / norm);
-  }
+  for (int c = lane % 2; c < dim; c += 2) channels[c] = over_norm(channels[c], norm);
 }
 
 }  // namespace swin_kernels::cuda

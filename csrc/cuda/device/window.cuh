@@ -40,6 +40,19 @@ struct WindowPlace {
   }
 };
 
+// The head of a program, and its run of windows: heads are neighbours in launch order, as they
+// share the cache lines of a token.
+struct WindowRun {
+  int64_t head, first;  // the first window
+  int count;
+
+  SWIN_HOST_DEVICE WindowRun(const Problem& p, int64_t program, int64_t windows_per_program)
+      : head(program % p.heads), first(program / p.heads * windows_per_program) {
+    const int64_t left = p.batch * p.windows() - first;
+    count = int(left < windows_per_program ? left : windows_per_program);
+  }
+};
+
 // A token of a window, by its number.
 struct TokenPlace {
   int64_t place[kAxes];

@@ -30,26 +30,13 @@ Gradients run_backward(const Device& device, const Arguments& a, const Problem& 
   using T = typename P::Element;
   using Sum = typename P::Sum;
   using Wide = WideSum<P>;
-  const auto empty_like = [&](const MaybeTensor& t) {
-    return torch::stable::new_empty(a.query,
-                                    t.has_value() ? shape_of(*t) : std::vector<int64_t>{0});
-  };
-  Tensor grad_query = empty_like(a.query), grad_key = empty_like(a.key),
-         grad_value = empty_like(a.value);
-  const bool packed = a.packed();
-  Tensor& key_home = packed ? grad_query : grad_key;
-  Tensor& value_home = packed ? grad_query : grad_value;
-
+  const TokenGradients grad(a);
   Backward call;
   call.in = call_of<T>(a, p);
-  call.grad_out = read_only(grad_out, -1);
-  call.grad_query = view_of(grad_query, grad_query.mutable_data_ptr(), packed ? 0 : -1);
-  call.grad_key = view_of(key_home, key_home.mutable_data_ptr(), packed ? 1 : -1);
-  call.grad_value = view_of(value_home, value_home.mutable_data_ptr(), packed ? 2 : -1);
+  call.grad_out = read_only(grad_out);
+  call.grad = grad.views;
   call.in.by_16_bytes = call.in.by_16_bytes && by_16_bytes<T>(call.grad_out, p.value_dim) &&
-                        by_16_bytes<T>(call.grad_query, p.head_dim) &&
-                        by_16_bytes<T>(call.grad_key, p.head_dim) &&
-                        by_16_bytes<T>(call.grad_value, p.value_dim);
+                        by_16_bytes<T>(call.grad, p);
   call.windows_per_program = windows_per_program(p, device);
   const int64_t runs = runs_of(p, call.windows_per_program);
   const int64_t channels = std::max(p.head_dim, p.value_dim);
@@ -72,16 +59,15 @@ Gradients run_backward(const Device& device, const Arguments& a, const Problem& 
     call.statistics = statistics->mutable_data_ptr();
     launch_tiled<P, kTiledChannels<P>>(device, call, partials.bias.has_value(), runs * p.heads);
   }
-  return {grad_query,
-          grad_key,
-          grad_value,
+  return {grad.query,
+          grad.key,
+          grad.value,
           partials.of_bias(device),
           partials.of_table(device, call.in.bias),
-          partials.of_pad_key(device),
-          partials.template summed<Wide>(device, partials.pad_value, a.pad_value, other_rows,
-                                         p.heads * p.value_dim),
-          partials.template summed<Wide>(device, partials.logit_scale, a.logit_scale, other_rows,
-                                         p.heads)};
+          partials.template summed<Wide>(device, partials.pad_key, a.pad_key,
+                                         holds_pad_key(a) ? float_view(a.pad_key) : FloatView()),
+          partials.template summed<Wide>(device, partials.pad_value, a.pad_value),
+          partials.template summed<Wide>(device, partials.logit_scale, a.logit_scale)};
 }
 
 }  // namespace swin_kernels::cuda

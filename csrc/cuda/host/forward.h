@@ -13,7 +13,7 @@ void run_forward(const Device& device, const Arguments& a, const Problem& p, con
   using T = typename P::Element;
   Forward call;
   call.in = call_of<T>(a, p);
-  call.out = view_of(out, out.mutable_data_ptr(), -1);
+  call.out = view_of(out);
   call.in.by_16_bytes = call.in.by_16_bytes && by_16_bytes<T>(call.out, p.value_dim);
   const int64_t channels = std::max(p.head_dim, p.value_dim), tokens = p.tokens();
   using Tiled = TiledForwardMemory<P, kTiledChannels<P>>;

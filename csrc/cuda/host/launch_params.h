@@ -23,31 +23,18 @@ bool by_16_bytes(const TokenView& view, int64_t channels) {
          fits(view.batch) && fits(view.head) && fits(view.axis[0]) && fits(view.axis[1]) &&
          fits(view.axis[2]);
 }
-
-inline FloatView float_view(const MaybeTensor& t) {
-  FloatView view;
-  if (!t.has_value()) return view;
-  view.data = t->const_data_ptr();
-  view.element = element_of(*t);
-  for (int64_t i = 0; i < t->dim(); ++i) view.stride[i] = t->stride(i);
-  return view;
-}
-
-inline TokenView read_only(const Tensor& t, int part) {
-  return view_of(t, const_cast<void*>(t.const_data_ptr()), part);
+template <class T>
+bool by_16_bytes(const TokenViews& views, const Problem& p) {
+  return by_16_bytes<T>(views.query, p.head_dim) && by_16_bytes<T>(views.key, p.head_dim) &&
+         by_16_bytes<T>(views.value, p.value_dim);
 }
 
 template <class T>
 Call call_of(const Arguments& a, const Problem& p) {
   Call call;
   call.problem = p;
-  const bool packed = a.packed();
-  call.query = read_only(a.query, packed ? 0 : -1);
-  call.key = read_only(packed ? a.query : *a.key, packed ? 1 : -1);
-  call.value = read_only(packed ? a.query : *a.value, packed ? 2 : -1);
-  call.by_16_bytes = by_16_bytes<T>(call.query, p.head_dim) &&
-                     by_16_bytes<T>(call.key, p.head_dim) &&
-                     by_16_bytes<T>(call.value, p.value_dim);
+  call.tokens = views_of(a);
+  call.by_16_bytes = by_16_bytes<T>(call.tokens, p);
   if (a.bias.has_value()) {
     call.bias.kind = BiasKind::kDense;
     call.bias.numbers = float_view(a.bias);
@@ -83,13 +70,13 @@ inline int64_t windows_per_program(const Problem& p, const Device& device) {
 }
 
 inline int64_t runs_of(const Problem& p, int64_t windows_per_program) {
-  return (p.batch * p.windows() + windows_per_program - 1) / windows_per_program;
+  return parts_of(p.batch * p.windows(), windows_per_program);
 }
 
-inline int64_t tiles_of(const Problem& p) { return (p.tokens() + kTile - 1) / kTile; }
+inline int64_t tiles_of(const Problem& p) { return parts_of<int64_t>(p.tokens(), kTile); }
 
 // A warp for every 16 rows of a tile.
-inline int threads_for(int64_t rows) { return int((rows + kRows - 1) / kRows * kWarp); }
+inline int threads_for(int64_t rows) { return int(parts_of<int64_t>(rows, kRows) * kWarp); }
 
 inline int64_t checked_blocks(int64_t blocks) {
   STD_TORCH_CHECK(blocks <= kMostBlocks, "swin_kernels: ", blocks,

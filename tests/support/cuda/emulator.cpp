@@ -4,13 +4,13 @@
 #include <ucontext.h>
 
 #include <algorithm>
-#include <cmath>
 #include <cstring>
 #include <stdexcept>
 #include <string>
 #include <vector>
 
-namespace swin_kernels::cuda::emulator {
+namespace swin_kernels::cuda {
+namespace emulator {
 namespace {
 
 constexpr int kWarp = 32;
@@ -128,16 +128,13 @@ void run_block() {
   }
 }
 
-float half_bits(uint32_t word, int which) {
-  return float(Half(uint16_t(word >> (16 * which)), Half::from_bits()));
-}
-float bfloat16_bits(uint32_t word, int which) {
-  return float(BFloat16(uint16_t(word >> (16 * which)), BFloat16::from_bits()));
-}
-float float_bits(uint32_t word, int) {
-  float x;
-  std::memcpy(&x, &word, 4);
-  return x;
+// A number of a register that holds one float or two numbers of 2 bytes.
+template <class T>
+float number(uint32_t word, int which) {
+  if constexpr (sizeof(T) == 2)
+    return float(T(uint16_t(word >> (16 * which)), T::from_bits()));
+  else
+    return std::bit_cast<float>(word);
 }
 
 struct Product {
@@ -146,20 +143,20 @@ struct Product {
 };
 
 // PTX ISA, "Matrix fragments for mma.m16n8k16" (two numbers a register) and "for mma.m16n8k8" with
-// .tf32 (one). `Each` numbers a register: A is (16, 8·Each), B (8·Each, 8).
-template <int Each, float (*Number)(uint32_t, int)>
+// .tf32 (one): A is (16, kDepth), B (kDepth, 8).
+template <class T>
 void multiply_warp(const Warp& warp) {
-  constexpr int kDepth = 8 * Each;
+  constexpr int kEach = 4 / sizeof(T), kDepth = 8 * kEach;
   float a[16][kDepth], b[kDepth][8];
   for (int lane = 0; lane < kWarp; ++lane) {
     const auto* own = static_cast<const Product*>(warp[lane]);
     const int group = lane >> 2, member = lane & 3;
     for (int i = 0; i < 4; ++i)
-      for (int e = 0; e < Each; ++e)
-        a[group + (i & 1) * 8][member * Each + e + (i >> 1) * 4 * Each] = Number(own->a[i], e);
+      for (int e = 0; e < kEach; ++e)
+        a[group + (i & 1) * 8][member * kEach + e + (i >> 1) * 4 * kEach] = number<T>(own->a[i], e);
     for (int i = 0; i < 2; ++i)
-      for (int e = 0; e < Each; ++e)
-        b[member * Each + e + i * 4 * Each][group] = Number(own->b[i], e);
+      for (int e = 0; e < kEach; ++e)
+        b[member * kEach + e + i * 4 * kEach][group] = number<T>(own->b[i], e);
   }
   for (int lane = 0; lane < kWarp; ++lane) {
     auto* own = static_cast<Product*>(warp[lane]);
@@ -171,12 +168,6 @@ void multiply_warp(const Warp& warp) {
       own->c[i] = float(sum);
     }
   }
-}
-
-template <int Each, float (*Number)(uint32_t, int)>
-void multiply(const char* what, float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
-  Product own{c, {a[0], a[1], a[2], a[3]}, {b0, b1}};
-  together(what, &own, multiply_warp<Each, Number>);
 }
 
 struct Load {
@@ -203,33 +194,12 @@ void load_warp(const Warp& warp) {
 
 }  // namespace
 
-int thread_index() { return block->current; }
-int block_threads() { return int(block->threads.size()); }
-int64_t block_index() { return block->index; }
-char* shared_memory() { return block->memory; }
-void block_barrier() { pause(State::kAtBarrier); }
-
 void together(const char* what, void* arguments, void (*compute)(const Warp&)) {
   Thread& own = self();
   own.what = what;
   own.arguments = arguments;
   own.compute = compute;
   pause(State::kInWarp);
-}
-
-void copy_async(void* to, const void* from) {
-  if ((reinterpret_cast<uintptr_t>(to) | reinterpret_cast<uintptr_t>(from)) % 16 != 0)
-    throw std::runtime_error("a copy of 16 bytes is not aligned to them");
-  std::memset(to, 0xFF, 16);
-  auto& groups = self().groups;
-  if (groups.empty()) groups.emplace_back();
-  groups.back().push_back({to, from});
-}
-
-void commit_copies() {
-  auto& groups = self().groups;
-  if (groups.empty()) groups.emplace_back();
-  groups.emplace_back();
 }
 
 void wait_for_copies(int left) {
@@ -245,16 +215,6 @@ void load_matrices(const char* what, uint32_t (&r)[4], const void* row, bool tra
     throw std::runtime_error("a row of a matrix is not aligned to 16 bytes");
   Load own{r, static_cast<const char*>(row), transposed};
   together(what, &own, load_warp);
-}
-
-void multiply_half(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
-  multiply<2, half_bits>("multiply_half", c, a, b0, b1);
-}
-void multiply_bfloat16(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
-  multiply<2, bfloat16_bits>("multiply_bfloat16", c, a, b0, b1);
-}
-void multiply_tf32(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
-  multiply<1, float_bits>("multiply_tf32", c, a, b0, b1);
 }
 
 void run(int64_t blocks, int threads, int64_t shared_bytes, const std::function<void()>& thread) {
@@ -277,7 +237,7 @@ void run(int64_t blocks, int threads, int64_t shared_bytes, const std::function<
     for (Thread& t : storage.threads) {
       t.state = State::kReady;
       t.entered = false;
-      t.groups.clear();
+      t.groups.assign(1, {});
       t.stack.resize(kStack);
       getcontext(&t.start);
       t.start.uc_stack.ss_sp = t.stack.data();
@@ -291,4 +251,32 @@ void run(int64_t blocks, int threads, int64_t shared_bytes, const std::function<
   if (!storage.error.empty()) throw std::runtime_error("emulated kernel: " + storage.error);
 }
 
-}  // namespace swin_kernels::cuda::emulator
+}  // namespace emulator
+
+using namespace emulator;
+
+int thread_index() { return block->current; }
+int block_threads() { return int(block->threads.size()); }
+int64_t block_index() { return block->index; }
+char* shared_memory() { return block->memory; }
+void block_barrier() { pause(State::kAtBarrier); }
+
+void copy_async(void* to, const void* from) {
+  if ((reinterpret_cast<uintptr_t>(to) | reinterpret_cast<uintptr_t>(from)) % 16 != 0)
+    throw std::runtime_error("a copy of 16 bytes is not aligned to them");
+  std::memset(to, 0xFF, 16);
+  self().groups.back().push_back({to, from});
+}
+
+void commit_copies() { self().groups.emplace_back(); }
+
+template <class T>
+void multiply_fragments(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
+  Product own{c, {a[0], a[1], a[2], a[3]}, {b0, b1}};
+  together("multiply_fragments", &own, multiply_warp<T>);
+}
+template void multiply_fragments<Half>(float (&)[4], const uint32_t (&)[4], uint32_t, uint32_t);
+template void multiply_fragments<BFloat16>(float (&)[4], const uint32_t (&)[4], uint32_t, uint32_t);
+template void multiply_fragments<float>(float (&)[4], const uint32_t (&)[4], uint32_t, uint32_t);
+
+}  // namespace swin_kernels::cuda

@@ -12,11 +12,10 @@
 #include <torch/headeronly/util/BFloat16.h>
 #include <torch/headeronly/util/Half.h>
 
+#include <bit>
 #include <cmath>
 #include <cstdint>
-#include <cstring>
 #include <functional>
-#include <type_traits>
 
 #define SWIN_KERNEL(threads, blocks) inline void
 #define SWIN_PARAMETER const
@@ -33,36 +32,27 @@ namespace emulator {
 // Runs `thread` as each thread of each block; throws std::runtime_error with what went wrong.
 void run(int64_t blocks, int threads, int64_t shared_bytes, const std::function<void()>& thread);
 
+// Leaves the calling lane's `arguments` and waits; compute(every lane's) runs once for the warp.
+using Warp = void* [32];
+void together(const char* what, void* arguments, void (*compute)(const Warp&));
+
+void wait_for_copies(int groups);
+void load_matrices(const char* what, uint32_t (&r)[4], const void* row, bool transposed);
+
+}  // namespace emulator
+
 int thread_index();
 int block_threads();
 int64_t block_index();
 char* shared_memory();
 void block_barrier();
 
-// Leaves the calling lane's `arguments` and waits; compute(every lane's) runs once for the warp.
-using Warp = void* [32];
-void together(const char* what, void* arguments, void (*compute)(const Warp&));
-
 void copy_async(void* to, const void* from);
 void commit_copies();
-void wait_for_copies(int groups);
 
-void load_matrices(const char* what, uint32_t (&r)[4], const void* row, bool transposed);
 // c (16×8) += a (16×depth) · b (depth×8), elements of each by their PTX layouts.
-void multiply_half(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1);
-void multiply_bfloat16(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1);
-void multiply_tf32(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1);
-
-}  // namespace emulator
-
-using emulator::block_barrier;
-using emulator::block_index;
-using emulator::block_threads;
-using emulator::commit_copies;
-using emulator::copy_async;
-using emulator::multiply_tf32;
-using emulator::shared_memory;
-using emulator::thread_index;
+template <class T>
+void multiply_fragments(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1);
 
 inline void warp_barrier() {
   emulator::together("warp_barrier", nullptr, [](const emulator::Warp&) {});
@@ -94,19 +84,13 @@ T rounded(Sum x) {
 }
 
 template <class T>
-constexpr bool is_half() {
-  return std::is_same_v<T, Half>;
-}
-
-template <class T>
 uint32_t packed(float first, float second) {
   const T low = first, high = second;
   return uint32_t(low.x) | uint32_t(high.x) << 16;
 }
 
 inline uint32_t to_tf32(float x) {
-  uint32_t bits;
-  std::memcpy(&bits, &x, 4);
+  const uint32_t bits = std::bit_cast<uint32_t>(x);
   const bool finite = (bits & 0x7F800000u) != 0x7F800000u;
   return finite ? (bits + 0x1000u) & ~0x1FFFu : bits;  // to nearest, ties away from zero
 }
@@ -118,14 +102,6 @@ inline void load_matrices(uint32_t (&r)[4], const void* row) {
 }
 inline void load_matrices_transposed(uint32_t (&r)[4], const void* row) {
   emulator::load_matrices("load_matrices_transposed", r, row, true);
-}
-
-template <class T>
-void multiply_fragments(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
-  if constexpr (std::is_same_v<T, Half>)
-    emulator::multiply_half(c, a, b0, b1);
-  else
-    emulator::multiply_bfloat16(c, a, b0, b1);
 }
 
 template <int Groups>
