@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import json
 import os
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
+from command_lines import ROOT, run_python
 
 pytest.importorskip("pytest_benchmark")
 
@@ -17,24 +15,15 @@ from benchmarks.cpu import CPU_PROVIDERS
 
 pytestmark = pytest.mark.slow
 
-ROOT = Path(__file__).resolve().parents[2]
-
 
 def test_every_case_provider_and_direction_is_timed(cpu_kernels, tmp_path):
     path = tmp_path / "times.json"
     options = ["--benchmark-json", str(path), "--benchmark-max-time", "1e-3"]
     options += ["--benchmark-min-rounds", "1", "-p", "no:cacheprovider"]
     # a run shared by processes times nothing, and neither would its children
-    environment = {k: v for k, v in os.environ.items() if not k.startswith("PYTEST_XDIST")}
-    done = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "benchmarks", "--benchmark-only", *options],
-        cwd=ROOT,
-        env={**environment, "SWIN_KERNELS_REHEARSE": "1", "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
+    unshared = {name: None for name in os.environ if name.startswith("PYTEST_XDIST")}
+    variables = {"SWIN_KERNELS_REHEARSE": "1", "OMP_NUM_THREADS": "1"} | unshared
+    run_python("-m", "pytest", "-q", "benchmarks", "--benchmark-only", *options, **variables)
     found = {x["param"]: x for x in json.loads(path.read_text())["benchmarks"]}
     providers = [p for p in CPU_PROVIDERS if not p.slow]
     expected = [(c, p.name, d) for c in toy_cases() for p in providers for d in p.directions]

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import os
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from command_lines import ROOT, run_python
 
 pytest.importorskip("triton", reason="what is profiled are Triton's kernels")
 
@@ -18,7 +18,6 @@ from benchmarks.report.counted import read
 
 pytestmark = pytest.mark.slow
 
-ROOT = Path(__file__).resolve().parents[2]
 START, END = counters._STALLED
 NAMES = [
     "ID",
@@ -87,24 +86,9 @@ def profiler(folder: Path, body: str) -> Path:
     return path
 
 
-def rehearsed(ncu: Path, *arguments: str) -> subprocess.CompletedProcess:
-    command = [
-        sys.executable,
-        "-m",
-        "benchmarks.gpu_tools.counters",
-        "--rehearse",
-        "--ncu",
-        str(ncu),
-    ]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    return subprocess.run(
-        [*command, *arguments],
-        cwd=ROOT,
-        env=environment,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+def rehearsed(ncu: Path, *arguments: object, code: int = 0) -> subprocess.CompletedProcess[str]:
+    command = ("-m", "benchmarks.gpu_tools.counters", "--rehearse", "--ncu", ncu)
+    return run_python(*command, *arguments, code=code, OMP_NUM_THREADS="1")
 
 
 @thorough(
@@ -112,12 +96,9 @@ def rehearsed(ncu: Path, *arguments: str) -> subprocess.CompletedProcess:
     "test_counters.py::test_a_profiler_that_gives_nothing_is_quoted",
 )
 def test_rehearsal_counts_every_launch_of_a_training_step(tmp_path):
-    body = STAND_IN.format(
-        tests=str(ROOT / "tests" / "tools"), root=str(ROOT), python=sys.executable
-    )
+    body = STAND_IN.format(tests=str(Path(__file__).parent), root=str(ROOT), python=sys.executable)
     path = tmp_path / "rows.csv"
-    done = rehearsed(profiler(tmp_path, body), "--cases", "toy", "toy tiles", "--csv", str(path))
-    assert done.returncode == 0, done.stdout + done.stderr
+    done = rehearsed(profiler(tmp_path, body), "--cases", "toy", "toy tiles", "--csv", path)
     rows, facts = read(path)
     ran = {row[:3] for row in rows}
     assert ("toy", "forward", "_single_tile_fwd_kernel") in ran
@@ -129,11 +110,9 @@ def test_rehearsal_counts_every_launch_of_a_training_step(tmp_path):
 
 
 def test_a_profiler_that_gives_nothing_is_quoted(tmp_path):
-    done = rehearsed(profiler(tmp_path, "print('==ERROR== LibraryNotLoaded')\nraise SystemExit(9)"))
-    assert done.returncode == 1
-    assert "nothing was counted" in done.stderr
-    assert "exit code 9" in done.stderr
-    assert "LibraryNotLoaded" in done.stderr
+    failing = profiler(tmp_path, "print('==ERROR== LibraryNotLoaded')\nraise SystemExit(9)")
+    told = rehearsed(failing, code=1).stderr
+    assert all(x in told for x in ("nothing was counted", "exit code 9", "LibraryNotLoaded"))
 
 
 def test_without_a_profiler_a_line_says_so(monkeypatch, capsys):

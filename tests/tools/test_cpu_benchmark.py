@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import csv
 import platform
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
+from command_lines import refusal, run_python
 
 pytest.importorskip("timm", reason="whole models are timm's")
 
@@ -21,8 +19,6 @@ from benchmarks.cases import cpu_cases, other_cpu_cases, toy_cases
 from benchmarks.device import Cpu, MachinePeaks
 from benchmarks.models import TOYS
 from benchmarks.timing import DIRECTIONS, Gate, make_inputs
-
-ROOT = Path(__file__).resolve().parents[2]
 
 
 @pytest.fixture
@@ -138,10 +134,7 @@ def test_models_alone_are_measured_without_cases_in_a_file_of_their_own(
     ],
 )
 def test_wrong_options_end_with_one_line_before_anything_runs(arguments, complaint, capsys):
-    with pytest.raises(SystemExit) as caught:
-        cpu.main(arguments)
-    assert caught.value.code == 2
-    assert complaint in capsys.readouterr().err
+    assert complaint in refusal(cpu.main, arguments, capsys)
 
 
 def test_cases_are_the_stages_and_two_larger_windows_in_fp32():
@@ -192,6 +185,4 @@ def test_freed_memory_is_kept_and_not_asked_for_again():
             torch.ones(16 << 20)
         print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
     """
-    command = [sys.executable, "-c", code]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
-    assert int(done.stdout) < 100  # of the 16,384 pages that a call writes
+    assert int(run_python("-c", code).stdout) < 100  # of the 16,384 pages that a call writes

@@ -11,8 +11,8 @@ import venv
 from pathlib import Path
 
 import pytest
+from command_lines import ROOT, run, run_python
 
-ROOT = Path(__file__).resolve().parents[2]
 SCRIPTS = ROOT / ".ci"
 
 NO_NETWORK = """\
@@ -66,14 +66,14 @@ def environment(monkeypatch):
     monkeypatch.delitem(sys.modules, "environment")
 
 
-def _run(*arguments: str | Path, **variables: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, SCRIPTS / "environment.py", *arguments],
-        check=False,
-        capture_output=True,
-        text=True,
-        env={**os.environ, **variables},
-    )
+def _run(*arguments: str | Path, **options) -> subprocess.CompletedProcess[str]:
+    return run_python(SCRIPTS / "environment.py", *arguments, **options)
+
+
+def _refusal(*arguments: str | Path, code: int = 1, cwd: Path = ROOT) -> str:
+    """The one line that is all it says."""
+    (line,) = _run(*arguments, code=code, cwd=cwd).stderr.splitlines()
+    return line
 
 
 def _with_torch(folder: Path, version: str) -> Path:
@@ -103,20 +103,16 @@ def _with_torch(folder: Path, version: str) -> Path:
         ("--key --torch 1.13", "expected 2.11 or newer, got '1.13'"),
     ],
 )
-def test_bad_command_lines_get_one_line_and_exit_code_2(arguments, message, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    done = _run(*arguments.split())
-    assert done.returncode == 2
-    assert message in done.stderr
-    assert done.stderr.count("\n") == 1
+def test_bad_command_lines_get_one_line_and_exit_code_2(arguments, message, tmp_path):
+    assert message in _refusal(*arguments.split(), code=2, cwd=tmp_path)
     assert not list(tmp_path.iterdir())
 
 
 def test_key_is_of_the_torch_that_is_asked_for():
-    keys = {
-        _run("--key", *torch).stdout for torch in ((), ("--torch", "2.14"), ("--torch", "2.15"))
-    }
-    assert len(keys) == 3
+    asked = ((), (), ("--torch", "2.14"), ("--torch", "2.15"))
+    keys = [_run("--key", *torch).stdout for torch in asked]
+    assert keys[0] == keys[1]  # in another process
+    assert len(set(keys)) == 3
     assert all(re.fullmatch(r"[0-9a-f]{16}\n", key) for key in keys)
 
 
@@ -146,21 +142,18 @@ def test_torch_of_a_version_is_known(environment, asked, version, expected):
     assert environment.matches(asked, version) is expected
 
 
-def test_environment_of_another_torch_is_refused(tmp_path):
-    folder = _with_torch(tmp_path / "venv", "2.14.1+cpu")
-    done = _run(folder, tmp_path / "record", "--torch", "2.11")
-    assert done.returncode == 1
-    assert "has torch 2.14.1+cpu, and torch 2.11 was asked for" in done.stderr
-    assert "VENV=" in done.stderr
-    assert done.stderr.count("\n") == 1
+@pytest.mark.parametrize(
+    ("version", "asked", "message"),
+    [
+        ("2.14.1+cpu", ["--torch", "2.11"], "torch 2.14.1+cpu, and torch 2.11 was asked for: name"),
+        ("2.10.0", [], "torch >= 2.11 is needed"),
+    ],
+)
+def test_environment_of_another_torch_is_refused(version, asked, message, tmp_path):
+    said = _refusal(_with_torch(tmp_path / "venv", version), tmp_path / "record", *asked)
+    assert message in said
+    assert "VENV=" in said
     assert not (tmp_path / "record").exists()
-
-
-def test_environment_of_too_old_a_torch_is_refused(tmp_path):
-    done = _run(_with_torch(tmp_path / "venv", "2.10.0"), tmp_path / "record")
-    assert done.returncode == 1
-    assert "torch >= 2.11 is needed" in done.stderr
-    assert done.stderr.count("\n") == 1
 
 
 def test_environment_that_is_up_to_date_is_silent_and_its_record_stays(environment, tmp_path):
@@ -169,7 +162,7 @@ def test_environment_that_is_up_to_date_is_silent_and_its_record_stays(environme
     (folder / environment.MARK).write_text(f'{{"made_for": "{made_for}", "missing": []}}')
     for torch in ((), ("--torch", "2.14"), ("--torch", "2.14.1")):
         done = _run(folder, record, *torch)
-        assert (done.returncode, done.stdout + done.stderr) == (0, "")
+        assert done.stdout + done.stderr == ""
         assert record.read_text() == "torch 2.14.1\n"
         os.utime(record, (1, 1))
     assert record.stat().st_mtime == 1
@@ -180,18 +173,18 @@ def test_environment_whose_python_does_not_run_is_refused(tmp_path):
     (folder / "bin" / "python").unlink()
     (folder / "bin" / "python").write_text("#!/bin/sh\nexit 1\n")
     (folder / "bin" / "python").chmod(0o755)
-    done = _run(folder, tmp_path / "record")
-    assert done.returncode == 1
-    assert "does not run: remove its environment" in done.stderr
-    assert done.stderr.count("\n") == 1
+    assert "does not run: remove its environment" in _refusal(folder, tmp_path / "record")
 
 
 def test_place_that_cannot_be_written_gets_one_line(tmp_path):
     (tmp_path / "file").write_text("")
-    done = _run(tmp_path / "file" / "venv", tmp_path / "record")
-    assert done.returncode == 1
-    assert "Not a directory" in done.stderr
-    assert done.stderr.count("\n") == 1
+    assert "Not a directory" in _refusal(tmp_path / "file" / "venv", tmp_path / "record")
+
+
+def test_folder_that_is_no_environment_is_left_alone(tmp_path):
+    (tmp_path / "mine.txt").write_text("kept")
+    assert "is no virtual environment" in _refusal(tmp_path, tmp_path / "record")
+    assert [path.name for path in tmp_path.iterdir()] == ["mine.txt"]
 
 
 @pytest.mark.parametrize(
@@ -219,30 +212,27 @@ def test_a_connection_that_came_back_is_no_failure_of_the_network(environment, t
     assert environment.diagnose(output, tmp_path).kind == "version"
 
 
-def _build(tmp_path: Path, script: str, **options) -> tuple[list[str], Path]:
-    log = tmp_path / "build" / "log"
-    command = [sys.executable, str(SCRIPTS / "progress.py"), str(log), "thing.so"]
-    return [*command, sys.executable, "-c", script], log
+def _build(log: Path, script: str) -> list[object]:
+    build = [sys.executable, "-c", script]
+    return [sys.executable, SCRIPTS / "progress.py", log, "thing.so", *build]
 
 
 def test_build_is_one_line_and_its_output_is_in_the_log(tmp_path):
-    command, log = _build(tmp_path, "print('[1/2] c++ a.cpp')")
-    done = subprocess.run(command, check=False, capture_output=True, text=True)
-    assert done.returncode == 0
+    log = tmp_path / "build" / "log"
+    done = run(*_build(log, "print('[1/2] c++ a.cpp')"))
     assert re.fullmatch(r"built thing\.so in \d+ s\n", done.stderr)
     assert log.read_text() == "[1/2] c++ a.cpp\n"
 
 
 def test_build_that_fails_shows_its_errors_and_names_the_log(tmp_path):
     script = "print('a.cpp:1: error: no'); [print('Traceback') for _ in range(99)]; exit(3)"
-    command, log = _build(tmp_path, script)
-    done = subprocess.run(command, check=False, capture_output=True, text=True)
-    assert done.returncode == 1
-    assert done.stderr == f"building thing.so failed; from {log}:\n  a.cpp:1: error: no\n"
+    told = run(*_build(tmp_path / "log", script), code=1).stderr
+    assert told == f"building thing.so failed; from {tmp_path}/log:\n  a.cpp:1: error: no\n"
 
 
 def test_build_on_a_terminal_rewrites_one_line(tmp_path):
-    command, _ = _build(tmp_path, "import time; print('[1/2] a', flush=True); time.sleep(1.2)")
+    script = "import time; print('[1/2] a', flush=True); time.sleep(1.2)"
+    command = _build(tmp_path / "log", script)
     parent, child = pty.openpty()
     with subprocess.Popen(command, stdin=child, stdout=child, stderr=child) as process:
         os.close(child)

@@ -5,12 +5,12 @@ from __future__ import annotations
 import os
 import runpy
 import shutil
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
+from command_lines import ROOT, run
 
 from swin_kernels.backends import native
 
@@ -18,12 +18,12 @@ pytestmark = pytest.mark.slow
 
 timm = pytest.importorskip("timm", reason="the example exports a model of timm")
 
-EXAMPLE = Path(__file__).resolve().parents[2] / "examples" / "cpp"
+EXAMPLE = ROOT / "examples" / "cpp"
 TOOLS = [shutil.which(name) for name in ("make", os.environ.get("CXX", "c++").split()[0])]
-DEVICES = [
-    "cpu",
-    pytest.param("cuda", marks=pytest.mark.gpu),
-]
+MAKE = ("make", "-C", EXAMPLE, f"PYTHON={sys.executable}")
+DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
+# names neither Python nor our package
+BARE = {name: None for name in os.environ if name.startswith("PYTHON")}
 
 
 @pytest.fixture(scope="module")
@@ -31,22 +31,8 @@ def program(tmp_path_factory) -> Path:
     """The compiled program."""
     assert all(TOOLS), "make and a C++ compiler are needed"
     out = tmp_path_factory.mktemp("program")
-    made = subprocess.run(
-        ["make", "-C", str(EXAMPLE), f"PYTHON={sys.executable}", f"OUT={out}", str(out / "run")],
-        check=False,
-        capture_output=True,
-        text=True,
-    )
-    assert made.returncode == 0, made.stderr
+    run(*MAKE, f"OUT={out}", out / "run")
     return out / "run"
-
-
-def run(program: Path, *arguments: Path | str) -> subprocess.CompletedProcess[str]:
-    """The program in an environment that names neither Python nor our package."""
-    environment = {k: v for k, v in os.environ.items() if not k.startswith("PYTHON")}
-    return subprocess.run(
-        [program, *arguments], check=False, capture_output=True, text=True, env=environment
-    )
 
 
 @pytest.mark.parametrize("device", DEVICES)
@@ -64,8 +50,7 @@ def test_a_patched_swin_runs_from_cpp_without_python(program, tmp_path, device):
         package(model.eval().cpu(), (2, 3, 72, 72), device, tmp_path)
     library = (tmp_path / "library").read_text().strip()
     assert Path(library) == built.path
-    done = run(program, tmp_path / "model.pt2", tmp_path / "tensors.pt", library, "3")
-    assert done.returncode == 0, done.stdout + done.stderr
+    done = run(program, tmp_path / "model.pt2", tmp_path / "tensors.pt", library, 3, **BARE)
     assert "1000 logits of 50 inputs" in done.stdout
     assert "the error rule holds" in done.stdout
     assert "ms a call" in done.stdout
@@ -82,31 +67,18 @@ def test_a_patched_swin_runs_from_cpp_without_python(program, tmp_path, device):
     ],
     ids=["no arguments", "no library", "no package", "rounds"],
 )
-def test_what_is_missing_is_named(program, tmp_path, arguments, complaint, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    done = run(program, *arguments)
-    assert done.returncode == 2
-    assert complaint in done.stderr
+def test_what_is_missing_is_named(program, tmp_path, arguments, complaint):
+    assert complaint in run(program, *arguments, code=2, cwd=tmp_path, **BARE).stderr
 
 
 def test_make_finds_the_package_and_exports_again_for_other_arguments(tmp_path):
-    def made(*arguments: str) -> subprocess.CompletedProcess[str]:
+    def made(model: str, code: int):
         """In an environment without our package, as in a clone where nothing is installed."""
-        environment = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
-        command = ["make", "-C", str(EXAMPLE), f"PYTHON={sys.executable}", f"OUT={tmp_path}"]
-        return subprocess.run(
-            [*command, str(tmp_path / "model.pt2"), *arguments],
-            check=False,
-            capture_output=True,
-            text=True,
-            env=environment,
-        )
+        package = tmp_path / "model.pt2"
+        arguments = (f"OUT={tmp_path}", package, f"ARGS=--model {model}")
+        return run(*MAKE, *arguments, code=code, PYTHONPATH=None)
 
-    wrong = made("ARGS=--model nonsense")
-    assert wrong.returncode != 0
-    assert "export: timm makes no nonsense" in wrong.stderr
+    assert "export: timm makes no nonsense" in made("nonsense", 2).stderr
     (tmp_path / "model.pt2").touch()
-    again = made("ARGS=--model nonsense")
-    assert again.returncode == 0
-    assert "export.py" not in again.stdout
-    assert "timm makes no other" in made("ARGS=--model other").stderr
+    assert "export.py" not in made("nonsense", 0).stdout
+    assert "timm makes no other" in made("other", 2).stderr

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import ast
 import graphlib
-import subprocess
-import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from command_lines import ROOT, run_python
 
-ROOT = Path(__file__).resolve().parents[2]
 PACKAGE = ROOT / "swin_kernels"
 
 # what each part of the package may import of the others
@@ -48,24 +47,18 @@ def _part(path: Path) -> str:
     return path.relative_to(PACKAGE).parts[0].removesuffix(".py")
 
 
-def _imports(path: Path):
-    """Every (module, line) that a file imports, at its top or inside a function."""
+def _imports(path: Path) -> Iterator[tuple[str, int]]:
+    """Every (module or module.name, line) of a file's imports, at its top or inside a function."""
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Import):
-            for alias in node.names:
-                yield alias.name, node.lineno
+            yield from ((alias.name, node.lineno) for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
             assert node.level == 0, f"{path}:{node.lineno}: relative import"
-            if node.module == "swin_kernels":
-                for alias in node.names:
-                    yield f"swin_kernels.{alias.name}", node.lineno
-            else:
-                yield node.module, node.lineno
+            yield from ((f"{node.module}.{alias.name}", node.lineno) for alias in node.names)
 
 
-FILES = sorted(PACKAGE.rglob("*.py"))
 over_files = pytest.mark.parametrize(
-    "path", FILES, ids=[str(path.relative_to(PACKAGE)) for path in FILES]
+    "path", sorted(PACKAGE.rglob("*.py")), ids=lambda path: str(path.relative_to(PACKAGE))
 )
 
 
@@ -105,14 +98,8 @@ def _graph(*folders: str) -> dict[str, set[str]]:
     files = {_named(path): path for folder in folders for path in (ROOT / folder).rglob("*.py")}
     graph = {}
     for name, path in files.items():
-        found = set()
-        for node in ast.walk(ast.parse(path.read_text())):
-            if isinstance(node, ast.Import):
-                found |= {alias.name for alias in node.names}
-            elif isinstance(node, ast.ImportFrom) and node.module:
-                parts = {f"{node.module}.{alias.name}" for alias in node.names}
-                found |= (parts & files.keys()) or {node.module}
-        graph[name] = {x for x in found if x in files and x != name}
+        found = {x if x in files else x.rpartition(".")[0] for x, _ in _imports(path)}
+        graph[name] = (found & files.keys()) - {name}
     return graph
 
 
@@ -144,10 +131,7 @@ def test_the_folders_of_the_benchmarks_go_one_way():
 
 def _modules_after(statement: str) -> set[str]:
     program = f"{statement}; import sys; print(' '.join(sys.modules))"
-    done = subprocess.run(
-        [sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=True
-    )
-    return set(done.stdout.split())
+    return set(run_python("-c", program).stdout.split())
 
 
 def test_importing_the_package_imports_no_triton_and_no_model_library():

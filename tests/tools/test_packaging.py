@@ -1,24 +1,21 @@
-"""The package as it is handed out: its version, its wheel, the environment that make prepares."""
+"""The package as it is handed out: its version, its wheel, its source distribution."""
 
 from __future__ import annotations
 
 import os
 import re
 import shutil
-import subprocess
-import sys
 import tarfile
 import zipfile
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from command_lines import ROOT, run_python
 
 import swin_kernels
 from swin_kernels.models import state_dict_for, swin
 
-ROOT = Path(__file__).resolve().parents[2]
 SOURCES = ("csrc", "swin_kernels", "pyproject.toml", "setup.py", "README.md", "LICENSE")
 
 # run in an empty folder against the unpacked wheel
@@ -79,16 +76,9 @@ def test_wheel_holds_the_compiled_object_and_imports_from_an_empty_folder(tmp_pa
     compiler.write_text('#!/bin/sh\nexec ${REAL_CXX:-c++} "$@" -O0\n')
     compiler.chmod(0o755)
     real = {"REAL_CXX": os.environ.get("CXX", "c++"), "CXX": str(compiler)}
-    command = [sys.executable, "-m", "pip", "wheel", ".", "--no-deps", "--no-build-isolation"]
-    built = subprocess.run(
-        [*command, "--no-index", "--wheel-dir", str(tmp_path)],
-        check=False,
-        capture_output=True,
-        text=True,
-        cwd=source,
-        env={**os.environ, **real, "PYTHONPATH": "", "SWIN_KERNELS_CUDA": "0"},
-    )
-    assert built.returncode == 0, built.stdout + built.stderr
+    command = ("-m", "pip", "wheel", ".", "--no-deps", "--no-build-isolation", "--no-index")
+    variables = {**real, "PYTHONPATH": "", "SWIN_KERNELS_CUDA": "0"}
+    run_python(*command, "--wheel-dir", tmp_path, cwd=source, **variables)
     (wheel,) = tmp_path.glob("*.whl")
     assert wheel.name.startswith(f"swin_kernels-{swin_kernels.__version__}-cp310-abi3-")
     with zipfile.ZipFile(wheel) as archive:
@@ -100,28 +90,12 @@ def test_wheel_holds_the_compiled_object_and_imports_from_an_empty_folder(tmp_pa
     assert modules <= set(names)
     assert not [name for name in names if name.startswith(("tests", "csrc", "build"))]
 
-    used = subprocess.run(
-        [sys.executable, "-c", USE_WHEEL, str(unpacked)],
-        check=False,
-        capture_output=True,
-        text=True,
-        cwd=empty,
-        env={**os.environ, "PYTHONPATH": str(unpacked)},
-    )
-    assert used.returncode == 0, used.stderr
+    used = run_python("-c", USE_WHEEL, unpacked, cwd=empty, PYTHONPATH=str(unpacked))
     assert used.stdout.split("\n")[0] == "(2, 6, 6, 2, 8) True"
 
 
-def _setup(**variables: str) -> subprocess.CompletedProcess[str]:
-    """setup.py, asked for its name alone: it decides what to build, and builds nothing."""
-    return subprocess.run(
-        [sys.executable, "setup.py", "--name"],
-        check=False,
-        capture_output=True,
-        text=True,
-        cwd=ROOT,
-        env={**os.environ, **variables},
-    )
+# setup.py, asked for its name alone: it decides what to build, and builds nothing
+SETUP = ("setup.py", "--name")
 
 
 @pytest.mark.slow
@@ -137,31 +111,19 @@ def _setup(**variables: str) -> subprocess.CompletedProcess[str]:
     ids=["unknown", "no architecture"],
 )
 def test_a_build_that_cannot_be_says_why(variables, complaint):
-    done = _setup(**variables)
-    assert done.returncode == 1
-    assert complaint in done.stderr
+    assert complaint in run_python(*SETUP, code=1, **variables).stderr
 
 
 @pytest.mark.slow
 def test_a_build_without_cuda_needs_no_toolkit():
-    done = _setup(SWIN_KERNELS_CUDA="0", PATH="/nowhere")
-    assert done.returncode == 0, done.stderr
-    assert "swin_kernels" in done.stdout
+    assert "swin_kernels" in run_python(*SETUP, SWIN_KERNELS_CUDA="0", PATH="/nowhere").stdout
 
 
 @pytest.mark.slow
 def test_a_source_distribution_has_every_source(tmp_path):
     """Whatever was built where it was made: what is missing would be missed only by a build."""
-    command = [sys.executable, "setup.py", "--quiet", "egg_info", "--egg-base", str(tmp_path)]
-    done = subprocess.run(
-        [*command, "sdist", "--dist-dir", str(tmp_path)],
-        check=False,
-        capture_output=True,
-        text=True,
-        cwd=ROOT,
-        env={**os.environ, "SWIN_KERNELS_CUDA": "0"},
-    )
-    assert done.returncode == 0, done.stderr
+    command = ("setup.py", "--quiet", "egg_info", "--egg-base", tmp_path)
+    run_python(*command, "sdist", "--dist-dir", tmp_path, SWIN_KERNELS_CUDA="0")
     (archive,) = tmp_path.glob("*.tar.gz")
     with tarfile.open(archive) as file:
         names = {name.split("/", 1)[-1] for name in file.getnames()}
@@ -172,27 +134,3 @@ def test_a_source_distribution_has_every_source(tmp_path):
     }
     assert sources
     assert sources <= names, sources - names
-
-
-def _environment(*arguments: str, **variables: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, str(ROOT / ".ci" / "environment.py"), *arguments],
-        check=False,
-        capture_output=True,
-        text=True,
-        env={**os.environ, **variables},
-    )
-
-
-def test_key_of_the_environment_is_one_word_and_stays():
-    first, second = (_environment("--key").stdout for _ in range(2))
-    assert re.fullmatch(r"[0-9a-f]{16}\n", first)
-    assert first == second
-
-
-def test_environment_leaves_a_folder_alone_that_is_none(tmp_path):
-    (tmp_path / "mine.txt").write_text("kept")
-    done = _environment(str(tmp_path), str(tmp_path / "record"))
-    assert done.returncode == 1
-    assert "is no virtual environment" in done.stderr
-    assert [path.name for path in tmp_path.iterdir()] == ["mine.txt"]

@@ -1,0 +1,45 @@
+"""Command lines in tests: run in a process of their own, or refused by a `main`."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+PNG_MAGIC = b"\x89PNG\r\n\x1a\n"
+
+
+def run(
+    *command: object, code: int = 0, cwd: Path = ROOT, **variables: str | None
+) -> subprocess.CompletedProcess[str]:
+    """A command that ended with this exit code; without the environment variables that are None."""
+    environment = {k: v for k, v in (os.environ | variables).items() if v is not None}
+    done = subprocess.run(
+        list(map(str, command)),
+        cwd=cwd,
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == code, done.stdout[-3000:] + done.stderr[-3000:]
+    return done
+
+
+def run_python(*arguments: object, **options) -> subprocess.CompletedProcess[str]:
+    return run(sys.executable, *arguments, **options)
+
+
+def refusal(
+    main: Callable, arguments: Sequence[object], capsys: pytest.CaptureFixture, code: int = 2
+) -> str:
+    """What a `main` that exits with this code says on stderr."""
+    with pytest.raises(SystemExit) as stop:
+        main(list(map(str, arguments)))
+    assert stop.value.code == code
+    return capsys.readouterr().err
