@@ -1,36 +1,24 @@
-"""The demo: once whole, in a process of its own; its parts on a small model; what it refuses."""
+"""The demo: once whole, in a process of its own; its parts on a small model."""
 
 from __future__ import annotations
 
 import contextlib
 import copy
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
+from command_lines import PNG_MAGIC, run_python
 
 pytest.importorskip("rich")
 pytest.importorskip("matplotlib")
 timm = pytest.importorskip("timm")
 
-from swin_kernels.__main__ import main
 from swin_kernels.backends import native
 from swin_kernels.cli import command, demo, inputs, memory
 from swin_kernels.ops.dispatch import BACKENDS
 from swin_kernels.patch import patch
 from swin_kernels.testing import timing
-
-ROOT = Path(__file__).resolve().parents[2]
-
-
-@pytest.fixture(autouse=True)
-def offline(monkeypatch):
-    """No test waits for a connection."""
-    hub = pytest.importorskip("huggingface_hub.constants")
-    monkeypatch.setattr(hub, "HF_HUB_OFFLINE", True)
 
 
 @pytest.fixture(scope="module")
@@ -71,16 +59,8 @@ def _outcomes(prepared):
 
 @pytest.mark.slow
 def test_whole_demo_prints_its_tables_and_writes_the_picture(tmp_path):
-    command = [sys.executable, "-m", "swin_kernels", "demo", "--rounds", "1", "--batch", "1"]
-    done = subprocess.run(
-        [*command, "--threads", "1", "--out", str(tmp_path)],
-        check=False,
-        capture_output=True,
-        text=True,
-        cwd=ROOT,
-        env={**os.environ, "HF_HUB_OFFLINE": "1"},
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
+    command = ("-m", "swin_kernels", "demo", "--rounds", 1, "--batch", 1, "--threads", 1)
+    done = run_python(*command, "--out", tmp_path, HF_HUB_OFFLINE="1")
     rows = {line.split("|")[1].strip() for line in done.stdout.splitlines() if line.count("|") > 3}
     assert {
         "logits",
@@ -103,7 +83,7 @@ def test_whole_demo_prints_its_tables_and_writes_the_picture(tmp_path):
     assert "Traceback" not in done.stderr
     (picture,) = tmp_path.iterdir()
     assert picture.name == "swin_tiny_patch4_window7_224.png"
-    assert picture.read_bytes().startswith(b"\x89PNG")
+    assert picture.read_bytes().startswith(PNG_MAGIC)
 
 
 def test_counted_backends_sees_the_path_and_leaves_no_trace(prepared):
@@ -218,117 +198,6 @@ def test_without_a_package_the_error_says_what_to_install():
         command.check_packages(needs, "the demo")
 
 
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        ("--model swin_tinyy", "nearest are swin_tiny_patch4_window7_224"),
-        ("--model swin_tiny_patch4_window7_224.bogus", "expected one of ms_in1k, ms_in22k"),
-        ("--model swin_base_patch4_window7_224_in22k.bogus", "no pretrained tag 'bogus'"),
-        ("--model resnet18", "no window attention found"),
-        ("--image no/such.jpg", "--image: expected a photo, but there is no file 'no/such.jpg'"),
-        ("--image tests", "--image: expected a photo, but there is no file 'tests'"),
-        (f"--image {__file__}", "is not an image; expected a PNG or JPEG"),
-        ("--batch 0", "whole number of at least 1, got '0'"),
-        ("--batch 2.5", "whole number of at least 1, got '2.5'"),
-        ("--batch", "expected one argument"),
-        ("--batch 99999999999999999999", "of memory; expected at most"),
-        ("--rounds many", "whole number of at least 1, got 'many'"),
-        ("--threads -1", "whole number of at least 1, got '-1'"),
-        ("--threads 100000", f"expected at most {os.cpu_count()}, the CPUs of this machine"),
-        ("--device foo", "--device: cannot use 'foo': expected cpu, cuda or cuda:N"),
-        ("--device mps", "--device: cannot use 'mps': expected cpu, cuda or cuda:N"),
-        ("--device cuda:99", "--device: cannot use 'cuda:99': "),
-        ("--out setup.py/x", "--out: cannot write into 'setup.py/x': Not a directory"),
-        ("--out setup.py", "--out: cannot write into 'setup.py': File exists"),
-        (
-            "--no-such-option",
-            "--no-such-option; `python -m swin_kernels demo --help` lists the options",
-        ),
-        ("photo.jpg", "unrecognized arguments: photo.jpg"),
-    ],
-)
-def test_bad_input_gets_one_line_and_exit_code_2(arguments, message, monkeypatch, capsys):
-    monkeypatch.chdir(ROOT)
-    _refused(["demo", *arguments.split()], message, capsys)
-
-
-def _refused(arguments: list[str], message: str, capsys) -> None:
-    with pytest.raises(SystemExit) as stop:
-        main(arguments)
-    assert stop.value.code == 2
-    error = capsys.readouterr().err
-    assert message in error
-    assert error.count("\n") == 1
-
-
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        ("", "expected a command: demo, bench, explain or picture"),
-        ("paint", "invalid choice: 'paint'"),
-        ("--wat", "unrecognized arguments: --wat"),
-        ("explain demo", "unrecognized arguments: demo"),
-        ("explain --device cpu", "unrecognized arguments: --device cpu"),
-        ("bench --batch 99999999999999", "--batch: 99999999999999 images of 224×224 do not fit"),
-        ("bench --size 224x", "--size: expected N or HxW, whole numbers of at least 1, got '224x'"),
-        ("bench --size 1x2x3", "whole numbers of at least 1, got '1x2x3'"),
-        ("bench --size 100000 --batch 1", "--batch: 1 images of 100000×100000 do not fit"),
-        ("picture --size six 6", "argument --size: expected a whole number, got 'six'"),
-        ("picture --size 6", "argument --size: expected 2 arguments"),
-        ("picture --out setup.py/x.png", "--out: cannot write 'setup.py/x.png': "),
-    ],
-)
-def test_bad_command_lines_get_one_line_and_exit_code_2(arguments, message, monkeypatch, capsys):
-    monkeypatch.chdir(ROOT)
-    _refused(arguments.split(), message, capsys)
-
-
-def test_cut_photo_is_named(tmp_path, capsys):
-    (tmp_path / "cut.png").write_bytes(inputs.find_photo().read_bytes()[:2000])
-    _refused(["demo", "--image", str(tmp_path / "cut.png")], "that cannot be read", capsys)
-
-
-def test_picture_is_not_written_into_an_unnamed_folder(capsys):
-    _refused(["demo", "--out", ""], "--out: expected a folder, got an empty name", capsys)
-
-
-@pytest.mark.parametrize(
-    ("error", "code", "message"),
-    [
-        (KeyboardInterrupt(), 130, "interrupted"),
-        (OSError(28, "No space left on device", "x.png"), 1, "x.png: No space left on device"),
-        (
-            RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: 99 bytes"),
-            2,
-            "not enough memory: expected a smaller --batch or --size",
-        ),
-    ],
-    ids=["interrupt", "disk", "memory"],
-)
-def test_what_stops_a_run_gets_one_line(monkeypatch, capsys, error, code, message):
-    def stopped(prepared):
-        raise error
-
-    monkeypatch.setattr(demo, "prepare", lambda options: None)
-    monkeypatch.setattr(demo, "run", stopped)
-    with pytest.raises(SystemExit) as stop:
-        main(["demo"])
-    assert stop.value.code == code
-    said = capsys.readouterr().err
-    assert message in said
-    assert said.count("\n") == 1
-
-
-def test_errors_of_ours_keep_their_traceback(monkeypatch):
-    def broken(prepared):
-        raise RuntimeError("an index is out of range")
-
-    monkeypatch.setattr(demo, "prepare", lambda options: None)
-    monkeypatch.setattr(demo, "run", broken)
-    with pytest.raises(RuntimeError, match="out of range"):
-        main(["demo"])
-
-
 def test_attention_clock_sees_part_of_every_pass_and_leaves_no_trace(prepared):
     modules = [prepared.model.module, prepared.patched]
     with contextlib.ExitStack() as stack:
@@ -367,27 +236,3 @@ def test_progress_without_a_terminal_is_a_line_now_and_then(monkeypatch, capsys)
         monkeypatch.setattr(bar, "due", 1e9)
         bar.tick()
     assert capsys.readouterr().out == "time, inference, step 0 of 4, 0 s\n"
-
-
-@pytest.mark.parametrize("tag", ["", ".ms_in22k"])
-def test_known_pretrained_tag_is_accepted(tag):
-    inputs.check_name(f"swin_tiny_patch4_window7_224{tag}")
-
-
-def test_unknown_pretrained_tag_is_refused_before_anything_is_done(monkeypatch, tmp_path):
-    monkeypatch.setattr(inputs, "read_photo", lambda path: pytest.fail("a photo was read"))
-    out = tmp_path / "new"
-    with pytest.raises(SystemExit):
-        main(["demo", "--model", "swin_tiny_patch4_window7_224.bogus", "--out", str(out)])
-    assert not out.exists()
-
-
-def test_as_many_threads_as_cpus_are_accepted():
-    assert command.threads(str(os.cpu_count())) == os.cpu_count()
-
-
-def test_explain_command_prints_what_explain_says(capsys):
-    import swin_kernels
-
-    assert main(["explain"]) == 0
-    assert capsys.readouterr().out == swin_kernels.explain() + "\n"
