@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -11,7 +12,9 @@ from tiers import thorough
 from torch import nn
 
 pytest.importorskip("rich")
-timm = pytest.importorskip("timm")
+pytest.importorskip("timm")
+
+from patch_models import small_model
 
 from swin_kernels.__main__ import main
 from swin_kernels.cli import bench, inputs, memory
@@ -26,15 +29,7 @@ def small(monkeypatch):
 
     def create(name, size=None):
         size = size or (24, 24)
-        module = timm.models.swin_transformer.SwinTransformer(
-            img_size=size,
-            patch_size=2,
-            window_size=3,
-            embed_dim=16,
-            depths=(2,),
-            num_heads=(1,),
-            num_classes=10,
-        )
+        module = small_model("v1", size, depths=(2,), num_heads=(1,), patch_size=2, window_size=3)
         module.pretrained_cfg = {"input_size": (3, *size)}
         return module
 
@@ -127,9 +122,7 @@ def test_wrong_results_are_not_timed_and_are_the_exit_code(cpu_kernels, small, m
 
 
 def test_without_a_known_peak_the_times_are_told(cpu_kernels, small, monkeypatch, capsys):
-    def failing(spec, variants):
-        raise RuntimeError("stock: out of memory")
-
+    failing = Mock(side_effect=RuntimeError("stock: out of memory"))
     monkeypatch.setattr(memory, "peak_memory", failing)
     assert main(["bench", "--rounds", "1", "--batch", "1"]) == 0
     out = capsys.readouterr().out
@@ -172,21 +165,12 @@ def test_a_model_of_the_users_own_keeps_its_weights(cpu_kernels, tmp_path, monke
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.setenv("PYTHONPATH", str(tmp_path), prepend=os.pathsep)  # of the peaks' processes
     seen, prepare = [], bench.prepare
-
-    def prepared(options):
-        seen.append(prepare(options))
-        return seen[-1]
-
-    monkeypatch.setattr(bench, "prepare", prepared)
+    monkeypatch.setattr(bench, "prepare", lambda x: seen.append(prepare(x)) or seen[-1])
     arguments = ["--size", "24", "--batch", "1", "--rounds", "2", "--threads", "1"]
     assert main(["bench", "--model", "own_swin:make", *arguments]) == 0
     out = capsys.readouterr().out
     assert "own_swin:make" in out
     assert "replaced in 2 of 2 blocks" in out
     assert "Within the error rule" in out
-    assert all(
-        len(row) == 5 and "–" not in row[4]
-        for step, row in _rows(out).items()
-        if step in timing.STEPS
-    )
+    assert all("–" not in _rows(out)[step][4] for step in timing.STEPS)
     assert (seen[0].stock.head.fc.bias == 3).all()

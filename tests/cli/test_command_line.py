@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shlex
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -122,18 +123,10 @@ def test_as_many_threads_as_cpus_are_accepted():
     assert command.threads(str(os.cpu_count())) == os.cpu_count()
 
 
-@pytest.fixture
-def stopped(monkeypatch):
+def _stop(monkeypatch, error: BaseException) -> None:
     """Has a run of the demo end with an error."""
-
-    def stop(error: BaseException) -> None:
-        def run(prepared):
-            raise error
-
-        monkeypatch.setattr(demo, "prepare", lambda options: None)
-        monkeypatch.setattr(demo, "run", run)
-
-    return stop
+    monkeypatch.setattr(demo, "prepare", Mock())
+    monkeypatch.setattr(demo, "run", Mock(side_effect=error))
 
 
 @pytest.mark.parametrize(
@@ -149,14 +142,14 @@ def stopped(monkeypatch):
     ],
     ids=["interrupt", "disk", "memory"],
 )
-def test_what_stops_a_run_gets_one_line(stopped, capsys, error, code, message):
-    stopped(error)
+def test_what_stops_a_run_gets_one_line(monkeypatch, capsys, error, code, message):
+    _stop(monkeypatch, error)
     (line,) = refusal(main, ["demo"], capsys, code).splitlines()
     assert message in line
 
 
-def test_errors_of_ours_keep_their_traceback(stopped):
-    stopped(RuntimeError("an index is out of range"))
+def test_errors_of_ours_keep_their_traceback(monkeypatch):
+    _stop(monkeypatch, RuntimeError("an index is out of range"))
     with pytest.raises(RuntimeError, match="out of range"):
         main(["demo"])
 

@@ -51,7 +51,9 @@ def prepared(small, tmp_path):
     )
 
 
-def _outcomes(prepared):
+@pytest.fixture
+def outcomes(prepared):
+    """Of patched, stock and exact."""
     exact = copy.deepcopy(prepared.model.module).double()
     modules = (prepared.patched, prepared.model.module, exact)
     return [timing.run_once(module, prepared.images) for module in modules]
@@ -62,23 +64,13 @@ def test_whole_demo_prints_its_tables_and_writes_the_picture(tmp_path):
     command = ("-m", "swin_kernels", "demo", "--rounds", 1, "--batch", 1, "--threads", 1)
     done = run_python(*command, "--out", tmp_path, HF_HUB_OFFLINE="1")
     rows = {line.split("|")[1].strip() for line in done.stdout.splitlines() if line.count("|") > 3}
-    assert {
-        "logits",
-        "gradients",
-        "each gradient",
-        "inference",
-        "attention alone",
-        "training step",
-        "peak memory, inference",
-        "peak memory, training step",
-    } <= rows
-    first = done.stdout.splitlines()[0]
-    assert f"torch {torch.__version__}" in first
-    assert "1 thread " in first
-    assert "backend " in first
-    assert "replaced in 12 of 12 blocks" in done.stdout
-    assert "173 parameters" in done.stdout
-    assert "Within the error rule" in done.stdout
+    costs = {*timing.STEPS, "attention alone", *(f"peak memory, {x}" for x in timing.STEPS)}
+    assert {"logits", "gradients", "each gradient"} | costs <= rows
+    first, _, told = done.stdout.partition("\n")
+    for fact in (f"torch {torch.__version__}", "1 thread ", "backend "):
+        assert fact in first
+    for fact in ("replaced in 12 of 12 blocks", "173 parameters", "Within the error rule"):
+        assert fact in told
     assert done.stdout.count("\n") <= 33  # with what `make` prints before it at most 40
     assert "Traceback" not in done.stderr
     (picture,) = tmp_path.iterdir()
@@ -103,13 +95,12 @@ def test_spread_out_weights_give_every_bias_table_a_gradient(prepared):
     assert all(grad.abs().max() > 1e-6 for grad in tables)
 
 
-def test_patched_keeps_the_error_rule(prepared):
-    differences = timing.compare(*_outcomes(prepared))
-    assert [d.complaint for d in differences] == [None] * 3
+def test_patched_keeps_the_error_rule(outcomes):
+    assert [d.complaint for d in timing.compare(*outcomes)] == [None] * 3
 
 
-def test_wrong_gradient_of_one_small_parameter_is_found(prepared):
-    patched, stock, exact = _outcomes(prepared)
+def test_wrong_gradient_of_one_small_parameter_is_found(outcomes):
+    patched, stock, exact = outcomes
     name = "layers.0.blocks.0.attn.relative_position_bias_table"
     assert exact.grads[name].abs().max() < 1e-2 * max(g.abs().max() for g in exact.grads.values())
     patched.grads[name].mul_(1.001)
@@ -119,10 +110,9 @@ def test_wrong_gradient_of_one_small_parameter_is_found(prepared):
     assert relative.patched_exact == pytest.approx(1e-3, rel=0.1)
 
 
-def test_nan_is_beyond_the_error_rule(prepared):
-    patched, stock, exact = _outcomes(prepared)
-    patched.logits[0, 0] = float("nan")
-    assert timing.compare(patched, stock, exact)[0].complaint is not None
+def test_nan_is_beyond_the_error_rule(outcomes):
+    outcomes[0].logits[0, 0] = float("nan")
+    assert timing.compare(*outcomes)[0].complaint is not None
 
 
 def _run_with(monkeypatch, prepared, complaint: str | None) -> int:

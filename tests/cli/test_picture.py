@@ -106,20 +106,19 @@ def test_bias_figure_has_a_panel_a_head_on_one_scale(heads, tmp_path):
     assert _saved(figure, tmp_path / "x.png").startswith(PNG_MAGIC)
 
 
-def test_bias_of_another_shape_is_refused():
-    with pytest.raises(ValueError, match=r"expected \(H, N, N\), got \(4, 9\)"):
-        picture.bias_figure(torch.zeros(4, 9))
-
-
-@pytest.mark.parametrize("size", [(8,), (4, 4, 4)], ids=["1d", "3d"])
-def test_other_than_two_axes_are_refused(size):
-    with pytest.raises(ValueError, match="expected a grid of 2 axes"):
-        picture.shift_figure(Grid.checked(size, 4, 2))
-
-
-def test_photo_of_too_few_pixels_is_refused():
-    with pytest.raises(ValueError, match="at least"):
-        picture.photo_figure(torch.zeros(4, 4, 3, dtype=torch.uint8).numpy(), CLASSIC)
+@pytest.mark.parametrize(
+    ("draw", "drawn", "message"),
+    [
+        (picture.bias_figure, [torch.zeros(4, 9)], r"expected \(H, N, N\), got \(4, 9\)"),
+        (picture.shift_figure, [Grid.checked((8,), 4, 2)], "expected a grid of 2 axes"),
+        (picture.shift_figure, [Grid.checked((4, 4, 4), 4, 2)], "expected a grid of 2 axes"),
+        (picture.photo_figure, [torch.zeros(4, 4, 3).numpy(), CLASSIC], "at least"),
+    ],
+    ids=["bias of another shape", "1d", "3d", "photo of too few pixels"],
+)
+def test_what_cannot_be_drawn_is_refused(draw, drawn, message):
+    with pytest.raises(ValueError, match=message):
+        draw(*drawn)
 
 
 def test_without_matplotlib_the_error_says_what_to_install(monkeypatch):
