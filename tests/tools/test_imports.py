@@ -43,10 +43,6 @@ HOMES = {
 }
 
 
-def _part(path: Path) -> str:
-    return path.relative_to(PACKAGE).parts[0].removesuffix(".py")
-
-
 def _imports(path: Path) -> Iterator[tuple[str, int]]:
     """Every (module or module.name, line) of a file's imports, at its top or inside a function."""
     for node in ast.walk(ast.parse(path.read_text())):
@@ -57,30 +53,18 @@ def _imports(path: Path) -> Iterator[tuple[str, int]]:
             yield from ((f"{node.module}.{alias.name}", node.lineno) for alias in node.names)
 
 
-over_files = pytest.mark.parametrize(
+@pytest.mark.parametrize(
     "path", sorted(PACKAGE.rglob("*.py")), ids=lambda path: str(path.relative_to(PACKAGE))
 )
-
-
-@over_files
-def test_file_imports_only_what_lies_below_it(path):
-    part = _part(path)
-    if part in TOP:
-        return
-    assert part in BELOW, f"{part}: say in BELOW what it may import"
+def test_file_imports_only_what_lies_below_it_and_libraries_that_belong_there(path):
+    part = path.relative_to(PACKAGE).parts[0].removesuffix(".py")
+    assert part in BELOW.keys() | TOP, f"{part}: say in BELOW what it may import"
     for name, line in _imports(path):
-        if not name.startswith("swin_kernels.") or name == "swin_kernels.__version__":
-            continue
-        target = name.split(".")[1]
-        assert target == part or target in BELOW[part], f"{path}:{line}: {part} imports {target}"
-
-
-@over_files
-def test_libraries_are_imported_only_where_they_belong(path):
-    for name, line in _imports(path):
-        library = name.split(".")[0]
-        if library in HOMES:
-            assert _part(path) in HOMES[library], f"{path}:{line}: imports {library}"
+        library, target, *_ = f"{name}.".split(".")
+        assert part in HOMES.get(library, {part}), f"{path}:{line}: imports {library}"
+        if library == "swin_kernels" and part not in TOP and target not in ("", "__version__"):
+            allowed = BELOW[part] | {part}
+            assert target in allowed, f"{path}:{line}: {part} imports {target}"
 
 
 # the files of backends/triton, each of which imports only those before it; device code none of them
@@ -89,13 +73,13 @@ TRITON = ("token_layout", "launch_spec", "config", "kernel_args", "plan", "launc
 BENCHMARKS = ("device", "baselines", "report", "codegen", "gpu_tools", "compare")
 
 
-def _named(path: Path) -> str:
-    return ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
-
-
 def _graph(*folders: str) -> dict[str, set[str]]:
     """The modules that each module of these folders imports, at its top or inside a function."""
-    files = {_named(path): path for folder in folders for path in (ROOT / folder).rglob("*.py")}
+    files = {
+        ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__"): path
+        for folder in folders
+        for path in (ROOT / folder).rglob("*.py")
+    }
     graph = {}
     for name, path in files.items():
         found = {x if x in files else x.rpartition(".")[0] for x, _ in _imports(path)}
