@@ -15,6 +15,7 @@ from benchmarks.codegen.plans import plans_of
 from benchmarks.codegen.predict import CHIPS, Launch, demands, programs_at_once, tables
 from benchmarks.report.rows import ResultsFile, Row
 from swin_kernels.backends.triton.config import KNOWN_GPUS
+from swin_kernels.testing import Case
 
 pytestmark = pytest.mark.slow
 
@@ -57,15 +58,16 @@ def test_programs_at_once_are_bound_by_what_runs_out_first(registers, shared, wa
 PRODUCT = ("HGMMA.64x64x16.F32.BF16", 1)
 
 
-def launch(code: Code, kernel: str) -> Launch:
-    plans = plans_of(CASE, KNOWN_GPUS["sm_90"])
+def launch(code: Code, kernel: str = "_fwd_", case: Case = CASE, **config) -> Launch:
+    plans = plans_of(case, KNOWN_GPUS["sm_90"])
     step = next(s for plan in plans for s in plan.launches if kernel in s.kernel)
-    return predict.predict(step, code, H200, predict._sizes(CASE, plans), 2)
+    step = replace(step, config=replace(step.config, **config))
+    return predict.predict(step, code, H200, predict._sizes(case, plans), 2)
 
 
 def test_memory_is_every_tensor_once_and_seams_cut_their_share_of_windows():
     trip = (("MUFU.EX2", 32), PRODUCT), (("MUFU.EX2", 64), PRODUCT)
-    found = launch(Code(128, 0, 0, 28_672, 65, 6, *trip), "_fwd_")
+    found = launch(Code(128, 0, 0, 28_672, 65, 6, *trip))
     tokens = 128 * 56 * 56 * 96 * 2
     read_and_written = 4 * tokens + 169 * 3 * 2  # map and table
     assert found.seconds["memory"] == pytest.approx(read_and_written / 4.3e12)
@@ -77,14 +79,9 @@ def test_memory_is_every_tensor_once_and_seams_cut_their_share_of_windows():
 
 
 def test_a_loop_of_two_stages_waits_for_each_of_its_loads():
-    plans = plans_of(CASE, KNOWN_GPUS["sm_90"])
-    step, sizes = plans.inference.launches[0], predict._sizes(CASE, plans)
     trip = ("FADD", 1755), PRODUCT
     code = Code(128, 0, 0, 28_672, 1756, 6, trip, trip)
-    found = {}
-    for stages in (1, 2, 3):
-        config = replace(step.config, loop_stages=stages)
-        found[stages] = predict.predict(replace(step, config=config), code, H200, sizes, 2)
+    found = {stages: launch(code, loop_stages=stages) for stages in (1, 2, 3)}
     assert found[1] == found[2]
     assert found[3].in_flight == 2 * found[2].in_flight
     waits = found[2].seconds["latency"] / found[3].seconds["latency"]
@@ -93,10 +90,7 @@ def test_a_loop_of_two_stages_waits_for_each_of_its_loads():
 
 def test_no_more_programs_are_in_flight_than_there_are():
     few = CASE.but(batch=1, size=(7, 7), shift=(0, 0))
-    plans = plans_of(few, KNOWN_GPUS["sm_90"])
-    code = Code(128, 0, 0, 28_672, 65, 6, (PRODUCT,), (PRODUCT,))
-    sizes = predict._sizes(few, plans)
-    found = predict.predict(plans.inference.launches[0], code, H200, sizes, 2)
+    found = launch(Code(128, 0, 0, 28_672, 65, 6, (PRODUCT,), (PRODUCT,)), case=few)
     assert found.programs == 1
     assert found.in_flight == 49 * 32 * 2 * 3
 
@@ -110,7 +104,7 @@ def test_the_bound_is_what_takes_longest():
 
 @pytest.mark.parametrize("trip", [(), (("SYNCS", 6),)], ids=["unrolled", "a loop that waits"])
 def test_what_no_loop_tells_is_left_out(trip):
-    found = launch(Code(128, 0, 0, 28_672, 500, 6, trip, trip), "_fwd_")
+    found = launch(Code(128, 0, 0, 28_672, 500, 6, trip, trip))
     assert found.seconds.keys() == {"memory", "issue", "latency"}
     assert (found.inside, found.border) == (0, 0)
     assert found.seconds["issue"] > 0
@@ -120,7 +114,7 @@ def test_what_no_loop_tells_is_left_out(trip):
 
 def test_measured_medians_stand_beside_what_was_predicted(tmp_path, monkeypatch):
     monkeypatch.setattr(predict, "RESULTS", tmp_path)
-    found = launch(Code(128, 0, 0, 28_672, 64, 6), "_fwd_")
+    found = launch(Code(128, 0, 0, 28_672, 64, 6))
     key = ("T1 shift 3", "sm_90")
     assert "| – | – |" in "\n".join(tables({key: {"forward": [found]}}))
     results_file = ResultsFile(tmp_path / "gpu-h200.csv", {"machine": "NVIDIA H200"})

@@ -9,14 +9,14 @@ from benchmarks.codegen import sass
 HEAD = "\tcode for sm_90\n\t\tFunction : kernel\n"
 
 
-def listing(*lines: str) -> str:
-    """As cuobjdump prints instructions, 16 bytes each, with their encodings between."""
+def parse(*lines: str) -> list[sass.Instruction]:
+    """Instructions as cuobjdump prints them, 16 bytes each, with their encodings between."""
     rows = (
         f"        /*{16 * i:04x}*/                   {line} ;   /* 0x000000ff00017b82 */\n"
         f"                                              /* 0x000fe20000000a00 */\n"
         for i, line in enumerate(lines)
     )
-    return HEAD + "".join(rows)
+    return sass.parse(HEAD + "".join(rows))
 
 
 def names(trip: sass.Trip) -> list[str]:
@@ -24,9 +24,7 @@ def names(trip: sass.Trip) -> list[str]:
 
 
 def test_guard_name_and_operands_are_told_apart():
-    (load, jump) = sass.parse(
-        listing("@!P0 LDG.E.128 R4, desc[UR4][R2.64]", "@P1 BRA `(.L_x_2)  0x10")
-    )
+    load, jump = parse("@!P0 LDG.E.128 R4, desc[UR4][R2.64]", "@P1 BRA `(.L_x_2)  0x10")
     assert (load.guard, load.name, load.base) == ("@!P0", "LDG.E.128", "LDG")
     assert load.operands == "R4, desc[UR4][R2.64]"
     assert load.target is None
@@ -45,21 +43,19 @@ def test_guard_name_and_operands_are_told_apart():
     ],
 )
 def test_what_follows_a_jump_is_reached_where_it_has_a_condition(line, leaves):
-    assert sass.parse(listing(line))[0].leaves is leaves
+    assert parse(line)[0].leaves is leaves
 
 
 def test_a_trip_has_its_shortest_and_longest_way_and_no_nop():
-    code = sass.parse(
-        listing(
-            "MOV R0, RZ",
-            "FADD R1, R1, R2",  # 0x10: a trip begins
-            "@P0 BRA 0x50",
-            "FMUL R1, R1, R3",
-            "FMUL R1, R1, R3",
-            "NOP",  # 0x50
-            "@P1 BRA 0x10",
-            "EXIT",
-        )
+    code = parse(
+        "MOV R0, RZ",
+        "FADD R1, R1, R2",  # 0x10: a trip begins
+        "@P0 BRA 0x50",
+        "FMUL R1, R1, R3",
+        "FMUL R1, R1, R3",
+        "NOP",  # 0x50
+        "@P1 BRA 0x10",
+        "EXIT",
     )
     shortest, longest = sass.main_loop(code)
     assert (len(shortest), len(longest)) == (3, 5)
@@ -68,48 +64,42 @@ def test_a_trip_has_its_shortest_and_longest_way_and_no_nop():
 
 
 def test_a_copy_of_the_last_trip_is_not_in_the_loop():
-    code = sass.parse(
-        listing(
-            "FADD R1, R1, R2",  # 0x00: a trip begins
-            "@!P0 BRA 0x40",  # the last one goes on in the copy
-            "FMUL R1, R1, R3",
-            "BRA 0x00",
-            "FMUL R1, R1, R3",  # 0x40: the copy, within the loop's addresses in other layouts
-            "EXIT",
-        )
+    code = parse(
+        "FADD R1, R1, R2",  # 0x00: a trip begins
+        "@!P0 BRA 0x40",  # the last one goes on in the copy
+        "FMUL R1, R1, R3",
+        "BRA 0x00",
+        "FMUL R1, R1, R3",  # 0x40: the copy, within the loop's addresses in other layouts
+        "EXIT",
     )
     shortest, longest = sass.main_loop(code)
     assert names(shortest) == names(longest) == ["FADD", "BRA", "FMUL", "BRA"]
 
 
 def test_a_loop_inside_is_counted_once():
-    code = sass.parse(
-        listing(
-            "FADD R1, R1, R2",  # 0x00: a trip begins
-            "SYNCS R4",  # 0x10: waits
-            "@!P0 BRA 0x10",
-            "FMUL R1, R1, R3",
-            "@P1 BRA 0x00",
-            "EXIT",
-        )
+    code = parse(
+        "FADD R1, R1, R2",  # 0x00: a trip begins
+        "SYNCS R4",  # 0x10: waits
+        "@!P0 BRA 0x10",
+        "FMUL R1, R1, R3",
+        "@P1 BRA 0x00",
+        "EXIT",
     )
     shortest, longest = sass.main_loop(code)
     assert names(shortest) == names(longest) == ["FADD", "SYNCS", "BRA", "FMUL", "BRA"]
 
 
 def test_the_costlier_of_two_loops_is_the_main_one():
-    code = sass.parse(
-        listing(
-            "FADD R1, R1, R2",
-            "@P0 BRA 0x00",
-            "FMUL R1, R1, R3",  # 0x20
-            "FMUL R1, R1, R3",
-            "@P1 BRA 0x20",
-            "EXIT",
-        )
+    code = parse(
+        "FADD R1, R1, R2",
+        "@P0 BRA 0x00",
+        "FMUL R1, R1, R3",  # 0x20
+        "FMUL R1, R1, R3",
+        "@P1 BRA 0x20",
+        "EXIT",
     )
     assert names(sass.main_loop(code)[1]) == ["FMUL", "FMUL", "BRA"]
 
 
 def test_code_without_a_loop_has_no_trip():
-    assert sass.main_loop(sass.parse(listing("FADD R1, R1, R2", "EXIT"))) is None
+    assert sass.main_loop(parse("FADD R1, R1, R2", "EXIT")) is None
