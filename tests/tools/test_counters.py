@@ -19,32 +19,27 @@ from benchmarks.report.counted import read
 pytestmark = pytest.mark.slow
 
 START, END = counters._STALLED
-NAMES = [
-    "ID",
-    "Kernel Name",
-    "gpu__time_duration.sum",
-    "gpu__dram_throughput.avg.pct_of_peak_sustained_elapsed",
-    "dram__bytes.sum.per_second",
-    "smsp__inst_executed.sum",
-    f"{START}long_scoreboard{END}",
-    f"{START}barrier{END}",
-    f"{START}selected{END}",
-    f"{START}wait{END}",
-    f"{START}math_pipe_throttle{END}",
-    f"{START}wait_not_issued{END}",
+COLUMNS = [  # beside the launch's number and kernel: name, unit, value
+    ("gpu__time_duration.sum", "ns", "80,000"),
+    ("gpu__dram_throughput.avg.pct_of_peak_sustained_elapsed", "%", "61.5"),
+    ("dram__bytes.sum.per_second", "byte/s", "4,000,000,000,000"),
+    ("smsp__inst_executed.sum", "inst", "1234567"),
+    (f"{START}long_scoreboard{END}", "", "5.5"),
+    (f"{START}barrier{END}", "", "1.25"),
+    (f"{START}selected{END}", "", "1.0"),
+    (f"{START}wait{END}", "", "2.0"),
+    (f"{START}math_pipe_throttle{END}", "", "n/a"),
+    (f"{START}wait_not_issued{END}", "", "9.0"),
 ]
-UNITS = ["", "", "ns", "%", "byte/s", "inst", *[""] * 6]
 
 
 def page(*kernels: str) -> str:
     """As Nsight Compute 2025.3 writes `--csv --page raw --print-units base`."""
-    lines = ["==PROF== Connected to process 12 (/usr/bin/python3)"]
-    lines += [",".join(f'"{x}"' for x in line) for line in (NAMES, UNITS)]
-    for i, kernel in enumerate(kernels):
-        values = ["80,000", "61.5", "4,000,000,000,000", "1234567", "5.5", "1.25", "1.0", "2.0"]
-        row = [str(i), f"{kernel}(int, float)", *values, "n/a", "9.0"]
-        lines.append(",".join(f'"{x}"' for x in row))
-    return "\n".join(lines)
+    names, units, values = zip(*COLUMNS)
+    lines = [("ID", "Kernel Name", *names), ("", "", *units)]
+    lines += [(i, f"{kernel}(int, float)", *values) for i, kernel in enumerate(kernels)]
+    quoted = (",".join(f'"{x}"' for x in line) for line in lines)
+    return "\n".join(["==PROF== Connected to process 12 (/usr/bin/python3)", *quoted])
 
 
 def test_counters_are_read_with_their_units():

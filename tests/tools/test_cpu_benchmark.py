@@ -1,13 +1,15 @@
-"""The benchmark of a CPU, at toy sizes."""
+"""The benchmarks of a CPU, at toy sizes."""
 
 from __future__ import annotations
 
 import csv
+import json
+import os
 import platform
 
 import pytest
 import torch
-from command_lines import refusal, run_python
+from command_lines import ROOT, refusal, run_python
 
 pytest.importorskip("timm", reason="whole models are timm's")
 
@@ -186,3 +188,32 @@ def test_freed_memory_is_kept_and_not_asked_for_again():
         print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
     """
     assert int(run_python("-c", code).stdout) < 100  # of the 16,384 pages that a call writes
+
+
+@pytest.mark.slow
+def test_every_case_provider_and_direction_is_timed(cpu_kernels, tmp_path):
+    """`pytest benchmarks --benchmark-only`, in a process of its own."""
+    pytest.importorskip("pytest_benchmark")
+    path = tmp_path / "times.json"
+    options = ["--benchmark-json", str(path), "--benchmark-max-time", "1e-3"]
+    options += ["--benchmark-min-rounds", "1", "-p", "no:cacheprovider"]
+    # a run shared by processes times nothing, and neither would its children
+    unshared = {name: None for name in os.environ if name.startswith("PYTEST_XDIST")}
+    variables = {"SWIN_KERNELS_REHEARSE": "1", "OMP_NUM_THREADS": "1"} | unshared
+    run_python("-m", "pytest", "-q", "benchmarks", "--benchmark-only", *options, **variables)
+    found = {x["param"]: x for x in json.loads(path.read_text())["benchmarks"]}
+    providers = [p for p in cpu.CPU_PROVIDERS if not p.slow]
+    expected = [(c, p.name, d) for c in toy_cases() for p in providers for d in p.directions]
+    assert list(found) == ["-".join(x) for x in expected]
+    for case, _, direction in expected:
+        x = found[f"{case}-ours-{direction}"]
+        assert x["group"] == f"{case}, {direction}"
+        assert x["extra_info"]["calls"] >= 2
+        assert (x["extra_info"]["error"] is None) == (direction == "forward + backward")
+        assert x["stats"]["median"] > 0
+
+
+def test_plain_pytest_collects_no_benchmark(request):
+    assert request.config.getini("testpaths") == ["tests"]
+    assert not list((ROOT / "tests").rglob("bench_*.py"))
+    assert "bench_*.py" in request.config.getini("python_files")
