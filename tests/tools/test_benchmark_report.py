@@ -9,9 +9,11 @@ import pytest
 pytest.importorskip("matplotlib")
 image_files = pytest.importorskip("PIL.Image", reason="matplotlib brings it")
 
+from benchmarks.baselines.providers import PROVIDERS
+from benchmarks.cpu import CPU_FORMS
 from benchmarks.report import counted, headline, plots, writer
 from benchmarks.report.rows import ResultsFile, Row
-from benchmarks.sweeps import sweeps
+from benchmarks.sweeps import ALTERNATIVES, sweeps
 
 pytestmark = pytest.mark.slow
 
@@ -23,6 +25,7 @@ FACTS = {
     "date": "2000-01-01",
     "command": "python -m benchmarks.cpu --threads 2",
 }
+FIGURES = {"cpu-a-speed.png", "cpu-a-memory.png", "cpu-a-error.png"}  # of `stages`
 TIMES = {"ours": 1000.0, "unfused": 2500.0}
 
 
@@ -57,7 +60,7 @@ def stages(tmp_path):
         if (case, provider) != ("w16", "unfused")
     ]
     rows += [Row("w16", "unfused", "forward", note="RuntimeError: no memory")]
-    rows += [Row("T1 shift 3", "ours", d, 1.0, 1.0, 1.0, 1, error=1.5) for d in ("backward",)]
+    rows += [Row("T1 shift 3", "ours", "backward", 1.0, 1.0, 1.0, 1, error=1.5)]
     rows += [
         timed("swin_tiny, batch 8", form, step, median, peak_mb=1234.5)
         for step in ("inference", "training step")
@@ -122,6 +125,7 @@ def test_section_has_facts_tables_and_figures(stages):
     assert "- No time of unfused for w16: RuntimeError: no memory" in text
     assert "of a gradient 1.50 times the unfused path's (T1 shift 3)" in words
     assert "(images/cpu-a-speed.png)" in text
+    assert "| backward |" not in text  # alone it is left to the rows
 
 
 def test_whole_models_alone_have_a_section_with_the_versions_of_their_peers(tmp_path):
@@ -137,10 +141,6 @@ def test_whole_models_alone_have_a_section_with_the_versions_of_their_peers(tmp_
     assert "timm 1.0, openvino 2026.4; medians of 7 of a whole model. Rows" in words
     assert "| 200 ms | 300 ms, **1.50×** | – | 150 ms, **0.75×** |" in text
     assert "- No time of ONNX Runtime for swin_tiny, batch 1: not installed: pip" in text
-
-
-def test_backward_alone_is_left_to_the_rows(stages):
-    assert "| backward |" not in writer.section(stages)
 
 
 def test_what_the_suites_name_and_no_row_has_is_not_measured(stages, resolution, tmp_path):
@@ -194,7 +194,7 @@ def test_report_writes_page_and_figures_and_removes_those_of_rows_that_went(
     writer.main([])
     linked = set(re.findall(r"\(images/(.*?)\)", writer.PAGE.read_text()))
     assert {path.name for path in images.iterdir()} == linked | {"shift.png"}
-    assert linked == {"cpu-a-speed.png", "cpu-a-memory.png", "cpu-a-error.png"}
+    assert linked == FIGURES
 
 
 # the figures
@@ -241,10 +241,6 @@ def test_rows_without_times_make_no_figure(tmp_path):
 
 
 def test_every_provider_and_form_has_a_style_of_its_own_on_a_figure():
-    from benchmarks.baselines.providers import PROVIDERS
-    from benchmarks.cpu import CPU_FORMS
-    from benchmarks.sweeps import ALTERNATIVES
-
     core = [p.name for p in PROVIDERS]
     windows = [n for n in core if n != "ours, graph"]  # on a CPU
     for names in (core, [*windows, *(p.name for p in ALTERNATIVES)], CPU_FORMS):
@@ -254,26 +250,18 @@ def test_every_provider_and_form_has_a_style_of_its_own_on_a_figure():
 def test_plots_are_png_files_that_keep_what_they_were_drawn_from(stages, tmp_path, capsys):
     out = tmp_path / "images"
     plots.main([str(stages.path), "--out", str(out)])
-    paths = sorted(out.iterdir())
-    assert [path.name for path in paths] == [
-        "cpu-a-error.png",
-        "cpu-a-memory.png",
-        "cpu-a-speed.png",
-    ]
+    assert {path.name for path in out.iterdir()} == FIGURES
     assert "cpu-a-speed.png" in capsys.readouterr().out
-    for path in paths:
+    for path in out.iterdir():
         with image_files.open(path) as image:
             assert image.format == "PNG"
             assert image.text["Source"] == plots.digest(stages.path)
 
 
-def test_rates_samples_and_times_that_wavered_are_told(tmp_path):
-    rows = [
-        timed("T1 shift 3", "ours", "forward", 1000.0, copy_gb_s=10.0, matrix_tflop_s=0.1),
-        timed("w16", "ours", "forward", 1000.0, copy_gb_s=12.5)._replace(p80_us=1400.0, samples=21),
-    ]
-    text = " ".join(writer.section(written(tmp_path, "cpu-a.csv", rows)).split())
-    assert "medians of 7 to 21 samples; a copy moved 10.0 to 12.5 GB/s" in text
-    assert "a matrix product 0.100 TFLOP/s" in text
-    assert "| T1 shift 3 | forward | 1 ms |" in text.replace("1.00 ms", "1 ms")
-    assert "| w16 | forward | ≈ 1" in text
+def test_range_of_samples_and_times_that_wavered_are_told(tmp_path):
+    steady = timed("T1 shift 3", "ours", "forward", 1000.0)
+    wavering = steady._replace(case="w16", p80_us=1400.0, samples=21)
+    text = writer.section(written(tmp_path, "cpu-a.csv", [steady, wavering]))
+    assert "medians of 7 to 21 samples. Rows" in " ".join(text.split())
+    assert "| T1 shift 3 | forward | 1.00 ms |" in text
+    assert "| w16 | forward | ≈ 1.00 ms |" in text

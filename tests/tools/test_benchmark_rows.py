@@ -14,31 +14,32 @@ TIMED = Row("T1", "ours", "forward", 2.0, 1.5, 2.5, 7, 1.0, 0.5, 0.25, 12.0, 1.2
 FAILED = Row("T1", "flex", "forward", note="RuntimeError: no, such kernel")
 
 
-def test_rows_and_facts_come_back_from_the_file(tmp_path):
-    results_file = ResultsFile(tmp_path / "rows.csv", FACTS)
+@pytest.fixture
+def results_file(tmp_path):
+    return ResultsFile(tmp_path / "rows.csv", FACTS)
+
+
+def test_rows_and_facts_come_back_from_the_file(results_file):
+    assert read(results_file.path) == ([], {})
     for row in (TIMED, FAILED):
         results_file.add(row)
     assert read(results_file.path) == ([TIMED, FAILED], FACTS)
 
 
-def test_file_without_a_newer_column_is_read_and_gone_on_with(tmp_path):
-    results_file = ResultsFile(tmp_path / "rows.csv", FACTS)
+def test_file_without_a_newer_column_is_read_and_gone_on_with(results_file):
     results_file.add(TIMED)
     with results_file.path.open(newline="") as file:
-        lines = list(csv.DictReader(file))
-    older = [name for name in lines[0] if name != "error"]
+        lines = list(csv.reader(file))
+    newer = lines[0].index("error")
     with results_file.path.open("w", newline="") as file:
-        writer = csv.DictWriter(file, older, extrasaction="ignore")
-        writer.writeheader()
-        writer.writerows(lines)
+        csv.writer(file).writerows(line[:newer] + line[newer + 1 :] for line in lines)
     resumed = ResultsFile(results_file.path, FACTS | {"command": "newer"}, resume=True)
     assert resumed.rows == [TIMED._replace(error=None)]
     resumed.add(FAILED)
     assert read(results_file.path) == ([TIMED._replace(error=None), FAILED], FACTS)
 
 
-def test_file_has_each_median_beside_ours(tmp_path):
-    results_file = ResultsFile(tmp_path / "rows.csv", FACTS)
+def test_file_has_each_median_beside_ours(results_file):
     peer = TIMED._replace(provider="sdpa", median_us=5.0)
     for row in (TIMED, peer, FAILED, peer._replace(case="T2")):  # of T2 there is none of ours
         results_file.add(row)
@@ -46,16 +47,10 @@ def test_file_has_each_median_beside_ours(tmp_path):
         assert [line["ratio_to_ours"] for line in csv.DictReader(file)] == ["1", "2.5", "", ""]
 
 
-def test_rows_of_another_commit_are_not_gone_on_with(tmp_path):
-    results_file = ResultsFile(tmp_path / "rows.csv", FACTS)
+def test_rows_of_another_commit_are_not_gone_on_with(results_file):
     results_file.add(TIMED)
     with pytest.raises(ValueError, match="commit c0ffee, this is decaf: measure into another"):
         ResultsFile(results_file.path, FACTS | {"commit": "decaf"}, resume=True)
-
-
-def test_empty_file_has_no_rows(tmp_path):
-    results_file = ResultsFile(tmp_path / "rows.csv", FACTS)
-    assert read(results_file.path) == ([], {})
 
 
 @pytest.mark.parametrize(
