@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import pty
 import re
@@ -237,12 +238,10 @@ def test_build_on_a_terminal_rewrites_one_line(tmp_path):
     with subprocess.Popen(command, stdin=child, stdout=child, stderr=child) as process:
         os.close(child)
         shown = b""
-        with open(parent, "rb", buffering=0) as terminal:
-            try:
-                while read := terminal.read(4096):
-                    shown += read
-            except OSError:  # Linux's end of a terminal
-                pass
+        # OSError: Linux's end of a terminal
+        with open(parent, "rb", buffering=0) as terminal, contextlib.suppress(OSError):
+            while read := terminal.read(4096):
+                shown += read
     assert process.returncode == 0
     assert shown.count(b"\n") == 1
     assert b"\rbuilding thing.so: 1 of 2 files, 0 s" in shown

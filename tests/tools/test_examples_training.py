@@ -7,27 +7,32 @@ from __future__ import annotations
 import csv
 import importlib
 import os
+import shutil
 import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
+from command_lines import PNG_MAGIC, ROOT, refusal
 
 pytestmark = pytest.mark.slow
 
 pytest.importorskip("sklearn", reason="ships the digits")
 
-ROOT = Path(__file__).resolve().parents[2]
-PNG_MAGIC = b"\x89PNG\r\n\x1a\n"
 # in float64, so that the order of sums is no excuse
 TINY = ("--embed-dim", 16, "--batch", 8, "--steps", 12, "--save-every", 4, "--dtype", "float64")
 
 
+def main_of(name: str) -> Callable:
+    return importlib.import_module(f"examples.{name}").main
+
+
 def run_here(name: str, *arguments: object) -> None:
-    importlib.import_module(f"examples.{name}").main([str(a) for a in arguments])
+    main_of(name)([str(a) for a in arguments])
 
 
 def started(*arguments: object, processes: int = 1) -> subprocess.Popen:
@@ -50,8 +55,9 @@ def finished(run: subprocess.Popen) -> str:
     return text
 
 
-def weights(out: Path) -> dict[str, torch.Tensor]:
-    return torch.load(out / "model.pt", weights_only=True)
+def assert_weights_agree(out: Path, other: Path, rtol: float = 1e-7, atol: float = 1e-9) -> None:
+    ours, theirs = (torch.load(x / "model.pt", weights_only=True) for x in (out, other))
+    torch.testing.assert_close(ours, theirs, rtol=rtol, atol=atol)
 
 
 @pytest.fixture(scope="module")
@@ -66,18 +72,14 @@ def alone(tmp_path_factory) -> Path:
 def test_two_processes_reach_the_weights_of_one(wrap, alone, tmp_path):
     text = finished(started("--drop-path", 0, "--out", tmp_path, "--wrap", wrap, processes=2))
     assert text.count("test accuracy") == 1
-    ours = weights(tmp_path)
-    for name, tensor in weights(alone).items():
-        torch.testing.assert_close(ours[name], tensor, rtol=1e-7, atol=1e-9, msg=name)
+    assert_weights_agree(tmp_path, alone)
 
 
 def test_fsdp_goes_on_from_the_checkpoint_of_one_process(alone, tmp_path):
-    (tmp_path / "checkpoint.pt").write_bytes((alone / "checkpoint.pt").read_bytes())
+    shutil.copy(alone / "checkpoint.pt", tmp_path)
     options = ("--drop-path", 0, "--out", tmp_path, "--wrap", "fsdp", "--resume")
     finished(started(*options, processes=2))
-    ours = weights(tmp_path)
-    for name, tensor in weights(alone).items():
-        torch.testing.assert_close(ours[name], tensor, rtol=1e-7, atol=1e-9, msg=name)
+    assert_weights_agree(tmp_path, alone)
 
 
 def test_a_killed_run_resumes_bit_for_bit(alone, tmp_path):
@@ -90,8 +92,7 @@ def test_a_killed_run_resumes_bit_for_bit(alone, tmp_path):
     assert run.returncode == -signal.SIGKILL
     assert not (tmp_path / "model.pt").exists()
     finished(started("--drop-path", 0, "--out", tmp_path, "--resume"))
-    ours = weights(tmp_path)
-    assert all(torch.equal(ours[name], t) for name, t in weights(alone).items())
+    assert_weights_agree(tmp_path, alone, rtol=0, atol=0)
     assert (tmp_path / "loss.csv").read_text() == (alone / "loss.csv").read_text()
 
 
@@ -142,15 +143,13 @@ def test_examples_run_to_the_end(name, picture, arguments, tmp_path, cpu_kernels
     ],
 )
 def test_bad_input_is_one_line(name, arguments, message, tmp_path, capsys):
-    with pytest.raises(SystemExit) as stop:
-        run_here(name, "--out", tmp_path, *arguments)
-    assert stop.value.code == 2
-    assert message in capsys.readouterr().err.splitlines()[-1]
+    said = refusal(main_of(name), ["--out", tmp_path, *arguments], capsys)
+    assert message in said.splitlines()[-1]
     assert list(tmp_path.iterdir()) == []
 
 
 def test_a_run_that_does_not_resume_forgets_the_one_before(alone, tmp_path, cpu_kernels):
-    (tmp_path / "checkpoint.pt").write_bytes((alone / "checkpoint.pt").read_bytes())
+    shutil.copy(alone / "checkpoint.pt", tmp_path)
     run_here("digits", "--steps", 2, "--batch", 4, "--embed-dim", 16, "--out", tmp_path)
     assert not (tmp_path / "checkpoint.pt").exists()
 
@@ -162,7 +161,7 @@ def test_what_is_no_checkpoint_is_one_line(tmp_path, cpu_kernels):
 
 
 def test_a_run_is_not_resumed_as_another(alone, tmp_path):
-    (tmp_path / "checkpoint.pt").write_bytes((alone / "checkpoint.pt").read_bytes())
+    shutil.copy(alone / "checkpoint.pt", tmp_path)
     run = started("--drop-path", 0, "--out", tmp_path, "--resume", "--gate")
     text, _ = run.communicate(timeout=300)
     assert run.returncode == 1

@@ -24,13 +24,9 @@ def _qkv(*size, heads=2, head_dim=8, scale=1.0, dtype=torch.float32):
 
 
 def _softmax_attention(qkv):
-    """By a loop over images and heads."""
-    out = torch.empty(*qkv.shape[:-3], *qkv.shape[-2:], dtype=qkv.dtype)
-    for image, head in torch.cartesian_prod(torch.arange(2), torch.arange(qkv.shape[-2])).tolist():
-        q, k, v = qkv[image, ..., head, :].reshape(-1, 3, qkv.shape[-1]).unbind(1)
-        logits = q @ k.T * q.shape[-1] ** -0.5
-        out[image, ..., head, :] = (logits.softmax(-1) @ v).view(out[image, ..., head, :].shape)
-    return out
+    q, k, v = qkv.flatten(1, -4).unbind(2)  # (B, T, H, D)
+    logits = torch.einsum("bqhd,bkhd->bhqk", q, k) * q.shape[-1] ** -0.5
+    return torch.einsum("bhqk,bkhd->bqhd", logits.softmax(-1), v).view_as(qkv[..., 0, :, :])
 
 
 @forms
@@ -44,14 +40,18 @@ def test_output_is_a_map_and_every_token_can_learn(attend, size):
     assert grad.abs().sum() > 0
 
 
-def test_global_attention_is_the_softmax_over_all_tokens():
+@pytest.mark.parametrize(
+    "attend",
+    [
+        global_attentions.global_attention,
+        lambda qkv: global_attentions.linformer(qkv, torch.eye(20)),
+        lambda qkv: global_attentions.routing(qkv, centroids(8, 1), 20),
+    ],
+    ids=["global", "linformer, nothing projected away", "routing, one cluster of all tokens"],
+)
+def test_attention_is_the_softmax_over_all_tokens(attend):
     qkv = _qkv(4, 5)
-    assert_close(global_attentions.global_attention(qkv), _softmax_attention(qkv))
-
-
-def test_linformer_with_nothing_projected_away_is_global_attention():
-    qkv = _qkv(4, 5)
-    assert_close(global_attentions.linformer(qkv, torch.eye(20)), _softmax_attention(qkv))
+    assert_close(attend(qkv), _softmax_attention(qkv))
 
 
 def test_linformer_sees_as_many_keys_as_its_projection_has_rows():
@@ -81,11 +81,6 @@ def test_directions_of_a_block_are_orthogonal():
     assert drawn.shape == (12, 8)
     products = torch.nn.functional.normalize(drawn[:8], dim=-1)
     assert_close(products @ products.T, torch.eye(8), atol=1e-5, rtol=0)
-
-
-def test_routing_with_one_cluster_of_all_tokens_is_global_attention():
-    qkv = _qkv(4, 5)
-    assert_close(global_attentions.routing(qkv, centroids(8, 1), 20), _softmax_attention(qkv))
 
 
 def test_routing_keeps_to_clusters():

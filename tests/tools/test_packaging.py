@@ -16,7 +16,8 @@ from command_lines import ROOT, run_python
 import swin_kernels
 from swin_kernels.models import state_dict_for, swin
 
-SOURCES = ("csrc", "swin_kernels", "pyproject.toml", "setup.py", "README.md", "LICENSE")
+FOLDERS = ("csrc", "swin_kernels")
+FILES = ("pyproject.toml", "setup.py", "README.md", "LICENSE")
 
 # run in an empty folder against the unpacked wheel
 USE_WHEEL = """
@@ -65,11 +66,11 @@ def test_wheel_holds_the_compiled_object_and_imports_from_an_empty_folder(tmp_pa
     source, unpacked, empty = (tmp_path / name for name in ("source", "unpacked", "empty"))
     source.mkdir()
     empty.mkdir()
-    for name in SOURCES:
-        copy = shutil.copytree if (ROOT / name).is_dir() else shutil.copy
-        copy(ROOT / name, source / name)
-    for built in (*source.rglob("*.so"), *source.rglob("__pycache__")):
-        shutil.rmtree(built) if built.is_dir() else built.unlink()
+    built = shutil.ignore_patterns("*.so", "__pycache__")
+    for name in FOLDERS:
+        shutil.copytree(ROOT / name, source / name, ignore=built)
+    for name in FILES:
+        shutil.copy(ROOT / name, source)
 
     # unoptimised in a quarter of the time
     compiler = tmp_path / "c++"
