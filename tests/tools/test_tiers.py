@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import re
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from faults import FAULTS, applied
@@ -56,16 +57,12 @@ def test_of_a_case_in_several_dtypes_one_is_kept():
     assert out == all_but_one_dtype(reversed(names))
 
 
-class _Item:
-    def __init__(self, nodeid: str, *marks: str) -> None:
-        self.nodeid, self.marks = nodeid, marks
-
-    def get_closest_marker(self, name: str) -> bool:
-        return name in self.marks
+def _item(nodeid: str, *marks: str) -> SimpleNamespace:
+    return SimpleNamespace(nodeid=nodeid, get_closest_marker=marks.__contains__)
 
 
 def test_standard_and_rest_share_nothing_and_are_all():
-    items = [_Item("a"), _Item("b", "slow"), _Item("c", "thorough"), _Item("d")]
+    items = [_item("a"), _item("b", "slow"), _item("c", "thorough"), _item("d")]
     kept = {
         tier: {x.nodeid for x in items} - left_out(tier, items, {"d"}, False)
         for tier in ("fast", "standard", "rest", "all")
@@ -79,7 +76,7 @@ def test_standard_and_rest_share_nothing_and_are_all():
 
 
 def test_lists_of_cases_are_left_to_the_pairs_where_kernels_are_slow():
-    items = [_Item("a"), _Item("b", "in_pairs")]
+    items = [_item("a"), _item("b", "in_pairs")]
     assert left_out("standard", items, set(), False) == set()
     assert left_out("standard", items, set(), True) == {"b"}
     assert left_out("rest", items, set(), True) == {"a"}
