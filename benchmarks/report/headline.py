@@ -1,9 +1,7 @@
 """The figure at the top of the README: speed beside peers, stock = 1, from the rows that are kept.
 
-    python -m benchmarks.report.headline [--out docs/images/headline.png]
-
 Whole models come from the newest file of fp32 rows that has them, attention from the newest that
-has every stage of Swin-T; `python -m benchmarks.report` draws it too.
+has every stage of Swin-T.
 """
 
 from __future__ import annotations
@@ -19,7 +17,7 @@ from matplotlib.figure import Figure
 from benchmarks import models
 from benchmarks.baselines.runtimes import RUNTIMES
 from benchmarks.cases import cpu_cases
-from benchmarks.report.plots import IMAGES, Measured, digest, measured, parse
+from benchmarks.report.plots import Measured, digest, measured
 from benchmarks.report.rows import Row
 from swin_kernels.cli.command import three_digits
 
@@ -235,15 +233,3 @@ def draw(paths: Sequence[Path], out: Path) -> Path | None:
     source = " ".join(digest(source.path) for source in files)
     figure.savefig(out, dpi=200, metadata={"Source": source})
     return out
-
-
-def main(arguments: Sequence[str] | None = None) -> None:
-    options = parse(__doc__, arguments, IMAGES / IMAGE)
-    path = draw(options.csv, options.out)
-    if path is None:
-        raise SystemExit("the rows lack a whole model or a stage: run `python -m benchmarks.cpu`")
-    print(path)
-
-
-if __name__ == "__main__":
-    main()

@@ -1,13 +1,10 @@
 """Figures of measurements, drawn from their CSV files alone.
 
-    python -m benchmarks.report.plots [CSV ...] [--out docs/images]
-
 Of cases: time beside ours, peak memory, error. Of a sweep: time and memory against what varies.
 """
 
 from __future__ import annotations
 
-import argparse
 import hashlib
 import re
 from collections.abc import Callable, Iterable, Sequence
@@ -21,7 +18,7 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter, NullLocator
 
 from benchmarks.baselines.providers import DIRECTIONS
-from benchmarks.report.rows import RESULTS, ROOT, Row, base_of, read
+from benchmarks.report.rows import ROOT, Row, base_of, read
 from benchmarks.sweeps import UNITS, varied
 from swin_kernels.cli.command import three_digits
 
@@ -325,25 +322,3 @@ def draw(paths: Iterable[Path], out: Path) -> list[Path]:
             written.append(out / image_of(path, kind))
             figure.savefig(written[-1], dpi=120, metadata={"Source": digest(path)})
     return written
-
-
-def parse(
-    what: str, arguments: Sequence[str] | None, out: Path, about: str | None = None
-) -> argparse.Namespace:
-    """The rows that are to be drawn, and where to."""
-    parser = argparse.ArgumentParser(description=what.splitlines()[0])
-    parser.add_argument("csv", nargs="*", type=Path, help="else those of benchmarks/results")
-    parser.add_argument("--out", type=Path, default=out, help=about)
-    options = parser.parse_args(arguments)
-    options.csv = options.csv or sorted(RESULTS.glob("*.csv"))
-    return options
-
-
-def main(arguments: Sequence[str] | None = None) -> None:
-    options = parse(__doc__, arguments, IMAGES, "folder of the PNGs (docs/images)")
-    for path in draw(options.csv, options.out):
-        print(path)
-
-
-if __name__ == "__main__":
-    main()
