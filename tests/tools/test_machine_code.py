@@ -156,7 +156,7 @@ def _row(arch: str = "sm_90", dtype: str = "bf16", warps: int = 4, **changes) ->
 @pytest.fixture
 def known(monkeypatch):
     """The spills that are known of the Triton that is here: none."""
-    spills: dict[tuple[str, ...], int] = {}
+    spills: dict[tuple[str, ...], tuple[int, ...]] = {}
     monkeypatch.setattr(machine_code, "COUNTED", (triton_version(),))
     monkeypatch.setattr(machine_code, "KNOWN_SPILLS", {triton_version(): spills})
     return spills
@@ -183,7 +183,7 @@ def test_a_sound_row_has_no_defect_and_exact_fp32_needs_no_matrix_unit(known):
 
 
 def test_known_spills_are_no_defect_until_they_change_and_are_in_the_report(known):
-    known["swin", "bf16", "sm_90", "_single_tile_fwd_kernel"] = 2
+    known["swin", "bf16", "_single_tile_fwd_kernel"] = 0, 2  # sm_80, sm_90
     assert _row(spills=2, stack=8).spills() == []
     assert "3 spills" in _row(spills=3, stack=8).spills()[0]
     assert "lower KNOWN_SPILLS" in _row(spills=1, stack=8).spills()[0]
