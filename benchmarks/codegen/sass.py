@@ -98,21 +98,15 @@ class Graph:
         entry = code[0].address
         self.order = list(networkx.dfs_postorder_nodes(ways, entry))[::-1]  # of what is reached
         self.ways = ways.subgraph(self.order)
-        self.above = networkx.immediate_dominators(self.ways, entry)
-        self.above.pop(entry, None)  # which some versions of networkx have above itself
-
-    def dominates(self, head: int, block: int | None) -> bool:
-        """Whether every way from the entry to `block` goes through `head`."""
-        while block not in (None, head):
-            block = self.above.get(block)
-        return block == head
 
     def loops(self) -> dict[int, set[int]]:
         """The blocks of each natural loop, by the block that begins a trip."""
         found: dict[int, set[int]] = {}
+        entry = self.order[0]
         for block, head in self.ways.edges:
-            if self.dominates(head, block):
-                others = self.ways.subgraph(self.ways.nodes - {head})
+            others = self.ways.subgraph(self.ways.nodes - {head})
+            # a jump back: every way from the entry to `block` goes through `head`
+            if head in (entry, block) or not networkx.has_path(others, entry, block):
                 inside = {block} | networkx.ancestors(others, block) if block != head else set()
                 found.setdefault(head, {head}).update(inside)
         return found
