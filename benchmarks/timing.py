@@ -112,12 +112,8 @@ class Gate:
         chosen = slice(image, image + 1)
         grad_out = torch.zeros_like(self.inputs.grad_out)
         grad_out[chosen] = self.inputs.grad_out[chosen].roll(shift, 1)
-        scale = self.inputs.logit_scale
-        operands = Operands(
-            self.inputs.qkv.detach()[chosen],
-            bias_table=self.inputs.table.detach(),
-            logit_scale=None if scale is None else scale.detach(),
-        )
+        qkv, table, scale = self.inputs.plain
+        operands = Operands(qkv[chosen], bias_table=table, logit_scale=scale)
         of_one = case.but(batch=1), operands, grad_out[chosen]
         return Draw(image, grad_out, run_unfused(*of_one), run_exact(*of_one))
 

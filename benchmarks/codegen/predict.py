@@ -221,16 +221,8 @@ def predict(
             trip += sum(n for _, n in code.longest) * warps / SCHEDULERS / chip.clock
         seconds["latency"] = step.grid * trips * one * trip / in_flight / chip.multiprocessors
     inside, cut = (looped * sum(n for _, n in w) * warps for w in (code.shortest, code.longest))
-    return Launch(
-        step.kernel.split(".")[1],
-        seconds,
-        inside,
-        cut,
-        code.registers,
-        code.shared,
-        programs,
-        in_flight,
-    )
+    costs = code.registers, code.shared, programs, in_flight
+    return Launch(step.kernel.split(".")[1], seconds, inside, cut, *costs)
 
 
 def launches_of(case: Case, chip: Chip) -> dict[str, list[Launch]]:

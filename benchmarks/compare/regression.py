@@ -29,11 +29,10 @@ import torch
 
 from benchmarks.cases import cpu_cases, other_cpu_cases
 from benchmarks.device import Cpu
-from benchmarks.report.rows import print_table
+from benchmarks.report.rows import ROOT, print_table
 from benchmarks.timing import Gate, make_sets, reason_of
 from swin_kernels.testing import Case
 
-ROOT = Path(__file__).resolve().parents[2]
 BUILT = ROOT / "build" / "regression"
 BUILD = (sys.executable, "setup.py", "--quiet", "build_ext", "--inplace")
 TIMED = ("forward", "forward + backward")
@@ -85,11 +84,9 @@ def build(tree: Path) -> None:
         done = subprocess.run(BUILD, cwd=tree, capture_output=True, text=True, check=False)
         if done.returncode != 0:
             raise ValueError(f"the build failed:\n{done.stdout[-2000:]}{done.stderr[-2000:]}")
-        BUILT.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=BUILT) as half:
-            for built in package.glob("*.so"):
-                shutil.copy(built, half)
-            shutil.copytree(half, kept, dirs_exist_ok=True)
+        kept.mkdir(parents=True)
+        for built in package.glob("*.so"):
+            shutil.copy(built, kept)
     for built in kept.glob("*.so"):
         shutil.copy(built, package)
 
