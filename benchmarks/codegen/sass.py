@@ -10,7 +10,7 @@ from __future__ import annotations
 import itertools
 import re
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 import networkx
@@ -111,26 +111,19 @@ class Graph:
                 found.setdefault(head, {head}).update(inside)
         return found
 
-    def trips(self, head: int, body: set[int]) -> tuple[Trip, Trip]:
-        """The shortest and the longest way from `head` back to it; of loops inside, one trip."""
-        best: dict[int, tuple[Trip, Trip]] = {}
+    def trip(self, head: int, body: set[int], choose: Callable[..., Trip]) -> Trip:
+        """The shortest or longest way from `head` back to it; of loops inside, one trip."""
+        best: dict[int, Trip] = {}
         for block in (b for b in self.order if b in body):  # all but jumps back lead on
-            own = tuple(self.blocks[block])
             ways = [best[b] for b in best if self.ways.has_edge(b, block)]
-            before = _extremes(ways) if ways and block != head else (Trip(()), Trip(()))
-            shortest, longest = (Trip((*x.instructions, *own)) for x in before)
-            best[block] = shortest, longest
-        return _extremes([best[b] for b in body if self.ways.has_edge(b, head)])
-
-
-def _extremes(ways: Sequence[tuple[Trip, Trip]]) -> tuple[Trip, Trip]:
-    """The shortest of the short ones and the longest of the long ones."""
-    shortest, longest = zip(*ways)
-    return min(shortest, key=len), max(longest, key=len)
+            before = choose(ways, key=len) if ways and block != head else Trip(())
+            best[block] = Trip((*before.instructions, *self.blocks[block]))
+        return choose((best[b] for b in body if self.ways.has_edge(b, head)), key=len)
 
 
 def main_loop(code: Iterable[Instruction]) -> tuple[Trip, Trip] | None:
     """The shortest and longest trip of the loop that costs most; None without a loop."""
     graph = Graph(list(code))
-    found = [graph.trips(head, body) for head, body in graph.loops().items()]
+    loops = graph.loops().items()
+    found = [(graph.trip(*loop, min), graph.trip(*loop, max)) for loop in loops]
     return max(found, key=lambda trips: len(trips[1]), default=None)
