@@ -259,15 +259,6 @@ def summary(
     return "\n".join(lines) + "\n"
 
 
-def defects_of(rows: list[Row]) -> list[str]:
-    """Every defect of every row, a line each."""
-    return [
-        f"{row.case}, {row.dtype}, {row.arch}, `{row.kernel}`: {'; '.join(found)}"
-        for row in rows
-        if (found := row.misfits() + row.spills())
-    ]
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--case", action="append", choices=CASES | RARE)
@@ -294,7 +285,12 @@ def main() -> None:
         print(f"wrote {REPORT.relative_to(ROOT)} and {SUMMARY.relative_to(ROOT)}")
     else:
         print(report(rows))
-    sys.exit("\n".join(defects_of(rows + unseen)) or 0)
+    defects = [
+        f"{row.case}, {row.dtype}, {row.arch}, `{row.kernel}`: {'; '.join(wrong)}"
+        for row in rows + unseen
+        if (wrong := row.misfits() + row.spills())
+    ]
+    sys.exit("\n".join(defects) or 0)
 
 
 if __name__ == "__main__":

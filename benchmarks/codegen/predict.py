@@ -247,15 +247,14 @@ def launches_of(case: Case, chip: Chip) -> dict[str, list[Launch]]:
 
 def measured_seconds(case: str, chip: Chip, direction: str) -> float | None:
     """The newest median of our kernels under a graph on this GPU, from benchmarks/results."""
-    found: dict[str, float] = {}  # by date
-    for path in RESULTS.glob("gpu-*.csv"):
-        rows, facts = read(path)
-        if not re.search(rf"\b{chip.name}\b", facts.get("machine", "")):  # a GH200 is no H200
-            continue
-        for row in rows:
-            same = (row.case, row.provider, row.direction) == (case, "ours, graph", direction)
-            if same and row.median_us is not None:
-                found[facts.get("date", "")] = row.median_us * 1e-6
+    found = {
+        facts.get("date", ""): row.median_us * 1e-6
+        for rows, facts in map(read, RESULTS.glob("gpu-*.csv"))
+        if re.search(rf"\b{chip.name}\b", facts.get("machine", ""))  # a GH200 is no H200
+        for row in rows
+        if (row.case, row.provider, row.direction) == (case, "ours, graph", direction)
+        if row.median_us is not None
+    }
     return found[max(found)] if found else None
 
 
@@ -275,16 +274,17 @@ def tables(
             f"{chip.multiprocessors} multiprocessors at {chip.clock * 1e-9:.3g} GHz; a copy moves "
             f"{chip.copy_rate * 1e-12:.2f} TB/s."
         )
-        here = {case: launches for (case, of), launches in found.items() if of == arch}
         yield ""
+        here = [
+            (case, *x) for (case, of), each in found.items() if of == arch for x in each.items()
+        ]
         times = []
-        for case, directions in here.items():
-            for direction, launches in directions.items():
-                total = sum(x.predicted for x in launches)
-                memory = sum(x.seconds["memory"] for x in launches)
-                real = measured_seconds(case, chip, direction)
-                told = ("–", "–") if real is None else (_us(real), f"{total / real - 1:+.0%}")
-                times.append((case, direction, _us(total), _us(memory), *told))
+        for case, direction, launches in here:
+            total = sum(x.predicted for x in launches)
+            memory = sum(x.seconds["memory"] for x in launches)
+            real = measured_seconds(case, chip, direction)
+            told = ("–", "–") if real is None else (_us(real), f"{total / real - 1:+.0%}")
+            times.append((case, direction, _us(total), _us(memory), *told))
         heads = ("case", "direction", "predicted", "of which memory", "measured", "off by")
         yield from markdown_table(heads, times, "llrrrr")
         heads = (
@@ -299,8 +299,7 @@ def tables(
                 *(f"{x.seconds[u] * 1e6:.1f}" if u in x.seconds else "–" for u in UNITS),
                 x.bound,
             )
-            for case, directions in here.items()
-            for launches in directions.values()
+            for case, _, launches in here
             for x in launches
         )
         yield from markdown_table(heads, cells, "ll" + "r" * (len(heads) - 3) + "l")
