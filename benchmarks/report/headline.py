@@ -109,8 +109,8 @@ def model_panel(source: Measured, case: str, step: str) -> Panel | None:
 
 def model_panels(source: Measured) -> list[Panel]:
     """Inference of each batch, then the training step."""
-    first, *others = models.CPU_MODELS
-    wanted = [(first, "inference"), *((m, "inference") for m in others), (first, "training step")]
+    names = list(models.CPU_MODELS)
+    wanted = [*((name, "inference") for name in names), (names[0], "training step")]
     found = (model_panel(source, case, step) for case, step in wanted)
     return [panel for panel in found if panel is not None]
 
@@ -152,18 +152,11 @@ def _draw(axes: Axes, panel: Panel, labels: bool, limit: float) -> None:
             axes.text(0.03 * limit, y, bar.reason, fontsize=8, color="#777777", **words)
             continue
         axes.barh(y, bar.speed, height=0.7, color=COLOURS.get(bar.label, PEER), zorder=2)
-        end = bar.most if bar.most is not None else bar.speed
         if bar.most is not None and bar.least != bar.most:
             axes.plot([bar.least, bar.most], [y, y], color="#444444", lw=0.9, zorder=3)
-        axes.text(
-            end + 0.025 * limit,
-            y,
-            f"{bar.speed:.2f}×",
-            fontsize=8.5,
-            fontweight="bold" if is_ours(bar) else "normal",
-            color="#222222",
-            **words,
-        )
+        end = (bar.most or bar.speed) + 0.025 * limit
+        text, weight = f"{bar.speed:.2f}×", "bold" if is_ours(bar) else "normal"
+        axes.text(end, y, text, fontsize=8.5, fontweight=weight, color="#222222", **words)
     axes.axvline(1, color="#444444", lw=0.8, ls=(0, (3, 3)), zorder=1)
     axes.set_xlim(0, limit)
     axes.set_ylim(len(panel.bars) - 0.45, -0.55)

@@ -202,18 +202,12 @@ def speed(source: Measured) -> Figure | None:
     low, high = figure.axes[0].get_xlim()
     figure.axes[0].set_xlim(low, high * (high / low) ** 0.25)  # room for our medians
     names = [label.get_text() for label in figure.axes[0].get_yticklabels()]
+    words = {"ha": "right", "va": "center", "fontsize": 7.5, "color": STYLES["ours"][0]}
     for axes, directions in zip(figure.axes, PANELS.values()):
         for row in source.cases:
             if row.direction in directions and base_of(row, [row]) is not None:
-                axes.annotate(
-                    f"{three_digits(row.median_us * 1e-3)} ms",
-                    (0.99, names.index(row.case)),
-                    xycoords=axes.get_yaxis_transform(),
-                    ha="right",
-                    va="center",
-                    fontsize=7.5,
-                    color=STYLES["ours"][0],
-                )
+                text, place = f"{three_digits(row.median_us * 1e-3)} ms", names.index(row.case)
+                axes.text(0.99, place, text, transform=axes.get_yaxis_transform(), **words)
     return figure
 
 
@@ -280,25 +274,17 @@ def sweep(source: Measured, kind: str) -> Figure | None:
 def _slopes(axes: Axes) -> None:
     """What grows with the tokens from our first point, with their square from that of global."""
     lines = {line.get_label(): line.get_xydata() for line in axes.lines}
-    for provider, power, name, above in (
-        ("ours", 2, "∝ tokens", False),
-        ("global", 4, "∝ tokens²", True),
+    words = {"textcoords": "offset points", "fontsize": 8, "color": "#666666", "ha": "right"}
+    for provider, power, name, points, side in (
+        ("ours", 2, "∝ tokens", -13, "top"),
+        ("global", 4, "∝ tokens²", 5, "bottom"),
     ):
         if provider not in lines:
             continue
         (first, start), (last, _) = lines[provider][[0, -1]]
         end = start * (last / first) ** power
         axes.plot([first, last], [start, end], color="#999999", lw=0.8, ls=":", zorder=1)
-        axes.annotate(
-            name,
-            (last, end),
-            (0, 5 if above else -13),
-            textcoords="offset points",
-            fontsize=8,
-            color="#666666",
-            ha="right",
-            va="bottom" if above else "top",
-        )
+        axes.annotate(name, (last, end), (0, points), va=side, **words)
     axes.margins(y=0.1)
 
 

@@ -31,7 +31,7 @@ from benchmarks.report.plots import (
     in_order,
     measured,
 )
-from benchmarks.report.rows import RESULTS, ROOT, Row, base_of
+from benchmarks.report.rows import RESULTS, ROOT, Row, base_of, markdown_table
 from benchmarks.sweeps import GPU_IMAGES, UNITS, sweeps
 from swin_kernels.cli.command import three_digits
 
@@ -60,19 +60,18 @@ class Suite(NamedTuple):
 
 
 def suites() -> list[Suite]:
+    def swept(kind: str, images: int = 1) -> Iterator[Suite]:
+        title, command = f"A {kind.upper()}, cost against", f"python -m benchmarks.{kind} --sweep"
+        for what, cases in sweeps(images).items():
+            yield Suite(f"{title} {what}", f"{command} {what}", kind, list(cases))
+
+    cpu = "python -m benchmarks.cpu"
     stages = [*cpu_cases(), *other_cpu_cases(), *models.CPU_MODELS]
-    cpu, gpu = "python -m benchmarks.cpu", "python -m benchmarks.gpu"
     return [
         Suite("A CPU, Swin-T's stages, other windows and whole models", cpu, "cpu", stages),
-        *(
-            Suite(f"A CPU, cost against {kind}", f"{cpu} --sweep {kind}", "cpu", list(cases))
-            for kind, cases in sweeps().items()
-        ),
+        *swept("cpu"),
         Suite("A GPU", "make gpu", "gpu", [*swin_cases(), *other_cases(), *models.MODELS]),
-        *(
-            Suite(f"A GPU, cost against {kind}", f"{gpu} --sweep {kind}", "gpu", list(cases))
-            for kind, cases in sweeps(GPU_IMAGES).items()
-        ),
+        *swept("gpu", GPU_IMAGES),
     ]
 
 
@@ -226,8 +225,7 @@ def counted_in(folder: Path) -> Iterator[str]:
             f"were. Rows: ["
             f"{path.name}](../benchmarks/results/counters/{path.name}).\n"
         )
-        table = [header, ["---"] * len(header), *lines]
-        yield "\n" + "\n".join(f"| {' | '.join(line)} |" for line in table) + "\n"
+        yield "\n".join(["", *markdown_table(header, lines, "l" * len(header)), ""])
 
 
 def sources_in(folder: Path) -> list[Measured]:
