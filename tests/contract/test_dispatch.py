@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import logging
-import subprocess
 from unittest.mock import Mock
 
 import pytest
 import torch
+from command_lines import last_line_of, run, run_python
 from frames import frames_open_at
-from programs import last_line_of, run_program
 
 from swin_kernels import shifted_window_attention, shifted_window_attention_qkvpacked
 from swin_kernels.backends import native
@@ -135,10 +134,9 @@ def test_environment_variable_sets_the_default(value, cpu_kernels):
 
 
 def test_unknown_name_in_the_environment_is_a_value_error():
-    done = run_program(_WHICH, SWIN_KERNELS_BACKEND="tpu")
-    assert done.returncode != 0
-    assert "ValueError: backend: expected one of" in done.stderr
-    assert "got 'tpu'" in done.stderr
+    said = run_python("-c", _WHICH, code=1, SWIN_KERNELS_BACKEND="tpu").stderr
+    assert "ValueError: backend: expected one of" in said
+    assert "got 'tpu'" in said
 
 
 def test_cpu_kernels_refuse_other_devices():
@@ -174,7 +172,7 @@ def test_object_without_its_operations_keeps_its_reason(tmp_path, monkeypatch):
     empty = tmp_path / "empty.c"
     empty.write_text("int nothing;\n")
     made = tmp_path / "_C_stale.abi3.so"
-    subprocess.run(["cc", "-shared", "-fPIC", empty, "-o", made], check=True)
+    run("cc", "-shared", "-fPIC", empty, "-o", made)
     monkeypatch.setattr(native, "_PACKAGE", tmp_path)
     loaded = native._load("_C_stale", "CPU", "no_such_operation")
     assert loaded.path == made

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import pytest
+from command_lines import last_line_of
 from contract_cases import over
 from modes import cut
-from programs import last_line_of
 from torch.utils.flop_counter import FlopCounterMode
 
 from swin_kernels.testing import Case, call, make_operands, with_grad

@@ -35,6 +35,11 @@ def run_python(*arguments: object, **options) -> subprocess.CompletedProcess[str
     return run(sys.executable, *arguments, **options)
 
 
+def last_line_of(program: str, **variables: str) -> str:
+    """The last line that a program in Python prints."""
+    return run_python("-c", program, **variables).stdout.splitlines()[-1]
+
+
 def refusal(
     main: Callable, arguments: Sequence[object], capsys: pytest.CaptureFixture, code: int = 2
 ) -> str:

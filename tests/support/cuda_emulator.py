@@ -10,18 +10,17 @@ import fcntl
 import hashlib
 import os
 import shlex
-import subprocess
 import tempfile
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import torch
+from command_lines import ROOT, run
 from torch.utils import cpp_extension
 
 from swin_kernels.backends.native import CudaBackend, Ops
 from swin_kernels.ops.autograd import register
 
-ROOT = Path(__file__).resolve().parents[2]
 SOURCES = ("csrc/cuda/**/*.cu", "csrc/arguments.cpp", "tests/support/cuda/emulator.cpp")
 HEADERS = (
     "csrc/*.h",
@@ -54,11 +53,6 @@ def _flags() -> list[str]:
     ]
 
 
-def _run(command: list[str]) -> None:
-    done = subprocess.run(command, check=False, capture_output=True)
-    assert done.returncode == 0, done.stderr.decode()
-
-
 def _built(name: str, patterns: tuple[str, ...], link: list[str]) -> Path:
     """`name`, made of these sources unless it is there for just this state of them."""
     sources, compiler = _files(patterns), shlex.split(os.environ.get("CXX", "c++"))
@@ -80,12 +74,12 @@ def _built(name: str, patterns: tuple[str, ...], link: list[str]) -> Path:
 
         def compiled(source: Path) -> str:
             made = f"{folder}/{source.name}.o"
-            _run([*compiler, *_flags(), "-x", "c++", "-c", str(source), "-o", made])
+            run(*compiler, *_flags(), "-x", "c++", "-c", source, "-o", made)
             return made
 
         objects = list(pool.map(compiled, sources))
         made = Path(folder) / name
-        _run([*compiler, *objects, *link, "-o", str(made)])
+        run(*compiler, *objects, *link, "-o", made)
         made.replace(built)
     return built
 

@@ -18,7 +18,8 @@ import tempfile
 from pathlib import Path
 from typing import NamedTuple
 
-ROOT = Path(__file__).resolve().parents[2]
+from command_lines import ROOT, run_python
+
 RUNS = {
     "on_cpu": ([], {}),
     "interpreted": ([], {"TRITON_INTERPRET": "1"}),
@@ -111,13 +112,7 @@ def finder(fault: Fault, tree: Path) -> str | None:
     arguments, variables = RUNS[fault.run]
     environment = {**os.environ, **variables, "SWIN_KERNELS_CUDA": "0"}
     if fault.file.startswith("csrc/cpu"):
-        subprocess.run(
-            [sys.executable, "setup.py", "--quiet", "build_ext", "--inplace"],
-            cwd=tree,
-            env=environment,
-            check=True,
-            capture_output=True,
-        )
+        run_python("setup.py", "--quiet", "build_ext", "--inplace", cwd=tree, **environment)
     command = [sys.executable, "-m", "pytest", "-q", "--tier", "standard", "-n", "2"]
     options = ["--dist", "worksteal", "-x", "--no-header", "-rfE"]
     # it holds every fault against the sources, and so would find each

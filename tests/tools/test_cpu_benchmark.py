@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import json
 import os
 import platform
@@ -20,6 +19,7 @@ from benchmarks.baselines import providers
 from benchmarks.cases import cpu_cases, other_cpu_cases, toy_cases
 from benchmarks.device import Cpu, MachinePeaks
 from benchmarks.models import TOYS
+from benchmarks.report.rows import read
 from benchmarks.timing import DIRECTIONS, Gate, make_inputs
 
 
@@ -44,27 +44,25 @@ def test_every_case_has_times_errors_checked_and_peaks(cpu_kernels, toys, tmp_pa
     path = tmp_path / "rows.csv"
     options = ["--rounds", "2", "--model-rounds", "1", "--threads", "1", "--csv", str(path)]
     assert cpu.main(options) == 0
-    with path.open(newline="") as file:
-        lines = list(csv.DictReader(file))
-    assert not any(line["note"] for line in lines), [line["note"] for line in lines]
-    found = {(line["case"], line["provider"], line["direction"]) for line in lines}
+    rows, facts = read(path)
+    assert not any(row.note for row in rows), [row.note for row in rows]
+    assert "1 threads" in facts["machine"]
+    assert facts["command"].startswith("python -m benchmarks.cpu --rounds 2")
     expected = {(c, p, d) for c in ("toy", "toy tiles") for p in toys for d in DIRECTIONS}
     steps = ("inference", "training step")
     expected |= {("toy model, batch 3", f, s) for f in ("stock", "patched") for s in steps}
-    assert found == expected
-    for line in lines:
-        assert 0 < float(line["p20_us"]) <= float(line["median_us"]) <= float(line["p80_us"])
-        assert "1 threads" in line["machine"]
-        assert line["command"].startswith("python -m benchmarks.cpu --rounds 2")
-        if line["direction"] == "backward":
-            assert not line["peak_mb"]  # what it adds is not told from what the forward keeps
+    assert {row[:3] for row in rows} == expected
+    for row in rows:
+        assert 0 < row.p20_us <= row.median_us <= row.p80_us
+        if row.direction == "backward":
+            assert row.peak_mb is None  # what it adds is not told from what the forward keeps
         else:
-            assert float(line["peak_mb"]) > 0
-        if line["direction"] == "forward + backward":
-            assert not line["error"]
+            assert row.peak_mb > 0
+        if row.direction == "forward + backward":
+            assert row.error is None
         else:
-            limit = 2.5 if line["provider"] in ("ours", "patched") else 10  # an ulp more than 2
-            assert 0.1 < float(line["error"]) < limit
+            limit = 2.5 if row.provider in ("ours", "patched") else 10  # an ulp more than 2
+            assert 0.1 < row.error < limit
     assert "toy tiles" in capsys.readouterr().out
 
 

@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import csv
 import json
-import os
 import subprocess
 import sys
-from pathlib import Path
 from types import SimpleNamespace
 from unittest.mock import create_autospec
 
@@ -17,6 +14,7 @@ import torch
 pytest.importorskip("triton", reason="what is rehearsed are Triton's kernels")
 pytest.importorskip("timm", reason="whole models are timm's")
 
+from command_lines import run_python
 from tiers import thorough
 from triton_calls import call_of
 
@@ -34,23 +32,14 @@ from swin_kernels.backends.triton.launch_spec import Config
 
 pytestmark = pytest.mark.slow
 
-ROOT = Path(__file__).resolve().parents[2]
 FACTS = {"machine": "none", "torch": "0", "triton": "0", "commit": "unknown", "date": "2000-01-01"}
 
 
-def interpreted(*arguments: str) -> subprocess.CompletedProcess:
+def interpreted(*arguments: object) -> subprocess.CompletedProcess:
     """A module of benchmarks in a process under Triton's interpreter."""
-    command = [sys.executable, "tests/support/interpreted.py", *arguments]
-    environment = {k: v for k, v in os.environ.items() if k != "SWIN_KERNELS_BACKEND"}
-    environment["OMP_NUM_THREADS"] = "1"  # threads of a busy machine wait for each other
-    return subprocess.run(
-        command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False
-    )
-
-
-def lines_of(path: Path) -> list[dict[str, str]]:
-    with path.open(newline="") as file:
-        return list(csv.DictReader(file))
+    # threads of a busy machine wait for each other
+    variables = {"SWIN_KERNELS_BACKEND": None, "OMP_NUM_THREADS": "1"}
+    return run_python("tests/support/interpreted.py", *arguments, **variables)
 
 
 @thorough(
@@ -60,10 +49,9 @@ def lines_of(path: Path) -> list[dict[str, str]]:
 )
 def test_rehearsal_times_every_case_from_end_to_end(tmp_path):
     path = tmp_path / "rows.csv"
-    done = interpreted("benchmarks.gpu", "--rehearse", "--budget", "1000", "--csv", str(path))
-    assert done.returncode == 0, done.stdout + done.stderr
-    lines = lines_of(path)
-    untimed = {(line["provider"], line["direction"]) for line in lines if line["note"]}
+    done = interpreted("benchmarks.gpu", "--rehearse", "--budget", "1000", "--csv", path)
+    rows, facts = read(path)
+    untimed = {(row.provider, row.direction) for row in rows if row.note}
     assert untimed == {("flex", d) for d in DIRECTIONS}, done.stderr  # which has no CPU backward
     expected = {
         *((case, p.name, d) for case in toy_cases() for p in gpu.GPU_PROVIDERS for d in DIRECTIONS),
@@ -73,33 +61,22 @@ def test_rehearsal_times_every_case_from_end_to_end(tmp_path):
             for step in ("inference", "training step")
         ),
     }
-    assert {(x["case"], x["provider"], x["direction"]) for x in lines} == expected
-    assert all(float(x["median_us"]) > 0 for x in lines if not x["note"])
-    assert {"machine", "torch", "triton", "commit", "date", "copy_gb_s"} <= lines[0].keys()
-    again = interpreted("benchmarks.gpu", "--rehearse", "--resume", "--csv", str(path))
-    assert again.returncode == 0, again.stdout + again.stderr
-    assert lines_of(path) == lines
+    assert {row[:3] for row in rows} == expected
+    assert all(row.median_us > 0 for row in rows if not row.note)
+    assert {"machine", "torch", "triton", "commit", "date"} <= facts.keys()
+    interpreted("benchmarks.gpu", "--rehearse", "--resume", "--csv", path)
+    assert read(path) == (rows, facts)
 
 
 def test_warm_part_compiles_and_times_nothing():
     count = len(toy_cases()) * 6 + 2
     done = interpreted("benchmarks.gpu", "--rehearse", "--warm", f"{count - 1}/{count}")
-    assert done.returncode == 0, done.stdout + done.stderr
     assert done.stdout.startswith("toy 3-D: flex: ")
 
 
 def rehearsed(*command: str, **variables: str) -> str:
     """What a command prints that is for a GPU, at toy sizes."""
-    done = subprocess.run(
-        [sys.executable, *command],
-        cwd=ROOT,
-        check=False,
-        capture_output=True,
-        text=True,
-        env={**os.environ, "SWIN_KERNELS_REHEARSE": "1", **variables},
-    )
-    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-1000:]
-    return done.stdout
+    return run_python(*command, SWIN_KERNELS_REHEARSE="1", **variables).stdout
 
 
 @thorough(
@@ -133,8 +110,7 @@ def test_what_the_sanitizer_watches_runs():
 def test_tuner_rehearsal_writes_a_table(tmp_path):
     path = tmp_path / "tuned.json"
     cases = ("--cases", "toy tiles", "toy 3-D")
-    done = interpreted("benchmarks.gpu_tools.tune", "--rehearse", *cases, "--out", str(path))
-    assert done.returncode == 0, done.stdout + done.stderr
+    done = interpreted("benchmarks.gpu_tools.tune", "--rehearse", *cases, "--out", path)
     for kernel in ("forward", "backward", "dq", "dkv", "dbias"):
         assert f"\n{kernel}-interpreter-float16" in done.stdout
     rows, facts = read(tmp_path / "tuning" / "tuned.csv")
@@ -175,9 +151,9 @@ def test_override_wins_until_it_ends():
 def test_spent_budget_skips_and_says_so(tmp_path, capsys):
     path = tmp_path / "rows.csv"
     assert gpu.main(["--rehearse", "--budget", "1e-9", "--csv", str(path)]) == 0
-    lines = lines_of(path)
-    assert {line["provider"] for line in lines} >= {"ours", "flex", "patched, compiled"}
-    assert all(line["note"].startswith("skipped: ") for line in lines)
+    rows, _ = read(path)
+    assert {row.provider for row in rows} >= {"ours", "flex", "patched, compiled"}
+    assert all(row.note.startswith("skipped: ") for row in rows)
     assert "no time for toy: ours: skipped" in capsys.readouterr().out
 
 
@@ -343,7 +319,7 @@ def test_error_of_a_case_or_a_model_itself_is_in_its_rows(tmp_path, monkeypatch)
     monkeypatch.setattr(models, "Models", failing)
     path = tmp_path / "rows.csv"
     assert gpu.main(["--rehearse", "--csv", str(path)]) == 1
-    assert {line["note"] for line in lines_of(path)} == {"RuntimeError: no memory"}
+    assert {row.note for row in read(path)[0]} == {"RuntimeError: no memory"}
 
 
 def test_replay_that_differs_is_refused():
@@ -406,8 +382,6 @@ def test_targets_of_the_cuda_kernels_are_held_against_rows():
     "module", ["benchmarks.gpu", "benchmarks.gpu_tools.tune", "benchmarks.gpu_tools.counters"]
 )
 def test_without_a_gpu_there_is_one_line_and_exit_code_2(module):
-    command = [sys.executable, "-m", module]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
-    assert done.returncode == 2, done.stderr
-    assert "no GPU: " in done.stderr
-    assert "Traceback" not in done.stderr
+    said = run_python("-m", module, code=2).stderr
+    assert "no GPU: " in said
+    assert "Traceback" not in said

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from command_lines import last_line_of
 from contract_cases import assert_same_bits, over
-from programs import last_line_of
 
 from swin_kernels.backends import native
 from swin_kernels.problem import Operands, Problem

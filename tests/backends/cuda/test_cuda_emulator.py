@@ -6,9 +6,8 @@ find what a GPU would punish. Index arithmetic and products are held against pla
 
 from __future__ import annotations
 
-import subprocess
-
 import pytest
+from command_lines import run
 from cuda_emulator import build_checks
 
 
@@ -16,13 +15,7 @@ from cuda_emulator import build_checks
 def check():
     """What a check of tests/support/cuda/checks.cpp prints."""
     program = build_checks()
-
-    def run(name: str) -> str:
-        done = subprocess.run([program, name], check=False, capture_output=True, text=True)
-        assert done.returncode == 0, done.stderr
-        return done.stdout.strip()
-
-    return run
+    return lambda name: run(program, name).stdout.strip()
 
 
 @pytest.mark.parametrize(

@@ -7,8 +7,8 @@ import math
 
 import pytest
 import torch
+from command_lines import last_line_of
 from contract_cases import over
-from programs import last_line_of
 from triton_calls import call_of
 
 from benchmarks.gpu_tools.override import override
