@@ -29,6 +29,7 @@ from swin_kernels.cli.command import inductor_cache
 from swin_kernels.ops.dispatch import BACKENDS
 from swin_kernels.problem import Operands, Problem
 from swin_kernels.testing import Case
+from swin_kernels.testing.timing import counted_backends
 
 PART = pytest.StashKey[slice]()
 _PLANS = Path(swin_kernels.__file__).parent / "backends" / "triton"
@@ -198,19 +199,12 @@ def _require(name: str) -> None:
 
 
 @pytest.fixture
-def backend(request, monkeypatch):
+def backend(request):
     """The name of each backend of the mode; the test fails unless a call reached that backend."""
     _require(request.param)
-    chosen, calls = BACKENDS[request.param], []
-    forward = chosen.forward
-
-    def counted(*args):
-        calls.append(request.param)
-        return forward(*args)
-
-    monkeypatch.setattr(chosen, "forward", counted)
-    yield request.param
-    assert calls, f"no call reached backend {request.param!r}"
+    with counted_backends() as calls:
+        yield request.param
+    assert calls[request.param], f"no call reached backend {request.param!r}"
 
 
 @pytest.fixture

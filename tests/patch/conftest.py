@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 
 from swin_kernels.ops import layers
-from swin_kernels.ops.dispatch import BACKENDS
 from swin_kernels.patch.core import patch
+from swin_kernels.testing.timing import counted_backends
 
 
 @pytest.fixture
@@ -23,15 +23,14 @@ def calls(monkeypatch):
 
 
 @pytest.fixture
-def on_cpu_kernels(cpu_kernels, monkeypatch):
+def on_cpu_kernels(cpu_kernels):
     """`patch` for the C++ backend, which never falls back; fails unless calls arrived there."""
-    arrived, forward = [], BACKENDS["cpu"].forward
-    monkeypatch.setattr(BACKENDS["cpu"], "forward", lambda *a: arrived.append(1) or forward(*a))
 
     def patch_all(model):
         report = patch(model, backend="cpu")
         assert report.left == {}
         assert report.replaced
 
-    yield patch_all
-    assert arrived, "no call reached the C++ kernels"
+    with counted_backends() as calls:
+        yield patch_all
+    assert calls["cpu"], "no call reached the C++ kernels"
