@@ -9,27 +9,17 @@ import pytest
 pytest.importorskip("matplotlib")
 image_files = pytest.importorskip("PIL.Image", reason="matplotlib brings it")
 
+from report_rows import timed, written
+
 from benchmarks.cases import cpu_cases
 from benchmarks.report import headline, plots, readme, writer
-from benchmarks.report.rows import ResultsFile, Row
+from benchmarks.report.rows import Row
 
 README = readme.README
-FACTS = {
-    "machine": "A CPU",
-    "torch": "2.11",
-    "timm": "1.0",
-    "peers": "onnx 1, onnxruntime 2, openvino 3",
-    "commit": "c0ffee",
-    "date": "2000-01-01",
-    "command": "python -m benchmarks.cpu",
-}
+PEERS = {"timm": "1.0", "peers": "onnx 1, onnxruntime 2, openvino 3"}
 BF16 = {"command": "python -m benchmarks.cpu --dtype bf16"}
 MARKED = "a\n<!-- rows: {} -->\nold\n<!-- end of rows -->\nb"
 BATCH_8, BATCH_1 = "swin_tiny, batch 8", "swin_tiny, batch 1"
-
-
-def timed(case, provider, direction, median):
-    return Row(case, provider, direction, median, median, median, 7)
 
 
 STAGES = [
@@ -48,19 +38,13 @@ MODELS = [
 ]
 
 
-def written(folder, name, rows, **facts):
-    results_file = ResultsFile(folder / name, FACTS | facts)
-    for row in rows:
-        results_file.add(row)
-    return plots.measured(results_file.path)
-
-
 def texts(axes):
     return [text.get_text() for text in axes.texts]
 
 
 def test_speeds_are_beside_stock_with_losses_and_reasons(tmp_path):
-    figure, files = headline.headline([written(tmp_path, "cpu-a.csv", STAGES + MODELS)])
+    source = written(tmp_path, "cpu-a.csv", STAGES + MODELS, **PEERS)
+    figure, files = headline.headline([source])
     assert [source.path.name for source in files] == ["cpu-a.csv"]
     inference, training, forward, backward = figure.axes  # none of batch 1 was measured
     assert inference.get_title(loc="left") == "inference, batch 8\n(stock: 600 ms)"
@@ -109,7 +93,7 @@ def test_rows_that_do_not_suffice_make_no_figure_and_no_text(rows, tmp_path):
 def test_readme_tells_gains_losses_and_gaps(tmp_path):
     sources = [written(tmp_path, "cpu-a.csv", STAGES + MODELS)]
     text = readme.filled(MARKED.format("gains"), sources)
-    assert text.startswith("a\n<!-- rows: gains -->\n**Gains, on a CPU** (A CPU).")
+    assert text.startswith("a\n<!-- rows: gains -->\n**Gains, on a CPU** (A CPU, 2 threads, avx2).")
     assert text.endswith("\n<!-- end of rows -->\nb")
     words = " ".join(text.split())
     assert "old" not in words
@@ -131,7 +115,7 @@ def test_readme_has_a_table_of_speeds_with_those_of_bf16_and_where_they_are_from
     assert of["OpenVINO"][:3] == ["1.50", "inference only", "not measured"]
     assert of["**swin_kernels**"][:3] == ["**1.20**", "**1.25**", "**1.20**"]
     words = " ".join(text.split())
-    assert "`python -m benchmarks.cpu`: [rows](benchmarks/results/cpu-a.csv)" in words
+    assert "`python -m benchmarks.cpu --threads 2`: [rows](benchmarks/results/cpu-a.csv)" in words
     assert "`python -m benchmarks.cpu --dtype bf16`: [rows](benchmarks/results/cpu-bf16" in words
 
 

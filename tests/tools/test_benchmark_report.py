@@ -9,35 +9,18 @@ import pytest
 pytest.importorskip("matplotlib")
 image_files = pytest.importorskip("PIL.Image", reason="matplotlib brings it")
 
+from report_rows import FACTS, timed, written
+
 from benchmarks.baselines.providers import PROVIDERS
 from benchmarks.cpu import CPU_FORMS
 from benchmarks.report import counted, headline, plots, writer
-from benchmarks.report.rows import ResultsFile, Row
+from benchmarks.report.rows import Row
 from benchmarks.sweeps import ALTERNATIVES, sweeps
 
 pytestmark = pytest.mark.slow
 
-FACTS = {
-    "machine": "A CPU, 2 threads, avx2",
-    "torch": "2.11",
-    "triton": "3.6",
-    "commit": "c0ffee",
-    "date": "2000-01-01",
-    "command": "python -m benchmarks.cpu --threads 2",
-}
 FIGURES = {"cpu-a-speed.png", "cpu-a-memory.png", "cpu-a-error.png"}  # of `stages`
 TIMES = {"ours": 1000.0, "unfused": 2500.0}
-
-
-def written(folder, name, rows, facts=FACTS):
-    results_file = ResultsFile(folder / name, facts)
-    for row in rows:
-        results_file.add(row)
-    return plots.measured(results_file.path)
-
-
-def timed(case, provider, direction, median, **more):
-    return Row(case, provider, direction, median, 0.9 * median, 1.2 * median, 7, **more)
 
 
 @pytest.fixture
@@ -134,8 +117,8 @@ def test_whole_models_alone_have_a_section_with_the_versions_of_their_peers(tmp_
         for form, median in (("patched", 200e3), ("stock", 300e3), ("OpenVINO", 150e3))
     ]
     rows.append(Row("swin_tiny, batch 1", "ONNX Runtime", "inference", note="not installed: pip"))
-    facts = FACTS | {"timm": "1.0", "peers": "openvino 2026.4"}
-    text = writer.section(written(tmp_path, "cpu-models-a.csv", rows, facts))
+    peers = {"timm": "1.0", "peers": "openvino 2026.4"}
+    text = writer.section(written(tmp_path, "cpu-models-a.csv", rows, **peers))
     assert text.startswith("## Whole models: A CPU, 2 threads, avx2, 2000-01-01\n")
     words = " ".join(text.split())
     assert "timm 1.0, openvino 2026.4; medians of 7 of a whole model. Rows" in words
@@ -158,8 +141,8 @@ def test_what_the_suites_name_and_no_row_has_is_not_measured(stages, resolution,
 
 
 def test_rows_in_another_dtype_say_so_and_do_not_stand_for_the_suite(stages, tmp_path):
-    facts = stages.facts | {"command": "python -m benchmarks.cpu --dtype bf16"}
-    other = written(tmp_path, "cpu-bf16-none.csv", stages.rows, facts)
+    command = "python -m benchmarks.cpu --dtype bf16"
+    other = written(tmp_path, "cpu-bf16-none.csv", stages.rows, command=command)
     assert "whole models, bf16: " in writer.section(other).splitlines()[0]
     assert list(writer.unmeasured([other])) == list(writer.unmeasured([]))
 
