@@ -30,25 +30,23 @@ from timm.models.deit import VisionTransformerDistilled
 from torchvision.models import swin_transformer as tv
 
 WINDOW = {SwinTransformer: 7, SwinTransformerV2: 8}
-
-
 Size = int | tuple[int, int]
 
 
 def timm_swin(size: Size) -> nn.Module:
-    return timm.models.swin_transformer.SwinTransformer(img_size=size, window_size=7, **SMALL)
+    return timm.models.swin_transformer.SwinTransformer(size, window_size=7, **SMALL)
 
 
 def timm_swinv2(size: Size) -> nn.Module:
-    return timm.models.swin_transformer_v2.SwinTransformerV2(img_size=size, window_size=8, **SMALL)
+    return timm.models.swin_transformer_v2.SwinTransformerV2(size, window_size=8, **SMALL)
 
 
-def timm_vit(size: Size) -> nn.Module:
-    return timm.models.VisionTransformer(img_size=32, dynamic_img_size=True, **VIT)
+def timm_vit(size: Size, cls: type = timm.models.VisionTransformer) -> nn.Module:
+    return cls(img_size=32, dynamic_img_size=True, **VIT)
 
 
 def timm_deit(size: Size) -> nn.Module:
-    return VisionTransformerDistilled(img_size=32, dynamic_img_size=True, **VIT)
+    return timm_vit(size, VisionTransformerDistilled)
 
 
 def timm_vit_with_pre_logits(size: Size) -> nn.Module:
@@ -60,17 +58,14 @@ def timm_vit_with_pre_logits(size: Size) -> nn.Module:
     return model
 
 
-def torchvision_swin(size: Size, **options) -> nn.Module:
-    window = [8, 8] if options else [7, 7]
-    return tv.SwinTransformer(
-        patch_size=[4, 4], window_size=window, stochastic_depth_prob=0.0, **SMALL, **options
-    )
+def torchvision_swin(size: Size, window: int = 7, **options) -> nn.Module:
+    sizes = {"patch_size": [4, 4], "window_size": [window] * 2, "stochastic_depth_prob": 0.0}
+    return tv.SwinTransformer(**sizes, **SMALL, **options)
 
 
 def torchvision_swinv2(size: Size) -> nn.Module:
-    return torchvision_swin(
-        size, block=tv.SwinTransformerBlockV2, downsample_layer=tv.PatchMergingV2
-    )
+    layers = {"block": tv.SwinTransformerBlockV2, "downsample_layer": tv.PatchMergingV2}
+    return torchvision_swin(size, 8, **layers)
 
 
 def _config(cls: type, size: Size, window: int):
@@ -79,20 +74,20 @@ def _config(cls: type, size: Size, window: int):
     return cls(image_size=size, window_size=window, **sizes, **others)
 
 
-def logits_of(model: nn.Module) -> nn.Module:
+def _classifier(kind: str, size: Size, window: int) -> nn.Module:
     """The model of transformers', returning what others do."""
+    config = _config(getattr(transformers, f"{kind}Config"), size, window)
+    model = getattr(transformers, f"{kind}ForImageClassification")(config)
     model.register_forward_hook(lambda _, args, out: out.logits)
     return model
 
 
 def transformers_swin(size: Size) -> nn.Module:
-    config = _config(transformers.SwinConfig, size, 7)
-    return logits_of(transformers.SwinForImageClassification(config))
+    return _classifier("Swin", size, 7)
 
 
 def transformers_swinv2(size: Size) -> nn.Module:
-    config = _config(transformers.Swinv2Config, size, 8)
-    return logits_of(transformers.Swinv2ForImageClassification(config))
+    return _classifier("Swinv2", size, 8)
 
 
 # whose, ours, the names that its state dict has
@@ -113,7 +108,7 @@ over_models = pytest.mark.parametrize("make", MODELS, ids=lambda make: make.__na
 SIZES = {"native": 1, "twice": 2, "padded": (72, 88)}  # the last in pixels
 
 
-def made(make, of: int | tuple[int, int] = 1) -> tuple[nn.Module, nn.Module, tuple[int, int]]:
+def made(make, of: Size = 1) -> tuple[nn.Module, nn.Module, tuple[int, int]]:
     """Theirs for an image `of` that many times the native size, ours for the native one; the size.
 
     Where windows do not divide a map, timm rolls and then pads: `pad_order` tells ours.
