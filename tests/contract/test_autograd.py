@@ -8,7 +8,7 @@ import math
 import pytest
 import torch
 import torch.autograd.forward_ad as forward_ad
-from contract_cases import assert_same_bits, needing, over, saved_by_a_call
+from contract_cases import assert_same_bits, checked, needing, over, saved_by_a_call
 from modes import cut
 from torch.utils.checkpoint import checkpoint
 
@@ -17,7 +17,7 @@ from swin_kernels import ShiftedWindowAttentionFunction
 from swin_kernels.backends import native
 from swin_kernels.backends.base import Ops
 from swin_kernels.ops.dispatch import BACKENDS
-from swin_kernels.problem import NEEDS, Operands, Problem
+from swin_kernels.problem import NEEDS, Operands
 from swin_kernels.testing import (
     DIFFERENTIABLE,
     LEAST_INPUTS,
@@ -239,19 +239,16 @@ def test_backwards_through_one_graph_agree(backend):
 
 
 def test_function_can_be_applied_directly(backend):
+    (_, options), grad_out = checked(PLANE), make_grad_out(PLANE)
+
+    def applied(leaves):
+        return ShiftedWindowAttentionFunction.apply(*leaves, *options, backend)
+
     results = []
     for seed in range(LEAST_INPUTS):
-        operands, grad_out = make_operands(PLANE, seed=seed), make_grad_out(PLANE)
-        options = Problem.checked(operands, **PLANE.options).options
-        actual = differentiate(
-            lambda leaves, options=options: ShiftedWindowAttentionFunction.apply(
-                *leaves, *options, backend
-            ),
-            operands,
-            grad_out,
-        )
+        operands = make_operands(PLANE, seed=seed)
         others = (f(PLANE, operands, grad_out) for f in (run_unfused, run_exact))
-        results.append((actual, *others))
+        results.append((differentiate(applied, operands, grad_out), *others))
     assert_within_error_rule(*zip(*results))
 
 
@@ -330,8 +327,7 @@ def test_autocast_leaves_float64_alone(backend):
 
 def test_packed_gradient_is_written_packed(fused):
     case = PLANE.but(packed=True)
-    operands, grad_out = make_operands(case), make_grad_out(case)
-    options = Problem.checked(operands, **case.options).options
+    (operands, options), grad_out = checked(case), make_grad_out(case)
     needed = tuple(name == "query" for name in Operands._fields)
     grads = BACKENDS[fused].backward(grad_out, operands, options, (), needed)
     assert grads[0].shape == operands.query.shape
@@ -341,8 +337,7 @@ def test_packed_gradient_is_written_packed(fused):
 
 def test_function_refuses_a_mask_that_requires_grad(fused):
     case = PLANE.but(mask="soft")
-    operands = make_operands(case)
-    options = Problem.checked(operands, **case.options).options
+    operands, options = checked(case)
     out = ShiftedWindowAttentionFunction.apply(*needing(operands, "mask"), *options, fused)
     with pytest.raises(ValueError, match="mask requires grad"):
         out.sum().backward()

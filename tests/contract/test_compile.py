@@ -5,14 +5,14 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.autograd.forward_ad as forward_ad
-from contract_cases import assert_same_bits, over
+from contract_cases import assert_same_bits, checked, over
 from modes import cut
 from torch._dynamo.testing import CompileCounter, CompileCounterWithBackend
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from swin_kernels import shifted_window_attention, shifted_window_attention_qkvpacked
 from swin_kernels.ops.dispatch import BACKENDS
-from swin_kernels.problem import NEEDS, Operands, Options, Problem
+from swin_kernels.problem import NEEDS, Operands
 from swin_kernels.testing import (
     Case,
     call,
@@ -43,29 +43,23 @@ def _compiled(case, backend, compiler="aot_eager"):
     return torch.compile(lambda x: call(case, x, backend), fullgraph=True, backend=compiler)
 
 
-def _arguments(case):
-    operands = make_operands(case)
-    if case.dropout_p > 0:
-        operands = operands._replace(dropout_seed=torch.tensor([11]))
-    return (*operands, *Problem.checked(operands, **case.options).options)
-
-
 def _forward_op(fused, case):
     """The forward op of a backend and its arguments."""
+    operands, options = checked(case)
     last = fused == "triton"  # whether it keeps what a backward wants; else whether TF32 is allowed
-    return BACKENDS[fused].ops.forward, (*_arguments(case), last)
+    return BACKENDS[fused].ops.forward, (*operands, *options, last)
 
 
 def _backward_op(fused, case, all_needed):
     """The backward op of a backend and its arguments."""
-    operands, arguments = make_operands(case), _arguments(case)
+    operands, options = checked(case)
     needs = sum(bit for n, bit in NEEDS.items() if getattr(operands, n) is not None and all_needed)
     backend, grad_out = BACKENDS[fused], make_grad_out(case)
     if fused != "triton":
-        return backend.ops.backward, (grad_out, *arguments, False, needs)
-    given, options = Operands(*arguments[: len(operands)]), Options(*arguments[len(operands) :])
-    _, saved = backend.forward(given, options, True)
-    return backend.ops.backward, (grad_out, *(None, None, *saved)[-2:], *arguments, needs)
+        return backend.ops.backward, (grad_out, *operands, *options, False, needs)
+    _, saved = backend.forward(operands, options, True)
+    kept = (None, None, *saved)[-2:]
+    return backend.ops.backward, (grad_out, *kept, *operands, *options, needs)
 
 
 @over(*CASES)

@@ -7,15 +7,14 @@ import math
 
 import pytest
 import torch
-from contract_cases import over
+from contract_cases import checked, over
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from swin_kernels.backends import reference
 from swin_kernels.backends.reference.dropout import philox_first_word
 from swin_kernels.position_bias import relative_position_index
-from swin_kernels.problem import Problem
-from swin_kernels.testing import Case, differentiate, make_grad_out, make_operands, with_grad
+from swin_kernels.testing import Case, differentiate, make_grad_out, with_grad
 
 PLANE = Case(
     2, (5, 4), (3, 2), (1, 1), 2, 4, dtype=torch.float64, bias="table", pads=True, value_dim=3
@@ -42,17 +41,6 @@ CASES = (
     SPACE,
     SPACE.but(cosine=True, pad_order="roll-pad", mask_value=-2.0, periodic=(True, False, False)),
 )
-
-
-def _operands(case):
-    operands = make_operands(case)
-    if case.dropout_p > 0:
-        operands = operands._replace(dropout_seed=torch.tensor([1234567890123456789]))
-    return operands
-
-
-def _options(case, operands):
-    return Problem.checked(operands, **case.options).options
 
 
 def _philox(counter, seed):
@@ -136,14 +124,14 @@ def _attend_by_loops(case, operands):
 
 @over(*CASES)
 def test_forward_equals_loops_over_tokens(case):
-    operands = _operands(case)
-    actual = reference.forward(operands, _options(case, operands))
+    operands, options = checked(case)
+    actual = reference.forward(operands, options)
     expected = _attend_by_loops(case, operands)
     torch.testing.assert_close(actual, expected, rtol=1e-12, atol=1e-12)
 
 
-def _assert_backward_equals_autograd(case, operands, rtol, atol):
-    options, grad_out = _options(case, operands), make_grad_out(case)
+def _assert_backward_equals_autograd(case, operands, options, rtol, atol):
+    grad_out = make_grad_out(case)
     expected = differentiate(lambda x: reference.forward(x, options), operands, grad_out).grads
     actual = reference.backward(grad_out, operands, options)._asdict()
     assert expected.keys() == {name for name, grad in actual.items() if grad is not None}
@@ -153,23 +141,23 @@ def _assert_backward_equals_autograd(case, operands, rtol, atol):
 
 @over(*CASES)
 def test_written_backward_equals_autograd(case):
-    _assert_backward_equals_autograd(case, _operands(case), rtol=1e-11, atol=1e-12)
+    _assert_backward_equals_autograd(case, *checked(case), rtol=1e-11, atol=1e-12)
 
 
 def test_written_backward_equals_autograd_below_the_norm_clamp():
     case = PLANE.but(cosine=True)
-    operands = make_operands(case)
+    operands, options = checked(case)
     for x in (operands.query, operands.key, operands.pad_key):
         x[0] = 0
         x[1] *= 1e-13
-    _assert_backward_equals_autograd(case, operands, rtol=1e-9, atol=1e-11)
+    _assert_backward_equals_autograd(case, operands, options, rtol=1e-9, atol=1e-11)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32], ids=str)
 def test_gradients_take_the_dtype_of_their_operands(dtype):
     case = PLANE.but(dtype=dtype, extras_dtype=torch.float32, cosine=True)
-    operands, grad_out = make_operands(case), make_grad_out(case)
-    grads = reference.backward(grad_out, operands, _options(case, operands))
+    operands, options = checked(case)
+    grads = reference.backward(make_grad_out(case), operands, options)
     for x, grad in zip(operands, grads):
         assert (x is None) == (grad is None)
         if x is not None:
@@ -210,8 +198,7 @@ class _NoFloat64(TorchDispatchMode):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
 def test_float64_is_made_only_where_asked(case, dtype):
     case = case.but(dtype=dtype)
-    operands, grad_out = _operands(case), make_grad_out(case)
-    options = _options(case, operands)
+    (operands, options), grad_out = checked(case), make_grad_out(case)
     with _NoFloat64():
         reference.backward(grad_out, operands, options)
         out = reference.forward(with_grad(operands), options)

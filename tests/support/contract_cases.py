@@ -10,7 +10,7 @@ import torch
 from modes import sized
 from torch import Tensor
 
-from swin_kernels.problem import Operands
+from swin_kernels.problem import Operands, Options, Problem
 from swin_kernels.testing import DTYPE_NAMES, Case, call, make_operands, with_grad
 
 over_dtypes = pytest.mark.parametrize("dtype", DTYPE_NAMES, ids=DTYPE_NAMES.values())
@@ -81,6 +81,14 @@ OPTIONS = (
 
 # of tensors, and of whatever holds them
 assert_same_bits = functools.partial(torch.testing.assert_close, rtol=0, atol=0)
+
+
+def checked(case: Case) -> tuple[Operands, Options]:
+    """The operands of a case, a seed among them where there is dropout, and its options."""
+    operands = make_operands(case)
+    if case.dropout_p > 0:
+        operands = operands._replace(dropout_seed=torch.tensor([1234567890123456789]))
+    return operands, Problem.checked(operands, **case.options).options
 
 
 def needing(operands: Operands, name: str) -> Operands:
