@@ -6,7 +6,7 @@ import json
 import subprocess
 import sys
 from types import SimpleNamespace
-from unittest.mock import create_autospec
+from unittest.mock import Mock, create_autospec
 
 import pytest
 import torch
@@ -29,6 +29,7 @@ from benchmarks.timing import DIRECTIONS, Gate, Loop, Replayed, make_inputs, sam
 from swin_kernels.backends.triton import config
 from swin_kernels.backends.triton.config import INTERPRETER
 from swin_kernels.backends.triton.launch_spec import Config
+from swin_kernels.testing import Case
 
 pytestmark = pytest.mark.slow
 
@@ -161,20 +162,23 @@ class Fp32Rehearsal(DryRunDevice):
     dtype = torch.float32
 
 
-def toy():
-    return toy_cases()["toy"].but(dtype=torch.float32)
+DEVICE = Fp32Rehearsal()
+TOYS = {name: case.but(dtype=torch.float32) for name, case in toy_cases().items()}
+TOY = TOYS["toy"]
+
+
+def gate_of(case: Case) -> Gate:
+    return Gate(case, DEVICE, make_inputs(case, DEVICE, 0))
 
 
 def test_peers_agree_on_every_toy_case():
-    device = Fp32Rehearsal()
-    for case in (c.but(dtype=torch.float32) for c in toy_cases().values()):
-        inputs = make_inputs(case, device, 0)
-        gate = Gate(case, device, inputs)
+    for case in TOYS.values():
+        gate = gate_of(case)
         for make in (providers.unfused, providers.sdpa):
-            gate.check(make(case, device), 10)
-        gate.check(providers.reference(case, device), 2)
+            gate.check(make(case, DEVICE), 10)
+        gate.check(providers.reference(case, DEVICE), 2)
         # FlexAttention has no CPU backward
-        found = gate.check(providers.flex(case, device), 10, backward=False)
+        found = gate.check(providers.flex(case, DEVICE), 10, backward=False)
         assert found.keys() == {"forward"}
 
 
@@ -189,21 +193,17 @@ def test_xformers_is_given_what_its_attention_takes(monkeypatch):
     ops = SimpleNamespace(memory_efficient_attention=attention)
     monkeypatch.setitem(sys.modules, "xformers", SimpleNamespace(ops=ops))
     monkeypatch.setitem(sys.modules, "xformers.ops", ops)
-    device = Fp32Rehearsal()
-    for case in (c.but(dtype=torch.float32) for c in toy_cases().values()):
-        gate = Gate(case, device, make_inputs(case, device, 0))
-        found = gate.check(providers.xformers(case, device), 10)
+    for case in TOYS.values():
+        found = gate_of(case).check(providers.xformers(case, DEVICE), 10)
         assert found.keys() == {"forward", "backward"}
 
 
 def test_gate_tells_the_errors_as_multiples_of_the_unfused_path():
-    case, device = toy(), Fp32Rehearsal()
-    inputs = make_inputs(case, device, 0)
-    gate = Gate(case, device, inputs)
-    found = gate.check(providers.unfused(case, device), 2)
+    gate, attend = gate_of(TOY), providers.unfused(TOY, DEVICE)
+    found = gate.check(attend, 2)
     assert 0.2 < found["forward"] <= 2
     assert 0.2 < found["backward"] <= 2.5
-    again = gate.check(lambda *leaves: providers.unfused(case, device)(*leaves) * (1 + 1e-6), 100)
+    again = gate.check(lambda *leaves: attend(*leaves) * (1 + 1e-6), 100)
     assert again["forward"] > 2 * found["forward"]
 
 
@@ -216,21 +216,17 @@ def test_gate_tells_the_errors_as_multiples_of_the_unfused_path():
     ids=["output", "gradient"],
 )
 def test_gate_refuses_what_breaks_the_rule(wrong, complaint):
-    case, device = toy(), Fp32Rehearsal()
-    case = case.but(batch=5)
-    inputs = make_inputs(case, device, 0)
-    attend = providers.unfused(case, device)
+    case = TOY.but(batch=5)
+    attend = providers.unfused(case, DEVICE)
     with pytest.raises(AssertionError, match=complaint):
-        Gate(case, device, inputs).check(lambda q, t, s: wrong(attend(q, t, s), q), 10)
+        gate_of(case).check(lambda q, t, s: wrong(attend(q, t, s), q), 10)
 
 
 def test_failed_provider_is_a_row_and_others_go_on(tmp_path):
-    def failing(case, device):
-        raise RuntimeError("no such\nkernel")
-
+    failing = Mock(side_effect=RuntimeError("no such\nkernel"))
     results_file = ResultsFile(tmp_path / "rows.csv", FACTS)
     wanted = [providers.Provider("bad", failing), providers.Provider("good", providers.unfused)]
-    suite.measure_case("toy", toy(), Fp32Rehearsal(), wanted, results_file, 1, 1.0)
+    suite.measure_case("toy", TOY, DEVICE, wanted, results_file, 1, 1.0)
     assert {r.note for r in results_file.rows if r.provider == "bad"} == {
         "RuntimeError: no such kernel"
     }
@@ -241,15 +237,8 @@ def test_failed_provider_is_a_row_and_others_go_on(tmp_path):
 
 
 def test_error_while_timing_ends_one_provider_only():
-    class Failing:
-        def sample(self):
-            raise RuntimeError("late")
-
-    class Fine:
-        def sample(self):
-            pass
-
-    assert sample_in_turn([Failing(), Fine()], 3, 0.0) == ["RuntimeError: late", None]
+    failing = Mock(sample=Mock(side_effect=RuntimeError("late")))
+    assert sample_in_turn([failing, Mock()], 3, 0.0) == ["RuntimeError: late", None]
 
 
 def test_device_beyond_use_asks_for_another_process(tmp_path, monkeypatch):
@@ -262,10 +251,7 @@ def test_device_beyond_use_asks_for_another_process(tmp_path, monkeypatch):
 
 
 def test_interrupted_run_shows_what_it_has(tmp_path, monkeypatch, capsys):
-    def interrupted(*_):
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(suite, "measure_case", interrupted)
+    monkeypatch.setattr(suite, "measure_case", Mock(side_effect=KeyboardInterrupt))
     assert gpu.main(["--rehearse", "--csv", str(tmp_path / "rows.csv")]) == 0
     assert "interrupted" in capsys.readouterr().out
 
@@ -303,18 +289,14 @@ def test_cuda_twin_calls_what_torch_has(monkeypatch):
 
 
 def test_failure_of_ours_is_the_exit_code(tmp_path, monkeypatch):
-    def failing(case, device):
-        raise RuntimeError("wrong")
-
+    failing = Mock(side_effect=RuntimeError("wrong"))
     monkeypatch.setattr(gpu, "GPU_PROVIDERS", (providers.Provider("ours", failing),))
     monkeypatch.setattr(suite.Run, "model", lambda *_: None)
     assert gpu.main(["--rehearse", "--csv", str(tmp_path / "rows.csv")]) == 1
 
 
 def test_error_of_a_case_or_a_model_itself_is_in_its_rows(tmp_path, monkeypatch):
-    def failing(*_):
-        raise RuntimeError("no memory")
-
+    failing = Mock(side_effect=RuntimeError("no memory"))
     monkeypatch.setattr(suite, "make_sets", failing)
     monkeypatch.setattr(models, "Models", failing)
     path = tmp_path / "rows.csv"
@@ -323,15 +305,14 @@ def test_error_of_a_case_or_a_model_itself_is_in_its_rows(tmp_path, monkeypatch)
 
 
 def test_replay_that_differs_is_refused():
-    case, device = toy(), Fp32Rehearsal()
-    attend, calls = providers.unfused(case, device), []
+    attend, calls = providers.unfused(TOY, DEVICE), []
 
     def drifting(*leaves):
         calls.append(1)
         return attend(*leaves) + len(calls)
 
     with pytest.raises(AssertionError, match="replay"):
-        Replayed(Loop(drifting, [make_inputs(case, device, 0)]), device)
+        Replayed(Loop(drifting, [make_inputs(TOY, DEVICE, 0)]), DEVICE)
 
 
 def test_model_that_breaks_the_rule_is_refused():
