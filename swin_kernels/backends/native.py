@@ -34,12 +34,6 @@ class LoadedObject:
     error: str | None
 
 
-def _is_older(operation: str) -> bool:
-    """Whether an op for attention was built from sources with other arguments."""
-    names = {x.name for x in getattr(torch.ops.swin_kernels, operation).default._schema.arguments}
-    return operation in _ATTENTION and "allow_tf32" not in names
-
-
 def _load(name: str, device: str, *operations: str) -> LoadedObject:
     """The object of this name, with kernels for this kind of device of these operations."""
     candidates = sorted(_PACKAGE.glob(f"{name}.abi3*")) + sorted(
@@ -48,25 +42,28 @@ def _load(name: str, device: str, *operations: str) -> LoadedObject:
     if not candidates:
         mend = "run `python setup.py build_ext --inplace` or install the package"
         return LoadedObject(name, None, f"{name} is not built: {mend}")
+    return LoadedObject(name, candidates[0], _why_not_loaded(candidates[0], device, operations))
+
+
+def _why_not_loaded(path: Path, device: str, operations: tuple[str, ...]) -> str | None:
     try:
-        torch.ops.load_library(str(candidates[0]))
+        torch.ops.load_library(str(path))
     except OSError as error:
         cause = f" / {error.__cause__}" if error.__cause__ else ""
-        return LoadedObject(
-            name, candidates[0], f"{candidates[0].name} did not load: {error}{cause}"
-        )
+        return f"{path.name} did not load: {error}{cause}"
     has_kernel = torch._C._dispatch_has_computed_kernel_for_dispatch_key
     for operation in operations:
         found = f"swin_kernels::{operation}"
         known = hasattr(torch.ops.swin_kernels, operation) and has_kernel(found, device)
-        if not known or _is_older(operation):
-            reason = f"{candidates[0].name} lacks {found}: build it again"
-            return LoadedObject(name, candidates[0], reason)
-    return LoadedObject(name, candidates[0], None)
+        if known and operation in _ATTENTION:  # sources may have had other arguments
+            schema = getattr(torch.ops.swin_kernels, operation).default._schema
+            known = "allow_tf32" in {x.name for x in schema.arguments}
+        if not known:
+            return f"{path.name} lacks {found}: build it again"
+    return None
 
 
 CPU_OBJECT = _load("_C_cpu", "CPU", *_ATTENTION, "cpu_capability")
-# its kernels are those of the ops that _C_cpu defines
 CUDA_OBJECT = _load("_C_cuda", "CUDA", *_ATTENTION, "cuda_has_code_for")
 
 
@@ -79,17 +76,20 @@ def cpu_capability() -> str:
 
 @functools.cache
 def _native_ops() -> Ops:
+    """The ops that the objects share: _C_cpu defines them, each has kernels for its device."""
     forward, backward = (f"swin_kernels::{name}" for name in _ATTENTION)
     return Ops.named(forward, backward)
 
 
-def _ops_of(*objects: LoadedObject) -> Ops | None:
-    """The ops that the objects share: the first defines them, each has kernels for its device."""
-    return _native_ops() if all(x.error is None for x in objects) else None
-
-
 class _NativeBackend(Backend):
     """The ops of a compiled object."""
+
+    def why_not(self, problem: Problem) -> str | None:
+        if self.ops is None:
+            return CPU_OBJECT.error or CUDA_OBJECT.error  # the former defines the ops
+        if problem.device.type not in self.device_types:
+            return f"runs on {self.name.upper()} tensors, got {problem.device}"
+        return _why_not_on(problem.device) if problem.device.type == "cuda" else None
 
     def _allow_tf32(self, query: Tensor) -> bool:
         return False
@@ -115,14 +115,7 @@ class CpuBackend(_NativeBackend):
 
     name = "cpu"
     device_types = ("cpu",)
-    ops = _ops_of(CPU_OBJECT)
-
-    def why_not(self, problem: Problem) -> str | None:
-        if CPU_OBJECT.error is not None:
-            return CPU_OBJECT.error
-        if problem.device.type != "cpu":
-            return f"runs on CPU tensors, got {problem.device}"
-        return None
+    ops = _native_ops() if CPU_OBJECT.error is None else None
 
 
 class CudaBackend(_NativeBackend):
@@ -130,17 +123,10 @@ class CudaBackend(_NativeBackend):
 
     name = "cuda"
     device_types = ("cuda",)
-    ops = _ops_of(CPU_OBJECT, CUDA_OBJECT)
+    ops = _native_ops() if CPU_OBJECT.error is None and CUDA_OBJECT.error is None else None
 
     def _allow_tf32(self, query: Tensor) -> bool:
         return query.dtype == torch.float32 and tf32_allowed()
-
-    def why_not(self, problem: Problem) -> str | None:
-        if self.ops is None:
-            return CPU_OBJECT.error or CUDA_OBJECT.error  # the former defines the ops
-        if problem.device.type not in self.device_types:
-            return f"runs on CUDA tensors, got {problem.device}"
-        return _why_not_on(problem.device) if problem.device.type == "cuda" else None
 
 
 @asked_while_tracing
