@@ -122,11 +122,6 @@ def _shape(x: Tensor | None) -> str:
     return "None" if x is None else str(tuple(x.shape))
 
 
-def _expect(name: str, x: Tensor, shape: tuple[int, ...], meaning: str) -> None:
-    if tuple(x.shape) != shape:
-        raise ValueError(f"{name}: expected shape {shape}, {meaning}, got {tuple(x.shape)}")
-
-
 @dataclass(frozen=True)
 class Problem:
     """The frozen facts of one call: all that a backend may ask before it says if it can run."""
@@ -147,23 +142,19 @@ class Problem:
     def __str__(self) -> str:
         grid = self.grid
         sizes = ["×".join(map(str, axis)) for axis in (grid.size, grid.window, grid.shift)]
-        extras = [
-            name
-            for name, used in (
-                ("packed", self.packed),
-                (f"{self.bias} bias", self.bias != "none"),
-                ("mask", self.has_mask),
-                ("cosine", self.cosine),
-                (f"dropout {self.options.dropout_p}", self.options.dropout_p > 0),
-            )
-            if used
-        ]
+        extras = (
+            ("packed", self.packed),
+            (f"{self.bias} bias", self.bias != "none"),
+            ("mask", self.has_mask),
+            ("cosine", self.cosine),
+            (f"dropout {self.options.dropout_p}", self.options.dropout_p > 0),
+        )
         return (
             f"B={self.batch} map={sizes[0]} window={sizes[1]} shift={sizes[2]}"
             + f" H={self.heads} D={self.head_dim}"
             + (f" Dv={self.value_dim}" if self.value_dim != self.head_dim else "")
             + f" {str(self.dtype).removeprefix('torch.')} {self.device}"
-            + "".join(f", {extra}" for extra in extras)
+            + "".join(f", {name}" for name, used in extras if used)
         )
 
     @classmethod
@@ -220,8 +211,8 @@ def _problem(
     size, heads, head_dim, value_dim = _check_tokens(operands)
     grid = Grid.checked(size, window_size, shift_size, periodic, pad_order)
     _check_floats(operands)
-    _check_bias(operands, grid, heads)
-    _check_extras(operands, grid, heads, head_dim, value_dim)
+    _check_bias(operands, heads)
+    _check_shapes(operands, grid, heads, head_dim, value_dim)
     if not mask_value < math.inf:  # NaN as well, in a form that dynamo can trace
         raise ValueError(f"mask_value: expected a finite number or -inf, got {mask_value}")
     if not 0.0 <= dropout_p <= 1.0:
@@ -323,16 +314,12 @@ def _check_floats(operands: Operands) -> None:
             raise ValueError(f"{name}: expected a floating dtype, got {x.dtype}")
 
 
-def _check_bias(operands: Operands, grid: Grid, heads: int) -> None:
-    tokens, table, index = grid.tokens, operands.bias_table, operands.bias_index
-    if operands.bias is not None:
-        if table is not None:
-            raise ValueError(
-                f"both bias {_shape(operands.bias)} and bias_table {_shape(table)} were given: "
-                "pass one of them"
-            )
-        _expect(
-            "bias", operands.bias, (heads, tokens, tokens), f"(H, N, N) for window {grid.window}"
+def _check_bias(operands: Operands, heads: int) -> None:
+    table, index = operands.bias_table, operands.bias_index
+    if operands.bias is not None and table is not None:
+        raise ValueError(
+            f"both bias {_shape(operands.bias)} and bias_table {_shape(table)} were given: "
+            "pass one of them"
         )
     if index is not None:
         if table is None:
@@ -341,20 +328,33 @@ def _check_bias(operands: Operands, grid: Grid, heads: int) -> None:
             )
         if index.dtype not in (torch.int32, torch.int64):
             raise ValueError(f"bias_index: expected int32 or int64, got {index.dtype}")
-        _expect("bias_index", index, (tokens, tokens), f"(N, N) for window {grid.window}")
-    if table is None:
-        return
-    if table.ndim != 2 or table.shape[1] != heads:
+    if table is not None and (table.ndim != 2 or table.shape[1] != heads):
         raise ValueError(
             f"bias_table: expected (T, {heads}), one column per head, got {_shape(table)}"
         )
-    if index is None:
-        _expect(
-            "bias_table",
-            table,
-            (table_length(grid.window), heads),
-            f"(T, H) for window {grid.window}",
-        )
+
+
+def _check_shapes(
+    operands: Operands, grid: Grid, heads: int, head_dim: int, value_dim: int
+) -> None:
+    pairs = (grid.tokens, grid.tokens)
+    expected = {  # what it means is written out only when it is told: dynamo has symbols for sizes
+        "bias": ((heads, *pairs), "(H, N, N) for window {.window}"),
+        "bias_index": (pairs, "(N, N) for window {.window}"),
+        "bias_table": ((table_length(grid.window), heads), "(T, H) for window {.window}"),
+        "mask": ((grid.windows, *pairs), "(nW, N, N) for a map of {.size}"),
+        "pad_key": ((heads, head_dim), "(H, D)"),
+        "pad_value": ((heads, value_dim), "(H, Dv)"),
+        "logit_scale": ((heads,), "one number per head"),
+    }
+    if operands.bias_index is not None:
+        del expected["bias_table"]  # of any length: the index tells its rows
+    for name, (shape, meaning) in expected.items():
+        x = getattr(operands, name)
+        if x is not None and tuple(x.shape) != shape:
+            raise ValueError(
+                f"{name}: expected shape {shape}, {meaning.format(grid)}, got {_shape(x)}"
+            )
 
 
 def is_traced_by_mode() -> bool:
@@ -399,22 +399,3 @@ MASK_HAS_NO_GRADIENT = (
 def _check_mask_gradient(mask: Tensor | None) -> None:
     if isinstance(mask, Tensor) and mask.requires_grad and torch.is_grad_enabled():
         raise ValueError(MASK_HAS_NO_GRADIENT)
-
-
-def _check_extras(
-    operands: Operands, grid: Grid, heads: int, head_dim: int, value_dim: int
-) -> None:
-    mask = operands.mask
-    if mask is not None:
-        _expect(
-            "mask",
-            mask,
-            (grid.windows, grid.tokens, grid.tokens),
-            f"(nW, N, N) for a map of {grid.size}",
-        )
-    if operands.pad_key is not None:
-        _expect("pad_key", operands.pad_key, (heads, head_dim), "(H, D)")
-    if operands.pad_value is not None:
-        _expect("pad_value", operands.pad_value, (heads, value_dim), "(H, Dv)")
-    if operands.logit_scale is not None:
-        _expect("logit_scale", operands.logit_scale, (heads,), "one number per head")
