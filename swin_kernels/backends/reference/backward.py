@@ -14,6 +14,7 @@ from swin_kernels.backends.reference.forward import (
     without_autocast,
 )
 from swin_kernels.backends.reference.windows import from_windows, padding_of, to_windows
+from swin_kernels.geometry import Grid
 from swin_kernels.problem import Operands, Options
 
 
@@ -23,7 +24,7 @@ def _saturated(grad: Tensor, rows: Tensor, dtype: torch.dtype) -> Tensor:
     fp16 cannot hold dx̂/ε, the gradient of a zero vector, and inf turns into NaN against the zero
     input behind it.
     """
-    limit = torch.finfo(dtype).max
+    limit = min(torch.finfo(dtype).max, torch.finfo(grad.dtype).max)
     return torch.where(rows, grad.clamp(-limit, limit), grad)
 
 
@@ -34,9 +35,15 @@ def _through_norm(grad: Tensor, unit: Tensor, norm: Tensor, dtype: torch.dtype) 
     return _saturated((grad - torch.where(clamped, 0.0, radial)) / norm, clamped, dtype)
 
 
-def _sum_over_padding(grad: Tensor, padding: Tensor) -> Tensor:
+def saturated_at_zero(grad: Tensor, x: Tensor) -> Tensor:
+    """`_saturated` where `x` is a zero vector, whose gradient may lie in a wider dtype."""
+    norm = torch.linalg.vector_norm(x.to(grad.dtype), dim=-1, keepdim=True)
+    return _saturated(grad, norm <= NORM_CLAMP, x.dtype)
+
+
+def _sum_over_padding(grad: Tensor, grid: Grid) -> Tensor:
     """(B, nW, H, N, D) summed over the tokens that padding added -> (H, D)."""
-    return (grad * padding[:, None, :, None]).sum((0, 1, 3))
+    return (grad * padding_of(grid, grad.device)[:, None, :, None]).sum((0, 1, 3))
 
 
 def backward(grad_out: Tensor, operands: Operands, options: Options) -> Operands:
@@ -66,44 +73,34 @@ def _backward(grad_out: Tensor, operands: Operands, options: Options) -> Operand
     d_logits = p * (d_p - (p * d_p).sum(-1, keepdim=True))  # (B, nW, H, N, N)
     d_query, d_key = d_logits @ s.key, d_logits.mT @ s.query
 
-    d_logit_scale = None
+    extras = {}
     if operands.logit_scale is not None:
-        d_logit_scale = (s.query * d_query).sum((0, 1, 3, 4)).to(operands.logit_scale.dtype)
+        d_scale = (s.query * d_query).sum((0, 1, 3, 4))
+        extras["logit_scale"] = d_scale.to(operands.logit_scale.dtype)
     d_query, d_key = d_query * s.factor, d_key * s.factor
     if s.query_norm is not None and s.key_norm is not None:
         d_query = _through_norm(d_query, s.query, s.query_norm, operands.query.dtype)
         d_key = _through_norm(d_key, s.key, s.key_norm, operands.query.dtype)
 
-    d_bias = d_table = d_pad_key = d_pad_value = None
     if operands.bias is not None:
-        d_bias = d_logits.sum((0, 1)).to(operands.bias.dtype)
+        extras["bias"] = d_logits.sum((0, 1)).to(operands.bias.dtype)
     if operands.bias_table is not None:
         rows = d_logits.sum((0, 1)).flatten(1).T  # (N·N, H)
         index = bias_index_of(operands, options).reshape(-1)
         table = rows.new_zeros(operands.bias_table.shape).index_add_(0, index, rows)
-        d_table = table.to(operands.bias_table.dtype)
+        extras["bias_table"] = table.to(operands.bias_table.dtype)
     if operands.pad_key is not None:
-        pad_dtype = operands.pad_key.dtype
-        d_pad_key = _sum_over_padding(d_key, padding_of(grid, d_key.device))
+        d_pad = _sum_over_padding(d_key, grid)
         if operands.logit_scale is not None:
-            norm = torch.linalg.vector_norm(operands.pad_key.to(dtype), dim=-1, keepdim=True)
-            d_pad_key = _saturated(d_pad_key, norm <= NORM_CLAMP, pad_dtype)
-        d_pad_key = d_pad_key.to(pad_dtype)
+            d_pad = saturated_at_zero(d_pad, operands.pad_key)
+        extras["pad_key"] = d_pad.to(operands.pad_key.dtype)
     if operands.pad_value is not None:
-        padding = padding_of(grid, d_value.device)
-        d_pad_value = _sum_over_padding(d_value, padding).to(operands.pad_value.dtype)
+        extras["pad_value"] = _sum_over_padding(d_value, grid).to(operands.pad_value.dtype)
 
     d_q, d_k, d_v = (
         from_windows(x, grid).to(operands.query.dtype).contiguous()
         for x in (d_query, d_key, d_value)
     )
-    extras = {
-        "bias": d_bias,
-        "bias_table": d_table,
-        "pad_key": d_pad_key,
-        "pad_value": d_pad_value,
-        "logit_scale": d_logit_scale,
-    }
     if operands.key is None:
         return Operands(torch.stack((d_q, d_k, d_v), dim=-3), **extras)
     return Operands(d_q, d_k, d_v, **extras)

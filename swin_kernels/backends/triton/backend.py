@@ -18,7 +18,7 @@ from swin_kernels.backends.base import (
     forward_fake,
     too_old,
 )
-from swin_kernels.backends.reference.forward import NORM_CLAMP
+from swin_kernels.backends.reference.backward import saturated_at_zero
 from swin_kernels.backends.triton.config import LARGEST_HEAD_DIM
 from swin_kernels.backends.triton.launch_spec import SMALLEST_BLOCK, Call, TensorFacts
 from swin_kernels.backends.triton.launcher import (
@@ -89,20 +89,13 @@ def _backward(grad_out, out, kept, *arguments) -> tuple[Tensor, ...]:
             grads[name] = torch.zeros_like(x)
         else:
             if name == "pad_key" and operands.logit_scale is not None:
-                grad = _held(grad, x)
+                grad = saturated_at_zero(grad, x)
             grads[name] = grad.to(x.dtype)
     # each gradient that is absent is a tensor of its own: outputs of an op never alias
     return tuple(
         grad_out.new_empty(0) if (grad := grads.get(name)) is None else grad
         for name in DIFFERENTIABLE
     )
-
-
-def _held(grad: Tensor, pad_key: Tensor) -> Tensor:
-    """As `l2_normalize_bwd`: a zero vector's gradient held within what fp16 can store."""
-    limit = min(torch.finfo(pad_key.dtype).max, torch.finfo(grad.dtype).max)
-    clamped = torch.linalg.vector_norm(pad_key.float(), dim=-1, keepdim=True) <= NORM_CLAMP
-    return torch.where(clamped, grad.clamp(-limit, limit), grad)
 
 
 def _forward_fake(*arguments) -> tuple[Tensor, Tensor]:
