@@ -194,13 +194,11 @@ TILED: dict[str, Table] = {
     ),
 }
 
-TILED_STAGES: dict[str, Table] = {
-    "tiled_forward": (("of_64 ampere", 2, "there is room, in fp32 too"),),
-    "dq": (("mask -from_shared", 1, "operands are registers, and so is the mask"),),
-    "dkv": (),
-    "dbias": (("", 1, "its loop is over windows, whose tiles are not neighbours"),),
-}
-_TILED_STAGES: Table = (
+# the kernel's name is a word here
+TILED_STAGES: Table = (
+    ("tiled_forward of_64 ampere", 2, "there is room, in fp32 too"),
+    ("dq mask -from_shared", 1, "operands are registers, and so is the mask"),
+    ("dbias", 1, "its loop is over windows, whose tiles are not neighbours"),
     ("fp32", 1, "tiles of four bytes"),
     ("over_64 small_shared", 1, "two stages of 128 channels need more than 100 KB"),
     ("over_64 mask pads", 1, "128 channels, and two things that are added"),
@@ -268,7 +266,7 @@ def _in_tiles(kernel: str, call: Call, features: frozenset[str]) -> Config:
         tiles = -(-call.tokens // queries)
         queries = MOST_QUERIES if tiles % 2 == 0 or tiles > 4 else queries
     largest = block_of(call.tokens)
-    stages = _first((*TILED_STAGES[kernel], *_TILED_STAGES), features, None)
+    stages = _first(TILED_STAGES, features | {kernel}, None)
     return Config(min(queries, largest), min(keys, largest), warps, stages)
 
 

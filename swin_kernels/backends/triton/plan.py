@@ -30,7 +30,7 @@ from swin_kernels.backends.triton.launch_spec import (
     Plan,
     block_of,
 )
-from swin_kernels.backends.triton.token_layout import TokenLayout, contiguous_stride, pad_to_3d
+from swin_kernels.backends.triton.token_layout import TokenLayout, pad_to_3d
 from swin_kernels.problem import NEEDS, Options
 
 
@@ -68,7 +68,7 @@ def forward_plan(call: Call, gpu: Gpu, *, differentiable: bool = False) -> Plan:
     kept = kept_shape(call, gpu) if differentiable else (0,)
     keep_stats, keep_tiles = len(kept) == 3, len(kept) == 4
     shape = (call.batch, *call.grid.size, call.heads, call.value_dim)
-    out = TokenLayout.of("out", shape, contiguous_stride(shape))
+    out = TokenLayout.contiguous("out", shape)
     buffers: Buffers = {"out": (shape, call.dtype)}
     if keep_stats:
         buffers["stats"] = (kept, torch.float32)
@@ -122,7 +122,9 @@ def backward_plan(call: Call, gpu: Gpu) -> Plan:
     The facts are those of the operands, of grad_out, and of what the forward kept: `stats` with
     its `out`, or `tiles`.
     """
-    grads, buffers = _gradient_layouts(call)
+    shapes = [(f"grad_{name}", call.facts[name].shape, part) for name, part in call.parts]
+    grads = [TokenLayout.contiguous(*x) for x in shapes]
+    buffers: Buffers = {name: (shape, call.dtype) for name, shape, _ in shapes}
     facts = call.facts["grad_out"]
     grad_out = TokenLayout.of("grad_out", facts.shape, facts.stride)
     pad_key, pad_value = (bool(call.needs & NEEDS[p]) and call.fills(p) for p in _PADS)
@@ -151,15 +153,6 @@ def backward_plan(call: Call, gpu: Gpu) -> Plan:
 
 
 _PADS = ("pad_key", "pad_value")
-
-
-def _gradient_layouts(call: Call) -> tuple[list[TokenLayout], Buffers]:
-    buffers = {f"grad_{name}": (call.facts[name].shape, call.dtype) for name, _ in call.parts}
-    layouts = []
-    for name, part in call.parts:
-        shape = call.facts[name].shape
-        layouts.append(TokenLayout.of(f"grad_{name}", shape, contiguous_stride(shape), part))
-    return layouts, buffers
 
 
 def _sums(
@@ -215,7 +208,7 @@ def _tiled_backward(call: Call, gpu: Gpu, pointers, scalars, buffers) -> Plan:
     buffers["delta"] = ((call.windows, call.heads, tokens), torch.float32)
     expand, bias_pointers, bias_scalars = expanded_bias_args(call, buffers, LARGEST_BLOCK)
     shape = (call.batch, *call.grid.size, call.heads, call.value_dim)
-    out = TokenLayout.of("out", shape, contiguous_stride(shape))
+    out = TokenLayout.contiguous("out", shape)
     pointers |= bias_pointers | {"out_ptr": "out", "stats_ptr": "stats", "delta_ptr": "delta"}
     scalars |= bias_scalars | {"out_strides": out.strides}
 

@@ -46,6 +46,12 @@ class TokenLayout(NamedTuple):
         strides = (stride[0], *pad_to_3d(stride[1:-2], 0), stride[-2], stride[-1])
         return cls(tensor, strides, start, needs_wide_offsets(shape, stride))
 
+    @classmethod
+    def contiguous(
+        cls, tensor: str, shape: tuple[int, ...], part: int | None = None
+    ) -> TokenLayout:
+        return cls.of(tensor, shape, contiguous_stride(shape), part)
+
 
 def alignment(tokens: Iterable[TokenLayout]) -> int:
     """The largest power of two, up to 16, that divides where every head of every token begins."""
