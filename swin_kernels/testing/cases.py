@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -143,20 +143,26 @@ def _heads_first(x: Tensor) -> Tensor:
     return x.movedim(-2, 1).contiguous().movedim(1, -2)
 
 
-def _explicit_mask(
-    case: Case, randn: Callable[..., Tensor], generator: torch.Generator | None
-) -> Tensor:
+def _explicit_mask(case: Case, draws: dict[str, Any]) -> Tensor:
     windows, tokens = case.grid.windows, case.grid.tokens
     shape = (windows, tokens, tokens)
     if case.mask == "soft":
-        return randn(*shape)
-    away = torch.rand(shape, generator=generator) < 0.25
+        return torch.randn(shape, **draws)
+    away, zeros = torch.rand(shape, **draws) < 0.25, torch.zeros(shape, device=draws["device"])
     if case.mask == "regions":
-        return torch.zeros(shape).masked_fill(away, -100.0)
+        return zeros.masked_fill(away, -100.0)
     away.diagonal(dim1=1, dim2=2).zero_()
     if case.mask == "dead":
         away[:, tokens // 2] = True
-    return torch.zeros(shape).masked_fill(away, -torch.inf)
+    return zeros.masked_fill(away, -torch.inf)
+
+
+def _source(device: torch.device | str | None, seed: int) -> tuple[torch.device, dict[str, Any]]:
+    """The device, and what numbers are drawn with: nowhere for tensors without data."""
+    device = torch.device(torch.get_default_device() if device is None else device)
+    if device.type == "meta":
+        return device, {"device": device}
+    return device, {"device": "cpu", "generator": torch.Generator().manual_seed(seed)}
 
 
 def make_operands(case: Case, device: torch.device | str | None = None, seed: int = 0) -> Operands:
@@ -165,26 +171,11 @@ def make_operands(case: Case, device: torch.device | str | None = None, seed: in
     They are drawn on the CPU, the same for every device; None is torch's default device. In fp64
     the values are those of fp32, so that fp32 arithmetic on them errs by rounding alone.
     """
-    device, source, generator = _source(device, seed)
-    with source:
-        return _make_operands(case, device, generator)
-
-
-def _source(
-    device: torch.device | str | None, seed: int
-) -> tuple[torch.device, torch.device, torch.Generator | None]:
-    """The device, where numbers are drawn, and from what: nowhere for tensors without data."""
-    device = torch.device(torch.get_default_device() if device is None else device)
-    if device.type == "meta":
-        return device, device, None
-    return device, torch.device("cpu"), torch.Generator().manual_seed(seed)
-
-
-def _make_operands(case: Case, device: torch.device, generator: torch.Generator | None) -> Operands:
+    device, draws = _source(device, seed)
     extras_dtype = case.extras_dtype or case.dtype
 
     def randn(*shape: int) -> Tensor:
-        return torch.randn(shape, generator=generator)
+        return torch.randn(shape, **draws)
 
     def placed(x: Tensor, dtype: torch.dtype = extras_dtype, layout: str = case.layout) -> Tensor:
         return _laid_out(x.to(device=device, dtype=dtype), layout)
@@ -205,21 +196,20 @@ def _make_operands(case: Case, device: torch.device, generator: torch.Generator 
     elif case.bias == "table+index":
         rows = tokens + 3
         tensors["bias_table"] = placed(randn(rows, heads))
-        index = torch.randint(rows, (tokens, tokens), generator=generator, dtype=torch.int64)
+        index = torch.randint(rows, (tokens, tokens), dtype=torch.int64, **draws)
         tensors["bias_index"] = index.to(device)
     if case.mask != "none":
-        tensors["mask"] = placed(_explicit_mask(case, randn, generator))
+        tensors["mask"] = placed(_explicit_mask(case, draws))
     if case.pads:
         tensors["pad_key"] = placed(randn(heads, case.head_dim))
         tensors["pad_value"] = placed(randn(heads, case.dv))
     if case.cosine:
-        tensors["logit_scale"] = placed(torch.rand(heads, generator=generator) * 6 + 8)
+        tensors["logit_scale"] = placed(torch.rand(heads, **draws) * 6 + 8)
     return Operands(**tensors)
 
 
 def make_grad_out(case: Case, device: torch.device | str | None = None, seed: int = 1) -> Tensor:
     """A random gradient of the output, in the layout of the case."""
-    device, source, generator = _source(device, seed)
-    shape = (case.batch, *case.size, case.heads, case.dv)
-    grad = torch.randn(shape, generator=generator, device=source)
+    device, draws = _source(device, seed)
+    grad = torch.randn((case.batch, *case.size, case.heads, case.dv), **draws)
     return _laid_out(grad.to(device=device, dtype=case.dtype), case.layout)
