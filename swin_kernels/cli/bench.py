@@ -119,7 +119,9 @@ def _check(p: Prepared, bar: command.Bar) -> list[timing.Difference]:
                 for name, module in p.timed.items()
             }
         pair = logits["patched"], logits["stock"]
-        differences.append(timing.compare_logits("logits, compiled", *pair, exact.logits))
+        differences.append(
+            timing.difference("logits, compiled", *pair, exact.logits, by_image=True)
+        )
     return differences
 
 

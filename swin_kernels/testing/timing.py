@@ -87,9 +87,10 @@ def _complaint(name: str, patched: Several, stock: Several, exact: Several) -> s
     return None
 
 
-def _difference(
+def difference(
     name: str, patched: Tensor, stock: Tensor, exact: Tensor, *, by_image: bool = False
 ) -> Difference:
+    """Of one quantity; logits are judged by image."""
     return Difference(
         name,
         _largest(patched.double() - stock.double()),
@@ -137,15 +138,10 @@ def compare(patched: Outcome, stock: Outcome, exact: Outcome) -> list[Difference
     """
     grads = (_flat(x.grads, dict.fromkeys(exact.grads, 1.0)) for x in (patched, stock, exact))
     return [
-        compare_logits("logits", patched.logits, stock.logits, exact.logits),
-        _difference("gradients", *grads),
+        difference("logits", patched.logits, stock.logits, exact.logits, by_image=True),
+        difference("gradients", *grads),
         _relative(patched, stock, exact),
     ]
-
-
-def compare_logits(name: str, patched: Tensor, stock: Tensor, exact: Tensor) -> Difference:
-    """Differences of logits alone."""
-    return _difference(name, patched, stock, exact, by_image=True)
 
 
 def patched_copy(module: nn.Module, images: Tensor) -> tuple[nn.Module, PatchReport, str]:
@@ -183,14 +179,11 @@ STEPS: dict[str, Callable[[nn.Module, Tensor], Any]] = {
 }
 
 
-def _seconds(step: Callable[[nn.Module, Tensor], Any], module: nn.Module, images: Tensor) -> float:
+def _now(images: Tensor) -> float:
+    """Seconds on a clock, once all is done that the device of the images was given."""
     if images.is_cuda:
         torch.cuda.synchronize(images.device)
-    start = time.perf_counter()
-    step(module, images)
-    if images.is_cuda:
-        torch.cuda.synchronize(images.device)
-    return time.perf_counter() - start
+    return time.perf_counter()
 
 
 def quantiles(seconds: Sequence[float], unit: float = 1.0) -> tuple[float, float, float]:
@@ -214,9 +207,10 @@ def time_in_turn(
         module.train(step == "training step")
     for turn in range(rounds + 1):
         for name, module in modules.items():
-            seconds = _seconds(STEPS[step], module, images)
+            start = _now(images)
+            STEPS[step](module, images)
             if turn > 0:
-                times[name].append(seconds)
+                times[name].append(_now(images) - start)
             tick()
     for module in modules.values():
         module.eval()
@@ -238,17 +232,14 @@ def attention_clock(module: nn.Module) -> Iterator[list[float]]:
 
         return add
 
-    hooks = [module.register_forward_pre_hook(lambda *_: seconds.append(0.0))]
     block: Any
-    for block in module.modules():
-        if hasattr(block, "attn") and hasattr(block, "drop_path1"):
-            hooks.append(block.register_forward_pre_hook(clock(-1)))
-            hooks.append(block.drop_path1.register_forward_pre_hook(clock(+1)))
-            for part in (block.norm1, block.attn.qkv, block.attn.proj):
-                hooks.append(part.register_forward_pre_hook(clock(+1)))
-                hooks.append(part.register_forward_hook(clock(-1)))
-    try:
+    with contextlib.ExitStack() as hooks:
+        hooks.enter_context(module.register_forward_pre_hook(lambda *_: seconds.append(0.0)))
+        for block in module.modules():
+            if hasattr(block, "attn") and hasattr(block, "drop_path1"):
+                hooks.enter_context(block.register_forward_pre_hook(clock(-1)))
+                hooks.enter_context(block.drop_path1.register_forward_pre_hook(clock(+1)))
+                for part in (block.norm1, block.attn.qkv, block.attn.proj):
+                    hooks.enter_context(part.register_forward_pre_hook(clock(+1)))
+                    hooks.enter_context(part.register_forward_hook(clock(-1)))
         yield seconds
-    finally:
-        for hook in hooks:
-            hook.remove()
