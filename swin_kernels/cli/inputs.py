@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import difflib
 import importlib
 import importlib.util
@@ -135,11 +136,9 @@ def _hub_is_reachable() -> bool:
     opened = threading.Event()
 
     def connect() -> None:
-        try:
+        with contextlib.suppress(OSError):
             socket.create_connection((address.hostname, port), _CONNECT_SECONDS).close()
-        except OSError:
-            return
-        opened.set()
+            opened.set()
 
     probe = threading.Thread(target=connect, daemon=True)
     probe.start()

@@ -8,6 +8,7 @@ import re
 import subprocess
 import sys
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 
@@ -60,21 +61,18 @@ def peak_memory(spec: Spec, variants: Sequence[str]) -> dict[str, dict[str, int]
         "MALLOC_TRIM_THRESHOLD_": "65536",
         "OMP_WAIT_POLICY": "PASSIVE",  # they share the CPUs, and nothing is timed
     }
-    children = {}
-    for variant in variants:
+
+    def measured(variant: str) -> dict[str, int]:
         wanted = json.dumps([variant, *spec])
         command = [sys.executable, "-m", "swin_kernels.cli.memory", wanted]
-        pipe = subprocess.PIPE
-        children[variant] = subprocess.Popen(
-            command, stdout=pipe, stderr=pipe, text=True, env=environment
-        )
-    # all are waited for before one is judged
-    words = {variant: child.communicate() for variant, child in children.items()}
-    for variant, child in children.items():
-        if child.returncode != 0:
-            last = words[variant][1].strip().splitlines() or [f"exit code {child.returncode}"]
+        done = subprocess.run(command, check=False, capture_output=True, text=True, env=environment)
+        if done.returncode != 0:
+            last = done.stderr.strip().splitlines() or [f"exit code {done.returncode}"]
             raise RuntimeError(f"{variant}: {last[-1]}")
-    return {variant: json.loads(out.splitlines()[-1]) for variant, (out, _) in words.items()}
+        return json.loads(done.stdout.splitlines()[-1])
+
+    with ThreadPoolExecutor(len(variants)) as pool:  # all are waited for before one is judged
+        return dict(zip(variants, pool.map(measured, variants)))
 
 
 def _resident(field: str) -> int:
