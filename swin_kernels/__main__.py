@@ -7,8 +7,11 @@ import math
 import os
 import re
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import NoReturn
+
+import swin_kernels
 
 BAD_INPUT, INTERRUPTED = 2, 130
 _NO_MEMORY = "out of memory|allocate memory|size calculation overflowed"
@@ -28,12 +31,6 @@ class _Parser(argparse.ArgumentParser):
 def _print(text: str) -> int:
     print(text)
     return 0
-
-
-def _explanation(options: argparse.Namespace) -> str:
-    import swin_kernels
-
-    return swin_kernels.explain()
 
 
 def _whole(text: str) -> int:
@@ -134,20 +131,18 @@ def _parser() -> _Parser:
     parser = _Parser(prog="python -m swin_kernels", description="Fused shifted-window attention.")
     commands = parser.add_subparsers(title="commands", metavar="command")
 
-    shown = commands.add_parser("demo", help="a timm Swin on a photo, stock against patched")
-    demo.add_options(shown)
-    shown.set_defaults(parser=shown, prepare=demo.prepare, run=demo.run)
+    def add(name: str, text: str, prepare: Callable, run: Callable) -> argparse.ArgumentParser:
+        added = commands.add_parser(name, help=text)
+        added.set_defaults(parser=added, prepare=prepare, run=run)
+        return added
 
-    times = commands.add_parser("bench", help="a model and size of your own, stock against patched")
-    bench.add_options(times)
-    times.set_defaults(parser=times, prepare=bench.prepare, run=bench.run)
-
-    explain = commands.add_parser("explain", help="backends, and why one cannot run")
-    explain.set_defaults(parser=explain, prepare=_explanation, run=_print)
-
-    picture = commands.add_parser(
-        "picture", help="shift regions, window masks or a learnt bias as PNG or SVG"
-    )
+    text = "a timm Swin on a photo, stock against patched"
+    demo.add_options(add("demo", text, demo.prepare, demo.run))
+    text = "a model and size of your own, stock against patched"
+    bench.add_options(add("bench", text, bench.prepare, bench.run))
+    add("explain", "backends, and why one cannot run", lambda _: swin_kernels.explain(), _print)
+    text = "shift regions, window masks or a learnt bias as PNG or SVG"
+    picture = add("picture", text, _picture, _print)
     picture.add_argument(
         "--size", type=_whole, nargs=2, metavar="N", help="tokens of the map (default: 6 6)"
     )
@@ -172,7 +167,6 @@ def _parser() -> _Parser:
         default="out/shift.png",
         help="PNG, or by its suffix SVG or PDF (default: out/shift.png)",
     )
-    picture.set_defaults(parser=picture, prepare=_picture, run=_print)
     return parser
 
 
