@@ -20,7 +20,7 @@ from torch import nn
 from swin_kernels.ops.dispatch import check_name, log_once
 from swin_kernels.patch.source import fingerprint
 
-# stock class -> our module whose FUSED holds its fused subclass, imported when such a class is met
+# stock class -> our module with its fused subclass, imported when such a class is met
 STOCK_CLASSES = {
     "timm.models.swin_transformer.SwinTransformerBlock": "swin_kernels.patch.timm",
     "timm.models.swin_transformer_v2.SwinTransformerV2Block": "swin_kernels.patch.timm",
@@ -161,7 +161,8 @@ def _qualified(cls: type) -> str:
 
 
 def _inspect_block(name: str, block: nn.Module, stock: str) -> Found:
-    fused: type[Fused] = importlib.import_module(STOCK_CLASSES[stock]).FUSED[stock]
+    module = importlib.import_module(STOCK_CLASSES[stock])
+    fused: type[Fused] = getattr(module, stock.rpartition(".")[2])
     if isinstance(block, Fused):
         return Found(name, block, fused, True, fused.why_stock(block))
     if type(block) is not fused.stock:

@@ -52,13 +52,6 @@ def explain(*args: Any, **options: Any) -> str:
     )
 
 
-def _version(package: str) -> str:
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return "not installed"
-
-
 def _environment() -> str:
     lines = [
         f"swin_kernels {__version__}, torch {torch.__version__}, "
@@ -72,12 +65,12 @@ def _environment() -> str:
         )
         lines.append(f"compiled object {loaded.name}: {state}")
     lines.append(f"vector code in use (ATEN_CPU_CAPABILITY lowers it): {native.cpu_capability()}")
-    lines.append("models that patch knows:")
-    for package in sorted({name.partition(".")[0] for name in STOCK_CLASSES}):
-        classes = ", ".join(
-            name.rpartition(".")[2] for name in STOCK_CLASSES if name.startswith(package + ".")
-        )
-        lines.append(f"  {package} ({_version(package)}): {classes}")
+    try:
+        version = importlib.metadata.version("timm")
+    except importlib.metadata.PackageNotFoundError:
+        version = "not installed"
+    classes = ", ".join(name.rpartition(".")[2] for name in STOCK_CLASSES)
+    lines += ["models that patch knows:", f"  timm ({version}): {classes}"]
     return "\n".join(lines)
 
 
@@ -106,14 +99,12 @@ def _problem(problem: Problem, backend: str | None = None) -> str:
     if name is not None:
         check_name(name)
     chosen = name or next((n for n, reason in reasons.items() if reason is None), None)
-    if chosen is None or reasons[chosen] is not None:
-        verdict = (
-            "nothing runs it"
-            if name is None
-            else f"{name} was asked for and cannot: it would raise"
-        )
-    else:
+    if chosen is None:
+        verdict = "nothing runs it"
+    elif reasons[chosen] is None:
         verdict = f"{chosen} would run it" + ("" if name is None else ", as asked for")
+    else:
+        verdict = f"{name} was asked for and cannot: it would raise"
     lines = [f"{problem}: {verdict}"]
     for other, reason in reasons.items():
         state = reason or (

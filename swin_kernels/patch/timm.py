@@ -351,9 +351,3 @@ class SwinTransformerV2CrBlock(_FusedBlock, swin_transformer_v2_cr.SwinTransform
         else:  # noqa: RET505  TorchScript compiles what follows a return, but not this branch
             out = self._fused(x)
             return super()._shifted_window_attn(x) if out is None else out
-
-
-FUSED: dict[str, type[_FusedBlock]] = {
-    f"{cls.stock.__module__}.{cls.stock.__qualname__}": cls
-    for cls in (SwinTransformerBlock, SwinTransformerV2Block, SwinTransformerV2CrBlock)
-}
