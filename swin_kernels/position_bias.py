@@ -38,9 +38,7 @@ def bias_from_table(table: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
 
 
 def log_coordinates(
-    window: Sequence[int],
-    pretrained_window: Sequence[int] | None = None,
-    device: torch.device | str | None = None,
+    window: Sequence[int], pretrained_window: Sequence[int] | None = None
 ) -> torch.Tensor:
     """(2·w0−1, 2·w1−1, …, axes) fp32: sign(Δ)·log2(1+|Δ|)/log2(8), Δ in [−8, 8] (V2, eq. 4).
 
@@ -49,7 +47,7 @@ def log_coordinates(
     """
     axes = []
     for w, trained in zip(window, pretrained_window or window):
-        steps = torch.arange(-(w - 1), w, dtype=torch.float32, device=device)
+        steps = torch.arange(-(w - 1), w, dtype=torch.float32)
         axes.append(steps / max((trained or w) - 1, 1) * 8)
     grid = torch.stack(torch.meshgrid(*axes, indexing="ij"), dim=-1)
     return torch.sign(grid) * torch.log2(grid.abs() + 1.0) / math.log2(8)

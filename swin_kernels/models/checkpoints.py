@@ -318,8 +318,7 @@ def _buffers(model: Model, layout: Layout) -> dict[str, Tensor]:
             stage = int(name.removeprefix("encoder.").split(".")[1])
             side = encoder.config.map_size(stage)
             if side > window[0]:
-                padded = -(-side // window[0]) * window[0]
-                grid = Grid.checked((padded, padded), window, module.shift_size)
+                grid = Grid.checked((side, side), window, module.shift_size)
                 found["attn_mask"] = grid.shift_mask(dtype=torch.float32)
         block = name.removesuffix("attn")
         for buffer, tensor in found.items():

@@ -156,15 +156,10 @@ def _variant(known: Layout, state: Mapping[str, object], prefix: str) -> Layout:
         return _VIT
     if any(key.startswith(f"{prefix}layers_0.") for key in state):
         return _TIMM_FEATURES
-    return _TIMM if _is_timm(state, prefix) else _AUTHORS
-
-
-def _is_timm(state: Mapping[str, object], prefix: str) -> bool:
-    """timm since 0.9; before, its names were the authors'."""
+    # timm since 0.9; before, its names were the authors'
     merging = prefix + "layers.{}.downsample.reduction.weight"
-    return f"{prefix}head.fc.weight" in state or (
-        merging.format(1) in state and merging.format(0) not in state
-    )
+    moved = merging.format(1) in state and merging.format(0) not in state
+    return _TIMM if moved or f"{prefix}head.fc.weight" in state else _AUTHORS
 
 
 def layout_for(name: str, family: str, simmim: bool) -> Layout:

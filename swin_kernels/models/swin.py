@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from typing import ClassVar
 
 from torch import Tensor, nn
 
@@ -95,13 +96,14 @@ class SwinBlock(nn.Module):
         mlp_ratio: float,
         drop: float,
         drop_path: float,
+        eps: float = 1e-5,
     ) -> None:
         super().__init__()
-        self.norm1 = nn.LayerNorm(dim)
+        self.norm1 = nn.LayerNorm(dim, eps)
         self.before_attention = None
         self.attn = attention
         self.drop_path = DropPath(drop_path)
-        self.norm2 = nn.LayerNorm(dim)
+        self.norm2 = nn.LayerNorm(dim, eps)
         self.mlp = Mlp(dim, int(dim * mlp_ratio), drop)
 
     def attend(self, x: Tensor) -> Tensor:
@@ -146,6 +148,9 @@ class SwinTransformer(nn.Module):
         ValueError: sizes that do not fit each other, here or in forward.
     """
 
+    config_type: ClassVar[type[SwinConfig]] = SwinConfig
+    norm_last: ClassVar[bool] = False  # of patch merging
+
     def __init__(
         self,
         config: SwinConfig | None = None,
@@ -157,10 +162,10 @@ class SwinTransformer(nn.Module):
         **changes,
     ) -> None:
         super().__init__()
-        self.config = config = replace(config or self.default(), **changes)
-        if type(config) is not type(self.default()):
+        self.config = config = replace(config or self.config_type(), **changes)
+        if type(config) is not self.config_type:
             raise ValueError(
-                f"config: expected a {type(self.default()).__name__}, got a {type(config).__name__}"
+                f"config: expected a {self.config_type.__name__}, got a {type(config).__name__}"
             )
         self.backend = backend_of(attention, backend)
         self.features_only = features_only
@@ -170,7 +175,7 @@ class SwinTransformer(nn.Module):
         stages, last = [], len(config.depths) - 1
         for i, depth in enumerate(config.depths):
             blocks = [self.make_block(i, j, next(rates)) for j in range(depth)]
-            downsample = self.make_merging(config.embed_dim << i) if i < last else None
+            downsample = PatchMerging(config.embed_dim << i, self.norm_last) if i < last else None
             stages.append(Stage(blocks, downsample))
         self.layers = nn.ModuleList(stages)
         self.num_features = config.embed_dim << last
@@ -182,15 +187,10 @@ class SwinTransformer(nn.Module):
             self.norm = nn.LayerNorm(self.num_features)
             self.head = make_head(self.num_features, config.num_classes)
         self.apply(initialise)
-        self.initialise_norms()
         if before_attention is not None:  # after that: they have weights of their own
             for i, stage in enumerate(stages):
                 for block in stage.blocks:
                     block.before_attention = before_attention(config.embed_dim << i)
-
-    @staticmethod
-    def default() -> SwinConfig:
-        return SwinConfig()
 
     def make_attention(
         self, stage: int, index: int, kind: type[nn.Module] = MapAttention, **options
@@ -214,12 +214,6 @@ class SwinTransformer(nn.Module):
         """Block `index` of a stage."""
         c, attention = self.config, self.make_attention(stage, index)
         return SwinBlock(attention, c.embed_dim << stage, c.mlp_ratio, c.drop_rate, drop_path)
-
-    def make_merging(self, dim: int) -> nn.Module:
-        return PatchMerging(dim)
-
-    def initialise_norms(self) -> None:
-        """V2 begins with branches that add nothing."""
 
     def set_checkpointing(self, on: bool = True) -> None:
         """Whether blocks are computed again in the backward instead of kept (while training)."""

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from torch import Tensor, nn
 
 from swin_kernels.models.attention import MapAttentionV2
-from swin_kernels.models.layers import PatchMerging, check_least
+from swin_kernels.models.layers import check_least
 from swin_kernels.models.swin import SIZES, SwinBlock, SwinConfig, SwinTransformer
 
 
@@ -57,6 +57,8 @@ class SwinV2Block(SwinBlock):
 
     def __init__(self, *arguments, extra_norm: bool = False, **options) -> None:
         super().__init__(*arguments, **options)
+        for norm in (self.norm1, self.norm2):  # branches begin by adding nothing
+            nn.init.zeros_(norm.weight)
         dim = self.norm1.normalized_shape
         self.norm3 = nn.LayerNorm(dim) if extra_norm else nn.Identity()
 
@@ -73,10 +75,8 @@ class SwinTransformerV2(SwinTransformer):
     """
 
     config: SwinV2Config
-
-    @staticmethod
-    def default() -> SwinV2Config:
-        return SwinV2Config()
+    config_type = SwinV2Config
+    norm_last = True
 
     def make_block(self, stage: int, index: int, drop_path: float) -> nn.Module:
         c = self.config
@@ -90,25 +90,11 @@ class SwinTransformerV2(SwinTransformer):
             extra_norm=c.extra_norm_every > 0 and (index + 1) % c.extra_norm_every == 0,
         )
 
-    def make_merging(self, dim: int) -> nn.Module:
-        return PatchMerging(dim, norm_last=True)
-
-    def initialise_norms(self) -> None:
-        for block in self.modules():
-            if isinstance(block, SwinV2Block):
-                for norm in (block.norm1, block.norm2):
-                    nn.init.zeros_(norm.weight)
-
 
 def swin_v2(name: str, **options) -> SwinTransformerV2:
-    """The published Swin V2 of this name, with random weights.
+    """The published Swin V2 of this name, such as "swinv2_base_window16_256".
 
-    Args:
-        name: such as "swinv2_base_window16_256"; all names are in docs/models.md.
-        **options: those of `SwinTransformerV2`, and fields of `SwinV2Config` to replace.
-
-    Raises:
-        ValueError: an unknown name, with the known ones, or sizes that do not fit each other.
+    Arguments and errors are those of `swin`, with fields of `SwinV2Config`.
     """
     if name not in CONFIGS:
         raise ValueError(f"expected one of {', '.join(CONFIGS)}, got {name!r}")

@@ -15,8 +15,6 @@ from torch import Tensor, nn
 
 from swin_kernels.models.attention import backend_of
 from swin_kernels.models.layers import (
-    DropPath,
-    Mlp,
     PatchEmbed,
     check_least,
     drop_path_rates,
@@ -24,7 +22,7 @@ from swin_kernels.models.layers import (
     make_head,
     run_blocks,
 )
-from swin_kernels.models.swin import Replace
+from swin_kernels.models.swin import Replace, SwinBlock
 from swin_kernels.ops.layers import attention_of_qkv
 
 NORM_EPS = 1e-6  # the authors'; Swin's is torch's own 1e-5
@@ -126,22 +124,13 @@ class GlobalAttention(nn.Module):
         return self.proj_drop(self.proj(out.flatten(-2)))
 
 
-class ViTBlock(nn.Module):
+class ViTBlock(SwinBlock):
     """x + MSA(LN(x)), then x + MLP(LN(x)) (eq. 2 and 3)."""
 
     def __init__(self, config: ViTConfig, drop_path: float, backend: str | None) -> None:
-        super().__init__()
         c, dim = config, config.embed_dim
-        self.norm1 = nn.LayerNorm(dim, eps=NORM_EPS)
-        self.attn = GlobalAttention(dim, c.num_heads, c.attn_drop_rate, c.drop_rate, backend)
-        self.drop_path = DropPath(drop_path)
-        self.norm2 = nn.LayerNorm(dim, eps=NORM_EPS)
-        self.mlp = Mlp(dim, int(dim * c.mlp_ratio), c.drop_rate)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """(B, N, dim) -> the same."""
-        x = x + self.drop_path(self.attn(self.norm1(x)))
-        return x + self.drop_path(self.mlp(self.norm2(x)))
+        attention = GlobalAttention(dim, c.num_heads, c.attn_drop_rate, c.drop_rate, backend)
+        super().__init__(attention, dim, c.mlp_ratio, c.drop_rate, drop_path, NORM_EPS)
 
 
 class VisionTransformer(nn.Module):
@@ -151,10 +140,7 @@ class VisionTransformer(nn.Module):
     `distilled_training` set they come as a pair.
 
     Args:
-        config: sizes; CONFIGS holds the published ones by name.
-        attention: "fused", or "reference" for the unfused path in plain PyTorch.
-        backend: of the fused operation; None takes the first that can.
-        **changes: fields of the configuration to replace, such as num_classes=10.
+        config, attention, backend, **changes: as in `SwinTransformer`, with a `ViTConfig`.
 
     Raises:
         ValueError: sizes that do not fit each other, here or in forward.
@@ -232,14 +218,9 @@ class VisionTransformer(nn.Module):
 
 
 def vit(name: str, **options) -> VisionTransformer:
-    """The published ViT of this name, with random weights.
+    """The published ViT of this name, such as "vit_base_patch16_224".
 
-    Args:
-        name: such as "vit_base_patch16_224"; all names are in docs/models.md.
-        **options: those of `VisionTransformer`, and fields of `ViTConfig` to replace.
-
-    Raises:
-        ValueError: an unknown name, with the known ones, or sizes that do not fit each other.
+    Arguments and errors are those of `swin`, with options of `VisionTransformer` and `ViTConfig`.
     """
     if name not in CONFIGS:
         raise ValueError(f"expected one of {', '.join(CONFIGS)}, got {name!r}")
