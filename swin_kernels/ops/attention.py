@@ -172,14 +172,10 @@ def shifted_window_attention_qkvpacked(
         qkv: (B, *S, 3, H, D), query, key and value in this order; any strides; S has 1, 2 or 3
             axes. fp16, bf16, fp32 or fp64.
 
-    All other arguments are those of `shifted_window_attention`, with Dv = D.
+    All other arguments are those of `shifted_window_attention`, with Dv = D, and so are errors.
 
     Returns:
         (B, *S, H, D), contiguous, in the dtype of qkv (under autocast, autocast's).
-
-    Raises:
-        ValueError: as in `shifted_window_attention`.
-        NotImplementedError: as in `shifted_window_attention`.
     """
     return _attend(
         Operands(
