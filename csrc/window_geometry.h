@@ -16,9 +16,10 @@ constexpr int64_t kMaxTokens = 1 << 15;  // of a window, so that no product of s
 constexpr double kNormClamp = 1e-12;     // of norms in cosine attention, as in the reference
 constexpr int kAxes = 3;                 // maps of fewer axes have leading axes of one token
 
-// How many parts of `size` cover n.
+// How many parts of `size` cover n. On the host: in kernels the quotient is written out, as nvcc
+// folds comparisons with it less well behind a call.
 template <class Int>
-SWIN_HOST_DEVICE constexpr Int parts_of(Int n, Int size) {
+constexpr Int parts_of(Int n, Int size) {
   return (n + size - 1) / size;
 }
 

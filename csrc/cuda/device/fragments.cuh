@@ -1,5 +1,6 @@
 // Which lane of a warp holds which element of the operands and sums of a matrix product: the
-// layouts of mma.m16n8k16 and mma.m16n8k8 (PTX ISA, "Matrix fragments").
+// layouts of mma.m16n8k16 and mma.m16n8k8 (PTX ISA, "Matrix fragments"). Plain arithmetic, so that
+// host tests multiply by it.
 #pragma once
 
 #include "cuda/device/ptx.cuh"
@@ -13,10 +14,6 @@ constexpr int kColumns = 8;  // of one fragment of sums
 constexpr int kTile = 64;    // tokens of a tile
 constexpr int kKeyTiles = kTile / kColumns;
 
-SWIN_DEVICE int lane_index() { return thread_index() % kWarp; }
-// The first of the 16 rows of a tile that the thread's warp has.
-SWIN_DEVICE int warp_row() { return thread_index() / kWarp * kRows; }
-
 // Sums over lanes that differ in the bits from First up to below Last, in each of them.
 template <int First, int Last, class Sum>
 SWIN_DEVICE Sum sum_over_lanes(Sum x) {
@@ -28,17 +25,17 @@ SWIN_DEVICE Sum sum_over_lanes(Sum x) {
 struct Lane {
   int group, member;  // of eight groups of four lanes
 
-  SWIN_DEVICE Lane() : group(lane_index() / 4), member(lane_index() % 4) {}
+  SWIN_HOST_DEVICE explicit Lane(int lane) : group(lane / 4), member(lane % 4) {}
 
   // A lane's sums 0 to 3 are two neighbours in each of two rows.
-  SWIN_DEVICE int row(int sum) const { return group + 8 * (sum / 2); }
-  SWIN_DEVICE int column(int sum) const { return 2 * member + sum % 2; }
+  SWIN_HOST_DEVICE int row(int sum) const { return group + 8 * (sum / 2); }
+  SWIN_HOST_DEVICE int column(int sum) const { return 2 * member + sum % 2; }
 
   // Where it reads operands of 4 bytes for m16n8k8: a[0..3] (row, k), b[0..1] (k, column).
-  SWIN_DEVICE int left_row(int i) const { return group + 8 * (i % 2); }
-  SWIN_DEVICE int left_depth(int i) const { return member + 4 * (i / 2); }
-  SWIN_DEVICE int right_depth(int i) const { return member + 4 * i; }
-  SWIN_DEVICE int right_column() const { return group; }
+  SWIN_HOST_DEVICE int left_row(int i) const { return group + 8 * (i % 2); }
+  SWIN_HOST_DEVICE int left_depth(int i) const { return member + 4 * (i / 2); }
+  SWIN_HOST_DEVICE int right_depth(int i) const { return member + 4 * i; }
+  SWIN_HOST_DEVICE int right_column() const { return group; }
 };
 
 // For `load_matrices`: the row and first column that a lane names of a 16×16 block, so that the
@@ -48,10 +45,10 @@ struct BlockPlace {
 };
 // The left operand, stored (rows, depth); transposed, the right one stored (depth, columns), whose
 // registers 0, 1 and 2, 3 are those of columns 0 to 7 and 8 to 15.
-SWIN_DEVICE BlockPlace rows_first() { return {lane_index() % 16, lane_index() / 16 * 8}; }
+SWIN_HOST_DEVICE inline BlockPlace rows_first(int lane) { return {lane % 16, lane / 16 * 8}; }
 // The right operand stored (columns, depth); transposed, the left one stored (depth, rows).
-SWIN_DEVICE BlockPlace columns_first() {
-  return {lane_index() % 8 + lane_index() / 16 * 8, lane_index() / 8 % 2 * 8};
+SWIN_HOST_DEVICE inline BlockPlace columns_first(int lane) {
+  return {lane % 8 + lane / 16 * 8, lane / 8 % 2 * 8};
 }
 
 }  // namespace swin_kernels::cuda

@@ -41,17 +41,18 @@ SWIN_DEVICE void relate_to_largest(Sum (&dp)[Tiles][4], Sum (&p)[Tiles][4], int 
 
 // The gradient behind `l2_normalize` of a warp's sums (16, 8·tiles), a gradient of unit vectors
 // still to be scaled by `factor`: dx = (dx̂ − x̂·(x̂·dx̂))/‖x‖, and dx̂/ε where the clamp holds. fp16
-// cannot hold that: it saturates. `radial` is x̂·dx̂ of a lane's two rows, `unit` the warp's.
+// cannot hold that: it saturates. `radial` is x̂·dx̂ of a lane's two rows, `unit` and `norms` those
+// of the warp's first.
 template <class P, int Tiles>
 SWIN_DEVICE void l2_normalize_bwd(typename P::Sum (&grad)[Tiles][4],
                                   const Operand<typename P::Element>& unit,
                                   const typename P::Sum* norms, typename P::Sum factor,
-                                  const WideSum<P> (&radial)[2], int tiles) {
+                                  const WideSum<P> (&radial)[2], int tiles, int lane) {
   using Sum = typename P::Sum;
   using Wide = WideSum<P>;
-  const Lane own;
+  const Lane own(lane);
   for_each_sum(grad, tiles, [&](Sum& g, int n, int e) {
-    const Sum norm = norms[warp_row() + own.row(e)];
+    const Sum norm = norms[own.row(e)];
     const bool clamped = norm <= Sum(kNormClamp);
     const Wide x = Wide(to_float(unit.at(own.row(e), n * kColumns + own.column(e))));
     g = Sum(g - (clamped ? Wide(0) : x * radial[e / 2])) * (factor / norm);
@@ -63,9 +64,9 @@ SWIN_DEVICE void l2_normalize_bwd(typename P::Sum (&grad)[Tiles][4],
 // x̂·dx̂ of a lane's two rows, over all channels of one tile.
 template <class P, int Tiles>
 SWIN_DEVICE void radial_of(WideSum<P> (&radial)[2], const typename P::Sum (&grad)[Tiles][4],
-                           const Operand<typename P::Element>& unit, int tiles) {
+                           const Operand<typename P::Element>& unit, int tiles, int lane) {
   using Wide = WideSum<P>;
-  const Lane own;
+  const Lane own(lane);
   radial[0] = radial[1] = 0;
   for_each_sum(grad, tiles, [&](auto g, int n, int e) {
     const auto x = to_float(unit.at(own.row(e), n * kColumns + own.column(e)));
@@ -77,14 +78,6 @@ SWIN_DEVICE void radial_of(WideSum<P> (&radial)[2], const typename P::Sum (&grad
 template <class Sum, int Tiles>
 SWIN_DEVICE void scale(Sum (&sums)[Tiles][4], Sum factor) {
   for_each_sum(sums, Tiles, [&](Sum& x, int, int) { x *= factor; });
-}
-
-// The sum of a number of each of the block's warps, `pitch` apart in memory; in one order always.
-template <class Sum>
-SWIN_DEVICE Sum sum_of_warps(const Sum* memory, int pitch) {
-  Sum total = 0;
-  for (int w = 0; w < block_threads() / kWarp; ++w) total += memory[w * pitch];
-  return total;
 }
 
 // A lane's sums over the padded ones of the tokens that are its warp's rows, by column.
@@ -99,11 +92,11 @@ struct PaddingSum {
     for (int n = 0; n < Tiles; ++n) columns[n][0] = columns[n][1] = 0;
   }
 
-  SWIN_DEVICE void add(const Sum (&grad)[Tiles][4], const int64_t (&offsets)[kTile]) {
-    const Lane own;
+  SWIN_DEVICE void add(const Sum (&grad)[Tiles][4], const int64_t* offsets, int lane) {
+    const Lane own(lane);
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
-      if (offsets[warp_row() + own.row(2 * r)] != kPadding) continue;
+      if (offsets[own.row(2 * r)] != kPadding) continue;
 #pragma unroll
       for (int n = 0; n < Tiles; ++n)
 #pragma unroll
@@ -111,10 +104,10 @@ struct PaddingSum {
     }
   }
 
-  // The block's sum to `to`, through memory for (4, 8·Tiles) numbers.
-  SWIN_DEVICE void write(Wide* to, Wide* memory, int dim) {
-    const Lane own;
-    const int warp = thread_index() / kWarp;
+  // The block's sum to `to`, through memory for (4, 8·Tiles) numbers; in one order always.
+  SWIN_DEVICE void write(Wide* to, Wide* memory, int dim, int lane) {
+    const Lane own(lane);
+    const int warp = thread_index() / kWarp, warps = block_threads() / kWarp;
 #pragma unroll
     for (int n = 0; n < Tiles; ++n)
 #pragma unroll
@@ -123,30 +116,37 @@ struct PaddingSum {
         if (own.group == 0) memory[(warp * Tiles + n) * kColumns + own.column(c)] = x;
       }
     block_barrier();
-    constexpr int kPitch = Tiles * kColumns;
-    for (int c = thread_index(); c < dim && c < kPitch; c += block_threads())
-      to[c] = sum_of_warps(memory + c, kPitch);
+    for (int c = thread_index(); c < dim && c < Tiles * kColumns; c += block_threads()) {
+      Wide total = 0;
+      for (int w = 0; w < warps; ++w) total += memory[w * Tiles * kColumns + c];
+      to[c] = total;
+    }
     block_barrier();
   }
 };
 
 // The block's sum of a number of each row, which the four lanes of a row share: to `to`.
 template <class Sum>
-SWIN_DEVICE void write_row_sum(Sum* to, Sum* memory, Sum of_rows) {
-  const Sum x = sum_over_lanes<4, kWarp>(of_rows);
-  if (lane_index() == 0) memory[thread_index() / kWarp] = x;
+SWIN_DEVICE void write_row_sum(Sum* to, Sum* memory, Sum of_rows, int lane) {
+  Sum x = of_rows;
+#pragma unroll
+  for (int lanes = 4; lanes < kWarp; lanes *= 2) x += shuffle_xor(x, lanes);
+  if (lane == 0) memory[thread_index() / kWarp] = x;
   block_barrier();
-  if (thread_index() == 0) *to = sum_of_warps(memory, 1);
+  if (thread_index() == 0) {
+    Sum total = 0;
+    for (int w = 0; w < block_threads() / kWarp; ++w) total += memory[w];
+    *to = total;
+  }
   block_barrier();
 }
 
 // A warp's rows of the gradient of a bias (N, N).
 template <class Sum>
 SWIN_DEVICE void write_bias(Sum* to, Sum (&sums)[kKeyTiles][4], int tokens, int first_row,
-                            int first_column) {
-  for_each_logit(sums, kKeyTiles, [&](Sum x, int row, int column) {
-    const int i = first_row + row, j = first_column + column;
-    if (i < tokens && j < tokens) to[i * tokens + j] = x;
+                            int first_column, int lane) {
+  for_each_logit(sums, first_row, kKeyTiles, lane, [&](Sum x, int i, int j) {
+    if (i < tokens && first_column + j < tokens) to[i * tokens + first_column + j] = x;
   });
 }
 

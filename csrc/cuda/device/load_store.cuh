@@ -100,15 +100,15 @@ SWIN_DEVICE void load_tile(T* tile, const TokenView& view, const int64_t (&offse
   }
 }
 
-// A warp's rows of a tile to the tokens at `offsets`.
+// A warp's rows of a tile, from `first` on, to the tokens at `offsets`.
 template <class T, int Channels>
 SWIN_DEVICE void store_rows(const T* tile, const TokenView& view, const int64_t (&offsets)[kTile],
-                            int begin, int dim, bool by_16_bytes) {
+                            int first, int begin, int dim, bool by_16_bytes, int lane) {
   constexpr int kPitch = TokenTile<T, Channels>::kPitch;
   constexpr int kPiece = 16 / int(sizeof(T)), kPieces = Channels / kPiece;
   T* data = static_cast<T*>(view.data);
-  for (int i = lane_index(); i < kRows * kPieces; i += kWarp) {
-    const int row = warp_row() + i / kPieces, c = begin + i % kPieces * kPiece;
+  for (int i = lane; i < kRows * kPieces; i += kWarp) {
+    const int row = first + i / kPieces, c = begin + i % kPieces * kPiece;
     const int64_t offset = offsets[row];
     const T* from = tile + row * kPitch + i % kPieces * kPiece;
     if (offset < 0) continue;
@@ -126,11 +126,12 @@ SWIN_DEVICE void store_rows(const T* tile, const TokenView& view, const int64_t 
 // more.
 template <int Channels, class Sum, int Tiles, class T>
 SWIN_DEVICE void store_sums(const Sum (&sums)[Tiles][4], int tiles, T* tile, const TokenView& view,
-                            const int64_t (&offsets)[kTile], int begin, int dim, bool by_16_bytes) {
+                            const int64_t (&offsets)[kTile], int first, int begin, int dim,
+                            bool by_16_bytes, int lane) {
   constexpr int kPitch = TokenTile<T, Channels>::kPitch;
-  put(tile + warp_row() * kPitch, kPitch, sums, tiles);
+  put(tile + first * kPitch, kPitch, sums, tiles, lane);
   warp_barrier();
-  store_rows<T, Channels>(tile, view, offsets, begin, dim, by_16_bytes);
+  store_rows<T, Channels>(tile, view, offsets, first, begin, dim, by_16_bytes, lane);
 }
 
 }  // namespace swin_kernels::cuda

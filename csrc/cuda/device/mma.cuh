@@ -65,22 +65,16 @@ SWIN_DEVICE void multiply_pair(float (&sums)[Tiles][4], const uint32_t (&left)[4
   if (n + 1 < tiles) multiply_fragments<T>(sums[n + 1], left, right[2], right[3]);
 }
 
-// A block of 16 lines and 16 of the depth, as `multiply_fragments` takes it.
-template <Order O, class T>
-SWIN_DEVICE void load_block(uint32_t (&block)[4], const Operand<T>& x, int line, int depth,
-                            const BlockPlace& at) {
-  if constexpr (O == kDepthLast)
-    load_matrices(block, &x.at(line + at.row, depth + at.column));
-  else
-    load_matrices_transposed(block, &x.at(depth + at.row, line + at.column));
-}
-template <Order L, class T>
-SWIN_DEVICE void load_left(uint32_t (&left)[4], const Operand<T>& x, int depth) {
-  load_block<L>(left, x, 0, depth, L == kDepthLast ? rows_first() : columns_first());
-}
 template <Order R, class T>
-SWIN_DEVICE void load_right(uint32_t (&right)[4], const Operand<T>& x, int depth, int column) {
-  load_block<R>(right, x, column, depth, R == kDepthLast ? columns_first() : rows_first());
+SWIN_DEVICE void load_right(uint32_t (&right)[4], const Operand<T>& x, int depth, int column,
+                            int lane) {
+  if constexpr (R == kDepthLast) {
+    const BlockPlace at = columns_first(lane);
+    load_matrices(right, x.data + (column + at.row) * x.pitch + depth + at.column);
+  } else {
+    const BlockPlace at = rows_first(lane);
+    load_matrices_transposed(right, x.data + (depth + at.row) * x.pitch + column + at.column);
+  }
 }
 
 // sums (16, 8·tiles) += left (16, depth) · right (depth, 8·tiles), by one warp. `depth` is rounded
@@ -88,22 +82,28 @@ SWIN_DEVICE void load_right(uint32_t (&right)[4], const Operand<T>& x, int depth
 // finite, 0 in the left operand. `tiles` <= Tiles is the same for the whole warp.
 template <class P, Order L, Order R, int Tiles, class T>
 SWIN_DEVICE void multiply(typename P::Sum (&sums)[Tiles][4], const Operand<T>& left,
-                          const Operand<T>& right, int depth, int tiles) {
+                          const Operand<T>& right, int depth, int tiles, int lane) {
   static_assert(Tiles % 2 == 0);
   if constexpr (P::kUnit == Unit::kHalf) {
     for (int k = 0; k < depth; k += 16) {
       uint32_t a[4];
-      load_left<L>(a, left, k);
+      if constexpr (L == kDepthLast) {
+        const BlockPlace at = rows_first(lane);
+        load_matrices(a, left.data + at.row * left.pitch + k + at.column);
+      } else {
+        const BlockPlace at = columns_first(lane);
+        load_matrices_transposed(a, left.data + (k + at.row) * left.pitch + at.column);
+      }
 #pragma unroll
       for (int n = 0; n < Tiles; n += 2) {
         if (n >= tiles) break;
         uint32_t b[4];
-        load_right<R>(b, right, k, 8 * n);
+        load_right<R>(b, right, k, 8 * n, lane);
         multiply_pair<T>(sums, a, b, n, tiles);
       }
     }
   } else if constexpr (P::kUnit == Unit::kTf32) {
-    const Lane own;
+    const Lane own(lane);
     for (int k = 0; k < depth; k += 8) {
       uint32_t a[4];
 #pragma unroll
@@ -123,7 +123,7 @@ SWIN_DEVICE void multiply(typename P::Sum (&sums)[Tiles][4], const Operand<T>& l
     // sums of sums of kBlock: one over hundreds of tokens would be rounded more than fp32 allows;
     // of fp64 a few fragments at a time, for want of registers
     constexpr int kBlock = 16, kAtOnce = sizeof(typename P::Sum) == 8 ? 2 : Tiles;
-    const Lane own;
+    const Lane own(lane);
 #pragma unroll
     for (int begin = 0; begin < Tiles; begin += kAtOnce) {
       if (begin >= tiles) break;
@@ -156,7 +156,7 @@ SWIN_DEVICE void multiply(typename P::Sum (&sums)[Tiles][4], const Operand<T>& l
 // product before. Tiles of weights beyond `depth` tiles are 0.
 template <class P, Order R, int Tiles, int Depth, class T>
 SWIN_DEVICE void multiply_weights(float (&sums)[Tiles][4], const float (&weights)[Depth][4],
-                                  const Operand<T>& right, int depth, int tiles) {
+                                  const Operand<T>& right, int depth, int tiles, int lane) {
   static_assert(P::kUnit == Unit::kHalf && Tiles % 2 == 0 && Depth % 2 == 0);
 #pragma unroll
   for (int k = 0; k < Depth; k += 2) {
@@ -169,7 +169,7 @@ SWIN_DEVICE void multiply_weights(float (&sums)[Tiles][4], const float (&weights
     for (int n = 0; n < Tiles; n += 2) {
       if (n >= tiles) break;
       uint32_t b[4];
-      load_right<R>(b, right, 8 * k, 8 * n);
+      load_right<R>(b, right, 8 * k, 8 * n, lane);
       multiply_pair<T>(sums, a, b, n, tiles);
     }
   }
@@ -177,8 +177,8 @@ SWIN_DEVICE void multiply_weights(float (&sums)[Tiles][4], const float (&weights
 
 // One fragment of sums into memory, rounded to its elements.
 template <class Sum, class T>
-SWIN_DEVICE void put_fragment(T* to, int pitch, const Sum (&sums)[4], int n) {
-  const Lane own;
+SWIN_DEVICE void put_fragment(T* to, int pitch, const Sum (&sums)[4], int n, int lane) {
+  const Lane own(lane);
 #pragma unroll
   for (int half = 0; half < 2; ++half) {
     T* at = to + own.row(2 * half) * pitch + kColumns * n + own.column(0);
@@ -192,11 +192,11 @@ SWIN_DEVICE void put_fragment(T* to, int pitch, const Sum (&sums)[4], int n) {
 }
 
 template <class Sum, class T, int Tiles>
-SWIN_DEVICE void put(T* to, int pitch, const Sum (&sums)[Tiles][4], int tiles) {
+SWIN_DEVICE void put(T* to, int pitch, const Sum (&sums)[Tiles][4], int tiles, int lane) {
 #pragma unroll
   for (int n = 0; n < Tiles; ++n) {
     if (n >= tiles) break;
-    put_fragment(to, pitch, sums[n], n);
+    put_fragment(to, pitch, sums[n], n, lane);
   }
 }
 
@@ -213,18 +213,19 @@ struct WeightTile {
 template <class P, int Tiles>
 SWIN_DEVICE void multiply_by_weights(typename P::Sum (&sums)[Tiles][4],
                                      const typename P::Sum (&weights)[kKeyTiles][4],
-                                     typename P::Element* memory,
+                                     typename P::Element* memory, int first_row,
                                      const Operand<typename P::Element>& right, int depth_tiles,
-                                     int tiles) {
+                                     int tiles, int lane) {
   if constexpr (WeightTile<P>::kInRegisters) {
-    multiply_weights<P, kDepthFirst>(sums, weights, right, depth_tiles, tiles);
+    multiply_weights<P, kDepthFirst>(sums, weights, right, depth_tiles, tiles, lane);
   } else {
     constexpr int kPitch = WeightTile<P>::kPitch;
-    auto* const own = memory + warp_row() * kPitch;
+    auto* const own = memory + first_row * kPitch;
     warp_barrier();  // the warp read what was there
-    put(own, kPitch, weights, depth_tiles);
+    put(own, kPitch, weights, depth_tiles, lane);
     warp_barrier();
-    multiply<P, kDepthLast, kDepthFirst>(sums, {own, kPitch}, right, depth_tiles * kColumns, tiles);
+    multiply<P, kDepthLast, kDepthFirst>(sums, {own, kPitch}, right, depth_tiles * kColumns, tiles,
+                                         lane);
   }
 }
 

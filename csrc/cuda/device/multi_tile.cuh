@@ -8,24 +8,12 @@ namespace swin_kernels::cuda {
 
 constexpr int kColumnBytes = 12 << 10;  // of a head's column of the table: in fp32 of 24×24 tokens
 
-SWIN_DEVICE int tile_count(int tokens) { return parts_of(tokens, kTile); }
-
-// The program's tile of a window, window and head: tiles are neighbours in launch order.
-struct TileOfProgram {
-  int first;
-  int64_t head, window;
-
-  SWIN_DEVICE TileOfProgram(const Problem& p) {
-    const int tiles = tile_count(int(p.tokens()));
-    first = int(block_index() % tiles) * kTile;
-    head = block_index() / tiles % p.heads;
-    window = block_index() / tiles / p.heads;
-  }
-};
+SWIN_DEVICE int tile_count(int tokens) { return (tokens + kTile - 1) / kTile; }
 
 // How many of a tile's groups of `size` tokens, from token `first` on, are in the window.
 SWIN_DEVICE int groups_in(int tokens, int first, int size) {
-  return parts_of(tokens - first < kTile ? tokens - first : kTile, size);
+  const int left = tokens - first < kTile ? tokens - first : kTile;
+  return (left + size - 1) / size;
 }
 
 // The head's column of the table to shared memory, if it fits; null if not, or without a table.
@@ -36,6 +24,25 @@ SWIN_DEVICE const Sum* stage_column(Sum* column, const Bias& bias, int64_t head)
   for (int row = thread_index(); row < int(bias.rows); row += block_threads())
     column[row] = read<Sum>(bias.numbers, row, head);
   return column;
+}
+
+// The clamped norms of kTile tokens, by two threads each.
+template <class T, class Sum>
+SWIN_DEVICE void norms_of(Sum (&norms)[kTile], const TokenView& view,
+                          const int64_t (&offsets)[kTile], int dim, const FloatView* pad,
+                          int64_t head) {
+  for (int i = thread_index(); i < 2 * kTile; i += block_threads()) {
+    const int64_t offset = offsets[i / 2];
+    const T* data = static_cast<const T*>(view.data);
+    Sum squares = 0;
+    for (int c = i % 2; c < dim && offset != kNoToken; c += 2) {
+      const Sum x = offset == kPadding ? Sum(to_float(padding<T, Sum>(pad, head, c)))
+                                       : Sum(to_float(data[offset + c * view.channel]));
+      squares += x * x;
+    }
+    squares += shuffle_xor(squares, 1);
+    if (i % 2 == 0) norms[i / 2] = fmax(sqrt(squares), Sum(kNormClamp));
+  }
 }
 
 // Tokens of one tensor, as a tile in shared memory that holds `Channels` of their channels.
@@ -59,35 +66,17 @@ struct Side {
     held = begin;
   }
 
-  // The clamped norms of its tokens, by two threads each.
-  SWIN_DEVICE void take_norms(int64_t head) {
-    if (norms == nullptr) return;
-    for (int i = thread_index(); i < 2 * kTile; i += block_threads()) {
-      const int64_t offset = offsets[i / 2];
-      const T* data = static_cast<const T*>(view.data);
-      Sum squares = 0;
-      for (int c = i % 2; c < dim && offset != kNoToken; c += 2) {
-        const T channel =
-            offset == kPadding ? padding<T, Sum>(pad, head, c) : data[offset + c * view.channel];
-        const Sum x = to_float(channel);
-        squares += x * x;
-      }
-      squares += shuffle_xor(squares, 1);
-      if (i % 2 == 0) norms[i / 2] = fmax(sqrt(squares), Sum(kNormClamp));
-    }
-  }
-
   // Once they have come.
   SWIN_DEVICE void divide() {
     if (norms == nullptr) return;
     for (int i = thread_index(); i < kTile * Channels; i += block_threads()) {
       T& x = tile[i / Channels * kPitch + i % Channels];
-      x = over_norm(x, norms[i / Channels]);
+      const Sum norm = norms[i / Channels];
+      x = rounded<T>(sizeof(T) == 2 ? Sum(to_float(x)) * (Sum(1) / norm) : Sum(to_float(x)) / norm);
     }
   }
 
-  SWIN_DEVICE Operand<T> all() const { return {tile, kPitch}; }
-  SWIN_DEVICE Operand<T> own_rows() const { return {tile + warp_row() * kPitch, kPitch}; }
+  SWIN_DEVICE Operand<T> from(int row) const { return {tile + row * kPitch, kPitch}; }
 };
 
 // Brings the channels from `begin` on of a side to its tile, if they are not there.
@@ -103,11 +92,11 @@ SWIN_DEVICE void bring(Side<P, Channels>& side, int begin, int64_t head, bool by
   block_barrier();
 }
 
-// sums (16, 8·tiles) += a warp's rows of one side · those of another, over all channels.
+// sums (16, 8·tiles) += rows from `first_row` of one side · those of another, over all channels.
 template <class P, int Channels, int Tiles>
 SWIN_DEVICE void multiply_sides(typename P::Sum (&sums)[Tiles][4], Side<P, Channels>& left,
                                 Side<P, Channels>& right, const Call& call, int64_t head,
-                                int tiles) {
+                                int first_row, int tiles, int lane) {
   for (int begin = 0; begin < left.dim; begin += Channels) {
     block_barrier();  // what the tiles hold was read
     const bool left_moves = left.held != begin, right_moves = right.held != begin;
@@ -120,7 +109,8 @@ SWIN_DEVICE void multiply_sides(typename P::Sum (&sums)[Tiles][4], Side<P, Chann
     if (right_moves) right.divide();
     if (left.norms != nullptr) block_barrier();
     const int depth = left.dim - begin < Channels ? left.dim - begin : Channels;
-    multiply<P, kDepthLast, kDepthLast>(sums, left.own_rows(), right.all(), depth, tiles);
+    multiply<P, kDepthLast, kDepthLast>(sums, left.from(first_row), right.from(0), depth, tiles,
+                                        lane);
   }
 }
 
@@ -134,14 +124,23 @@ struct RunningSoftmax {
   // Logits become exponentials on the base of the largest so far; what was summed on the base
   // before is to be multiplied by `alpha`.
   SWIN_DEVICE void take(Sum (&s)[kKeyTiles][4], Sum (&alpha)[2], int tiles) {
-    const Sum before[2] = {row_max[0], row_max[1]};
-    Sum base[2], sum[2];
-    to_exponentials<P>(s, row_max, base, sum, tiles);
+    Sum higher[2] = {row_max[0], row_max[1]}, sum[2] = {0, 0};
+    for_each_sum(s, tiles, [&](Sum x, int, int e) { higher[e / 2] = fmax(higher[e / 2], x); });
+    max_over_row(higher);
+    Sum base[2];
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
-      alpha[r] = exponential<P>(before[r] - base[r]);
-      row_sum[r] = row_sum[r] * alpha[r] + sum[r];
+      base[r] = higher[r] == Sum(-INFINITY) ? Sum(0) : higher[r];
+      alpha[r] = exponential<P>(row_max[r] - base[r]);
+      row_max[r] = higher[r];
     }
+    for_each_sum(s, tiles, [&](Sum& x, int, int e) {
+      x = exponential<P>(x - base[e / 2]);
+      sum[e / 2] += x;
+    });
+    sum_over_row(sum);
+#pragma unroll
+    for (int r = 0; r < 2; ++r) row_sum[r] = row_sum[r] * alpha[r] + sum[r];
   }
 };
 

@@ -16,7 +16,7 @@ tiled_statistics(SWIN_PARAMETER Backward call) {
   const TileOfProgram own(call.in.problem);
   BackwardTile<P, Channels, false> pass(call, memory, own.head, false);
   const WindowPlace at(pass.p, own.window);
-  const int tokens = pass.tokens;
+  const int tokens = pass.tokens, lane = pass.lane;
   pass.load_row_tile(at, own.window, own.first, call.grad.query, call.grad.query);
 
   RunningSoftmax<P> softmax;
@@ -27,7 +27,8 @@ tiled_statistics(SWIN_PARAMETER Backward call) {
     Sum s[kKeyTiles][4], dp[kKeyTiles][4], alpha[2], products[2] = {0, 0};
     pass.logits(s, tiles);
     pass.probability_gradients(dp, tiles);
-    for_each_logit(dp, tiles, [&](Sum& x, int i, int j) { x *= pass.kept_factor(i, j); });
+    for_each_logit(dp, pass.warp_row, tiles, lane,
+                   [&](Sum& x, int i, int j) { x *= pass.kept_factor(i, j); });
     const Sum before[2] = {softmax.row_sum[0], softmax.row_sum[1]};
     softmax.take(s, alpha, tiles);
     if constexpr (kRelative<P>) {
@@ -51,10 +52,10 @@ tiled_statistics(SWIN_PARAMETER Backward call) {
   }
   Sum* to = static_cast<Sum*>(call.statistics) +
             (own.window * pass.p.heads + own.head) * kStatistics * tokens;
-  const Lane place;
+  const Lane place(lane);
 #pragma unroll
   for (int r = 0; r < 2; ++r) {
-    const int i = own.first + warp_row() + place.row(2 * r);
+    const int i = own.first + pass.warp_row + place.row(2 * r);
     if (place.member != 0 || i >= tokens) continue;
     const Sum row_sum = softmax.row_sum[r], divides = divisor<P>(row_sum);
     to[kRowMax * tokens + i] = row_sum == 0 ? Sum(0) : softmax.row_max[r];
@@ -73,7 +74,8 @@ tiled_grad_query(SWIN_PARAMETER Backward call) {
   const TileOfProgram own(call.in.problem);
   BackwardTile<P, Channels, false> pass(call, memory, own.head);
   const WindowPlace at(pass.p, own.window);
-  const int tokens = pass.tokens;
+  const int tokens = pass.tokens, lane = pass.lane;
+  const int warp_row = pass.warp_row;
   pass.load_row_tile(at, own.window, own.first, call.grad.query, call.grad.query);
 
   ChannelChunks<Channels> chunks(pass.query.dim, pass.query.norms != nullptr);
@@ -92,13 +94,13 @@ tiled_grad_query(SWIN_PARAMETER Backward call) {
     if (!pass.finish(grad, radial, pass.query, chunks)) continue;
     block_barrier();  // the keys were read
     store_sums<Channels>(grad, kChannelTiles, pass.key.tile, call.grad.query, memory.row_offsets[2],
-                         chunks.begin, pass.query.dim, call.in.by_16_bytes);
+                         warp_row, chunks.begin, pass.query.dim, call.in.by_16_bytes, lane);
   }
   if (call.partial_logit_scale != nullptr) {  // (windows and tiles, H)
     const int64_t row = own.window * tile_count(tokens) + own.first / kTile;
     write_row_sum(
         static_cast<WideSum<P>*>(call.partial_logit_scale) + row * pass.p.heads + own.head,
-        memory.sums, WideSum<P>(radial[0] + radial[1]));
+        memory.sums, WideSum<P>(radial[0] + radial[1]), lane);
   }
 }
 
@@ -111,7 +113,8 @@ tiled_grad_key_value(SWIN_PARAMETER Backward call) {
   const TileOfProgram own(call.in.problem);
   BackwardTile<P, Channels, true> pass(call, memory, own.head);
   const WindowPlace at(pass.p, own.window);
-  const int tokens = pass.tokens, head_dim = pass.key.dim, value_dim = pass.value.dim;
+  const int tokens = pass.tokens, lane = pass.lane;
+  const int warp_row = pass.warp_row, head_dim = pass.key.dim, value_dim = pass.value.dim;
   pass.load_row_tile(at, own.window, own.first, call.grad.key, call.grad.value);
 
   // padding of this tile alone: a row (windows and tiles) of partial sums
@@ -140,26 +143,31 @@ tiled_grad_key_value(SWIN_PARAMETER Backward call) {
       }
     }
     if (!pass.finish(grad_key, radial, pass.key, chunks)) continue;
+    PaddingSum<P, kChannelTiles> padding;
     block_barrier();  // queries and gradients of the output were read
-    const auto store = [&](const auto& grad, const Side<P, Channels>& own_side,
-                           const Side<P, Channels>& free_side, const TokenView& view,
-                           const int64_t (&offsets)[kTile], void* partial_pad) {
-      const int dim = own_side.dim;
-      if (begin >= dim) return;
-      if (partial_pad != nullptr) {
-        PaddingSum<P, kChannelTiles> padding;
+    if (begin < head_dim) {
+      if (call.partial_pad_key != nullptr) {
         padding.clear();
-        padding.add(grad, own_side.offsets);
-        padding.write(static_cast<WideSum<P>*>(partial_pad) + partial * dim + begin, memory.sums,
-                      dim - begin);
+        padding.add(grad_key, memory.row_offsets[0] + warp_row, lane);
+        padding.write(static_cast<WideSum<P>*>(call.partial_pad_key) + partial * head_dim + begin,
+                      memory.sums, head_dim - begin, lane);
       }
-      store_sums<Channels>(grad, kChannelTiles, free_side.tile, view, offsets, begin, dim,
-                           call.in.by_16_bytes);
-    };
-    store(grad_key, pass.key, pass.query, call.grad.key, memory.row_offsets[2],
-          call.partial_pad_key);
-    store(grad_value, pass.value, pass.grad_out, call.grad.value, memory.row_offsets[3],
-          call.partial_pad_value);
+      store_sums<Channels>(grad_key, kChannelTiles, pass.query.tile, call.grad.key,
+                           memory.row_offsets[2], warp_row, begin, head_dim, call.in.by_16_bytes,
+                           lane);
+    }
+    if (begin < value_dim) {
+      if (call.partial_pad_value != nullptr) {
+        padding.clear();
+        padding.add(grad_value, memory.row_offsets[1] + warp_row, lane);
+        padding.write(
+            static_cast<WideSum<P>*>(call.partial_pad_value) + partial * value_dim + begin,
+            memory.sums, value_dim - begin, lane);
+      }
+      store_sums<Channels>(grad_value, kChannelTiles, pass.grad_out.tile, call.grad.value,
+                           memory.row_offsets[3], warp_row, begin, value_dim, call.in.by_16_bytes,
+                           lane);
+    }
   }
 }
 
@@ -174,23 +182,26 @@ tiled_grad_bias(SWIN_PARAMETER Backward call) {
   const int first_column = int(block_index() % tiles_a_side) * kTile;
   const int first_row = int(block_index() / tiles_a_side % tiles_a_side) * kTile;
   const int64_t program = block_index() / (tiles_a_side * tiles_a_side);
-  const WindowRun run(p, program, call.windows_per_program);
-  BackwardTile<P, Channels, false> pass(call, memory, run.head);
-  const int tokens = pass.tokens;
+  const int64_t head = program % p.heads, run = program / p.heads;
+  BackwardTile<P, Channels, false> pass(call, memory, head);
+  const int tokens = pass.tokens, lane = pass.lane;
   const int tiles = groups_in(tokens, first_column, kColumns);
 
   Sum sum[kKeyTiles][4];
   clear(sum);
-  WindowPlace at(p, run.first);
-  for (int step = 0; step < run.count; ++step, at.next(p)) {
-    pass.load_row_tile(at, run.first + step, first_row, call.grad.query, call.grad.query);
+  const int64_t windows = p.batch * p.windows();
+  int64_t window = run * call.windows_per_program;
+  const int64_t last =
+      window + call.windows_per_program < windows ? window + call.windows_per_program : windows;
+  for (WindowPlace at(p, window); window < last; ++window, at.next(p)) {
+    pass.load_row_tile(at, window, first_row, call.grad.query, call.grad.query);
     pass.go_to_columns(at, first_column);
     Sum weights[kKeyTiles][4], ds[kKeyTiles][4];
     pass.tile_gradients(weights, ds, tiles);
     for_each_sum(ds, tiles, [&](Sum x, int n, int e) { sum[n][e] += x; });
   }
   write_bias(static_cast<Sum*>(call.partial_bias) + program * tokens * tokens, sum, tokens,
-             first_row, first_column);
+             first_row + pass.warp_row, first_column, lane);
 }
 
 }  // namespace swin_kernels::cuda

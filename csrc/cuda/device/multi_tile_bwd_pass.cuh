@@ -1,5 +1,5 @@
-// What the passes of the backward of windows of several tiles share: a tile of logits with its
-// gradient.
+// What the passes of the backward of windows of several tiles share: where a program is, and a tile
+// of logits with its gradient.
 #pragma once
 
 #include "cuda/device/grad.cuh"
@@ -40,7 +40,8 @@ struct ChannelChunks {
   SWIN_DEVICE bool done() const { return turns == 0; }
   SWIN_DEVICE bool last() const { return turns == 1; }
   SWIN_DEVICE int tiles() const {
-    return parts_of(dim - begin < Channels ? dim - begin : Channels, kColumns);
+    const int left = dim - begin < Channels ? dim - begin : Channels;
+    return (left + kColumns - 1) / kColumns;
   }
   SWIN_DEVICE void next() {
     begin += Channels;
@@ -61,7 +62,7 @@ struct BackwardTile {
   const Backward& call;
   const Problem& p;
   Memory& memory;
-  int tokens;
+  int lane, warp_row, tokens;
   int64_t head;
   Sum factor;
   HeadBias<Sum> bias;
@@ -77,6 +78,8 @@ struct BackwardTile {
       : call(call),
         p(call.in.problem),
         memory(memory),
+        lane(thread_index() % kWarp),
+        warp_row(thread_index() / kWarp * kRows),
         tokens(int(p.tokens())),
         head(head),
         factor(logit_factor<Sum>(call.in, head)),
@@ -108,6 +111,12 @@ struct BackwardTile {
     return Transposed ? (of_values ? grad_out : query) : (of_values ? value : key);
   }
 
+  SWIN_DEVICE void divide_by_norms(Side<P, Channels>& side) {
+    if (side.norms != nullptr)
+      norms_of<T>(memory.norms[&side == &query ? 0 : 1], side.view, side.offsets, side.dim,
+                  side.pad, head);
+  }
+
   SWIN_DEVICE void load_statistics(int first_query) {
     const Sum* from =
         static_cast<const Sum*>(call.statistics) + (window * p.heads + head) * kStatistics * tokens;
@@ -131,7 +140,7 @@ struct BackwardTile {
     if (!Transposed && has_statistics) load_statistics(first);
     block_barrier();
     rows(false).held = rows(true).held = -1;
-    rows(false).take_norms(head);
+    divide_by_norms(rows(false));
   }
 
   // To tokens [first, first + kTile) of the same window, as columns.
@@ -145,21 +154,22 @@ struct BackwardTile {
     block_barrier();
     fill_bias<Transposed>(memory.logits, bias, place, tokens);
     columns(false).held = columns(true).held = -1;
-    columns(false).take_norms(head);
+    divide_by_norms(columns(false));
   }
 
   SWIN_DEVICE void logits(Sum (&s)[kKeyTiles][4], int tiles) {
     clear(s);
-    multiply_sides(s, rows(false), columns(false), call.in, head, tiles);
-    add_logits(s, memory.logits, factor, tiles);
-    add_shift_mask(s, Sum(call.in.mask_value), place, seams, tiles);
-    add_mask<Transposed>(s, call.in.mask, window_number, memory.logits, place, tokens, tiles);
+    multiply_sides(s, rows(false), columns(false), call.in, head, warp_row, tiles, lane);
+    add_logits(s, memory.logits, factor, warp_row, tiles, lane);
+    add_shift_mask(s, Sum(call.in.mask_value), place, seams, warp_row, tiles, lane);
+    add_mask<Transposed>(s, call.in.mask, window_number, memory.logits, place, tokens, warp_row,
+                         tiles, lane);
   }
 
   // The gradient of what dropout keeps of the probabilities.
   SWIN_DEVICE void probability_gradients(Sum (&dp)[kKeyTiles][4], int tiles) {
     clear(dp);
-    multiply_sides(dp, rows(true), columns(true), call.in, head, tiles);
+    multiply_sides(dp, rows(true), columns(true), call.in, head, warp_row, tiles, lane);
   }
 
   // What dropout multiplies a probability by.
@@ -178,15 +188,14 @@ struct BackwardTile {
     // registers do not hold two tiles of fp64 and what is multiplied: to where the warp's rows of
     // the bias were
     constexpr bool kAside = sizeof(Sum) == 8;
-    Sum* const aside = memory.logits.numbers;
-    constexpr int kPitch = LogitTile<Sum>::kPitch;
-    if (kAside) put(aside + warp_row() * kPitch, kPitch, weights, tiles);
+    Sum* const aside = memory.logits.numbers + warp_row * memory.logits.kPitch;
+    if (kAside) put(aside, memory.logits.kPitch, weights, tiles, lane);
     probability_gradients(ds, tiles);
-    const Lane own;
+    const Lane own(lane);
     for_each_sum(weights, tiles, [&](Sum& weight, int n, int e) {
-      const int row = warp_row() + own.row(e), column = n * kColumns + own.column(e);
+      const int row = warp_row + own.row(e), column = n * kColumns + own.column(e);
       const int i = Transposed ? column : row;
-      if (kAside) weight = aside[row * kPitch + column];
+      if (kAside) weight = aside[own.row(e) * memory.logits.kPitch + n * kColumns + own.column(e)];
       const Sum prob = divided<P>(exponential<P>(weight - memory.statistics[kRowMax][i]),
                                   memory.statistics[kRowSum][i]);
       const Sum kept = kept_factor(row, column);
@@ -201,8 +210,8 @@ struct BackwardTile {
   template <int Tiles>
   SWIN_DEVICE void add_weighted(Sum (&grad)[Tiles][4], const Sum (&weights)[kKeyTiles][4],
                                 const Side<P, Channels>& side, int tiles, int channel_tiles) {
-    multiply_by_weights<P>(grad, weights, reinterpret_cast<T*>(memory.logits.numbers), side.all(),
-                           tiles, channel_tiles);
+    multiply_by_weights<P>(grad, weights, reinterpret_cast<T*>(memory.logits.numbers), warp_row,
+                           side.from(0), tiles, channel_tiles, lane);
   }
 
   // From sums of ds times tokens to a gradient of queries or keys; false while x̂·dx̂ is not known.
@@ -218,13 +227,27 @@ struct BackwardTile {
     const bool once = chunks.dim <= Channels;
     if (once || !chunks.last()) {
       WideSum<P> part[2];
-      radial_of<P>(part, grad, side.own_rows(), chunks.tiles());
+      radial_of<P>(part, grad, side.from(warp_row), chunks.tiles(), lane);
       radial[0] += part[0];
       radial[1] += part[1];
     }
     if (chunks.last())
-      l2_normalize_bwd<P>(grad, side.own_rows(), side.norms, factor, radial, chunks.tiles());
+      l2_normalize_bwd<P>(grad, side.from(warp_row), side.norms + warp_row, factor, radial,
+                          chunks.tiles(), lane);
     return chunks.last();
+  }
+};
+
+// The program's tile of a window, window and head: tiles are neighbours in launch order.
+struct TileOfProgram {
+  int first;
+  int64_t head, window;
+
+  SWIN_DEVICE TileOfProgram(const Problem& p) {
+    const int tiles = tile_count(int(p.tokens()));
+    first = int(block_index() % tiles) * kTile;
+    head = block_index() / tiles % p.heads;
+    window = block_index() / tiles / p.heads;
   }
 };
 

@@ -50,7 +50,7 @@ SWIN_DEVICE bool pad_is_zero(const FloatView& pad, int64_t head, int64_t dim) {
 template <class Sum>
 SWIN_KERNEL(128, 8)
 sum_rows(SWIN_PARAMETER RowSum call) {
-  const int64_t columns = parts_of<int64_t>(call.numbers, block_threads());
+  const int64_t columns = (call.numbers + block_threads() - 1) / block_threads();
   const int64_t number = block_index() % columns * block_threads() + thread_index();
   const int64_t group = block_index() / columns;
   if (number >= call.numbers) return;
@@ -72,7 +72,7 @@ template <class Sum>
 SWIN_KERNEL(128, 8)
 gather_table(SWIN_PARAMETER TableGather call) {
   const Problem& p = call.problem;
-  const int tokens = int(p.tokens()), lane = lane_index();
+  const int tokens = int(p.tokens()), lane = thread_index() % kWarp;
   const int64_t own = block_index() * (block_threads() / kWarp) + thread_index() / kWarp;
   if (own >= call.bias.rows * p.heads) return;
   const int64_t row = own / p.heads, head = own % p.heads;

@@ -35,10 +35,11 @@ single_tile_forward(SWIN_PARAMETER Forward call) {
   Memory& memory = *reinterpret_cast<Memory*>(shared_memory());
   auto& mask = *reinterpret_cast<LogitTile<Sum>*>(&memory + 1);  // only with an explicit mask
   const Problem& p = call.in.problem;
-  const int tokens = int(p.tokens()), tiles = parts_of(tokens, kColumns);
-  const int lines = parts_of(tokens, kRows) * kRows;
+  const int lane = thread_index() % kWarp, first_row = thread_index() / kWarp * kRows;
+  const int tokens = int(p.tokens()), tiles = (tokens + kColumns - 1) / kColumns;
+  const int lines = (tokens + kRows - 1) / kRows * kRows;
   const int head_dim = int(p.head_dim), value_dim = int(p.value_dim);
-  const int value_tiles = parts_of(value_dim, kColumns);
+  const int value_tiles = (value_dim + kColumns - 1) / kColumns;
   const bool cosine = call.in.logit_scale.data != nullptr;
   const WindowRun run(p, block_index(), call.windows_per_program);
   const int64_t head = run.head;
@@ -54,7 +55,7 @@ single_tile_forward(SWIN_PARAMETER Forward call) {
     static_assert(sizeof(memory.tokens) >= sizeof(tile));
     fill_bias<false>(tile, head_bias, place, tokens);
     block_barrier();
-    for_each_logit(bias, tiles, [&](Sum& x, int row, int column) {
+    for_each_logit(bias, first_row, tiles, lane, [&](Sum& x, int row, int column) {
       x = tile.numbers[row * tile.kPitch + column];
     });
     block_barrier();
@@ -96,30 +97,31 @@ single_tile_forward(SWIN_PARAMETER Forward call) {
     T *query = memory.tokens[step % 2][0], *key = memory.tokens[step % 2][1];
     const T* value = memory.tokens[step % 2][2];
     if (cosine) {
-      l2_normalize<P, Channels>(query, memory.norms[0], head_dim);
-      l2_normalize<P, Channels>(key, memory.norms[1], head_dim);
+      l2_normalize<P, Channels>(query, memory.norms[0], first_row, head_dim, lane);
+      l2_normalize<P, Channels>(key, memory.norms[1], first_row, head_dim, lane);
       block_barrier();
     }
 
     Sum s[kKeyTiles][4];  // (16, 8·tiles)
     clear(s);
-    multiply<P, kDepthLast, kDepthLast>(s, Operand<T>{query + warp_row() * kPitch, kPitch},
-                                        {key, kPitch}, head_dim, tiles);
+    multiply<P, kDepthLast, kDepthLast>(s, Operand<T>{query + first_row * kPitch, kPitch},
+                                        Operand<T>{key, kPitch}, head_dim, tiles, lane);
     for_each_sum(s, tiles, [&](Sum& x, int n, int e) { x = x * factor + bias[n][e]; });
-    add_shift_mask(s, Sum(call.in.mask_value), place, at.seams(p), tiles);
-    add_mask<false>(s, call.in.mask, at.number(p), mask, place, tokens, tiles);
+    add_shift_mask(s, Sum(call.in.mask_value), place, at.seams(p), first_row, tiles, lane);
+    add_mask<false>(s, call.in.mask, at.number(p), mask, place, tokens, first_row, tiles, lane);
 
     Sum row_sum[2];
     to_exponentials<P>(s, row_sum, tiles);
-    drop(s, call.in, window, head, place, tiles);
+    drop(s, call.in, window, head, first_row, 0, tiles, lane);
 
     Sum out[kChannelTiles][4];  // (16, 8·value_tiles)
     clear(out);
-    multiply_by_weights<P>(out, s, memory.weights, {value, kPitch}, tiles, value_tiles);
+    multiply_by_weights<P>(out, s, memory.weights, first_row, Operand<T>{value, kPitch}, tiles,
+                           value_tiles, lane);
     divide_rows<P>(out, row_sum, kChannelTiles, Sum(call.in.kept_factor));
     warp_barrier();  // the warp's own queries were read
-    store_sums<Channels>(out, value_tiles, query, call.out, memory.offsets[step % 3][3], 0,
-                         value_dim, call.in.by_16_bytes);
+    store_sums<Channels>(out, value_tiles, query, call.out, memory.offsets[step % 3][3], first_row,
+                         0, value_dim, call.in.by_16_bytes, lane);
   }
 }
 

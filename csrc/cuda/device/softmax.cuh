@@ -4,6 +4,7 @@
 #include <cmath>
 
 #include "cuda/device/load_store.cuh"
+#include "cuda/device/mma.cuh"
 
 namespace swin_kernels::cuda {
 
@@ -58,11 +59,11 @@ struct HeadBias {
   }
 };
 
-// visit(sum, row, column) of a warp's 16 rows of a tile.
+// visit(sum, row, column) of a warp's 16 rows from `first_row` of a tile.
 template <int Tiles, class Sum, class F>
-SWIN_DEVICE void for_each_logit(Sum (&sums)[Tiles][4], int tiles, const F& visit) {
-  const Lane own;
-  const int first_row = warp_row();
+SWIN_DEVICE void for_each_logit(Sum (&sums)[Tiles][4], int first_row, int tiles, int lane,
+                                const F& visit) {
+  const Lane own(lane);
   for_each_sum(sums, tiles, [&](Sum& x, int n, int e) {
     visit(x, first_row + own.row(e), n * kColumns + own.column(e));
   });
@@ -105,8 +106,8 @@ SWIN_DEVICE void fill_bias(LogitTile<Sum>& tile, const HeadBias<Sum>& bias, cons
 
 template <int Tiles, class Sum>
 SWIN_DEVICE void add_logits(Sum (&sums)[Tiles][4], const LogitTile<Sum>& tile, Sum factor,
-                            int tiles) {
-  for_each_logit(sums, tiles, [&](Sum& s, int row, int column) {
+                            int first_row, int tiles, int lane) {
+  for_each_logit(sums, first_row, tiles, lane, [&](Sum& s, int row, int column) {
     s = s * factor + tile.numbers[row * tile.kPitch + column];
   });
 }
@@ -114,9 +115,9 @@ SWIN_DEVICE void add_logits(Sum (&sums)[Tiles][4], const LogitTile<Sum>& tile, S
 // The shift mask between regions.
 template <int Tiles, class Sum>
 SWIN_DEVICE void add_shift_mask(Sum (&logits)[Tiles][4], Sum mask_value, const TilePlace& place,
-                                int seams, int tiles) {
+                                int seams, int first_row, int tiles, int lane) {
   if (seams == 0) return;
-  for_each_logit(logits, tiles, [&](Sum& s, int row, int column) {
+  for_each_logit(logits, first_row, tiles, lane, [&](Sum& s, int row, int column) {
     if ((place.rows->sides[row] ^ place.columns->sides[column]) & seams) s += mask_value;
   });
 }
@@ -125,13 +126,14 @@ SWIN_DEVICE void add_shift_mask(Sum (&logits)[Tiles][4], Sum mask_value, const T
 // not with the bias, since a sum near −100 is rounded more than the logits before.
 template <bool Transposed, int Tiles, class Sum>
 SWIN_DEVICE void add_mask(Sum (&logits)[Tiles][4], const FloatView& mask, int64_t window,
-                          LogitTile<Sum>& tile, const TilePlace& place, int tokens, int tiles) {
+                          LogitTile<Sum>& tile, const TilePlace& place, int tokens, int first_row,
+                          int tiles, int lane) {
   if (mask.data == nullptr) return;
   block_barrier();
   fill_logits<Transposed>(tile, place, tokens, Sum(0),
                           [&](int i, int j, int) { return read<Sum>(mask, window, i, j); });
   block_barrier();
-  for_each_logit(logits, tiles, [&](Sum& s, int row, int column) {
+  for_each_logit(logits, first_row, tiles, lane, [&](Sum& s, int row, int column) {
     s += tile.numbers[row * tile.kPitch + column];
   });
 }
@@ -159,33 +161,23 @@ SWIN_DEVICE typename P::Sum exponential(typename P::Sum difference) {
     return exp(difference);
 }
 
-// A warp's rows of logits become exp(s − base), and `row_sum` their sums. The base is the largest
-// of a row's logits and of `row_max`, which becomes that; where all keys are at −inf it is 0.
-template <class P, int Tiles>
-SWIN_DEVICE void to_exponentials(typename P::Sum (&s)[Tiles][4], typename P::Sum (&row_max)[2],
-                                 typename P::Sum (&base)[2], typename P::Sum (&row_sum)[2],
-                                 int tiles) {
-  using Sum = typename P::Sum;
-  for_each_sum(s, tiles, [&](Sum x, int, int e) { row_max[e / 2] = fmax(row_max[e / 2], x); });
-  max_over_row(row_max);
-#pragma unroll
-  for (int r = 0; r < 2; ++r) {
-    base[r] = row_max[r] == Sum(-INFINITY) ? Sum(0) : row_max[r];
-    row_sum[r] = 0;
-  }
-  for_each_sum(s, tiles, [&](Sum& x, int, int e) {
-    x = exponential<P>(x - base[e / 2]);
-    row_sum[e / 2] += x;
-  });
-  sum_over_row(row_sum);
-}
-
-// Those of whole windows.
+// exp(s − largest) of a warp's rows of a whole window, and its sums; 0 where all keys are at −inf.
 template <class P, int Tiles>
 SWIN_DEVICE void to_exponentials(typename P::Sum (&s)[Tiles][4], typename P::Sum (&row_sum)[2],
                                  int tiles) {
-  typename P::Sum row_max[2] = {-INFINITY, -INFINITY}, base[2];
-  to_exponentials<P>(s, row_max, base, row_sum, tiles);
+  using Sum = typename P::Sum;
+  Sum row_max[2] = {-INFINITY, -INFINITY};
+  row_sum[0] = row_sum[1] = 0;
+  for_each_sum(s, tiles, [&](Sum x, int, int e) { row_max[e / 2] = fmax(row_max[e / 2], x); });
+  max_over_row(row_max);
+#pragma unroll
+  for (int r = 0; r < 2; ++r)
+    if (row_max[r] == Sum(-INFINITY)) row_max[r] = 0;
+  for_each_sum(s, tiles, [&](Sum& x, int, int e) {
+    x = exponential<P>(x - row_max[e / 2]);
+    row_sum[e / 2] += x;
+  });
+  sum_over_row(row_sum);
 }
 
 // What a row's exponentials are to be divided by: of 2 bytes as what multiplies them, as that
@@ -221,10 +213,10 @@ SWIN_DEVICE bool kept(const Call& call, int64_t window, int64_t head, int i, int
 // Dropout of a warp's rows of weights, which are still to be multiplied by `kept_factor`.
 template <int Tiles, class Sum>
 SWIN_DEVICE void drop(Sum (&weights)[Tiles][4], const Call& call, int64_t window, int64_t head,
-                      const TilePlace& place, int tiles) {
+                      int first_row, int first_column, int tiles, int lane) {
   if (call.dropout_threshold == 0) return;
-  for_each_logit(weights, tiles, [&](Sum& x, int row, int column) {
-    if (!kept(call, window, head, place.first_row + row, place.first_column + column)) x = 0;
+  for_each_logit(weights, first_row, tiles, lane, [&](Sum& x, int i, int column) {
+    if (!kept(call, window, head, i, first_column + column)) x = 0;
   });
 }
 
@@ -234,20 +226,13 @@ SWIN_DEVICE Sum logit_factor(const Call& call, int64_t head) {
   return call.logit_scale.data == nullptr ? Sum(call.scale) : read<Sum>(call.logit_scale, head);
 }
 
-// A channel over the norm of its token: of 2 bytes one division a row will do, as it is far below
-// what is rounded then.
-template <class T, class Sum>
-SWIN_DEVICE T over_norm(T channel, Sum norm) {
-  const Sum x = to_float(channel);
-  return rounded<T>(sizeof(T) == 2 ? x * (Sum(1) / norm) : x / norm);
-}
-
 // Cosine attention: each of a warp's 16 rows of a tile over its norm, which is kept.
 template <class P, int Channels>
-SWIN_DEVICE void l2_normalize(typename P::Element* tile, typename P::Sum* norms, int dim) {
+SWIN_DEVICE void l2_normalize(typename P::Element* tile, typename P::Sum* norms, int first_row,
+                              int dim, int lane) {
   using T = typename P::Element;
   using Sum = typename P::Sum;
-  const int lane = lane_index(), row = warp_row() + lane / 2;
+  const int row = first_row + lane / 2;
   T* channels = tile + row * TokenTile<T, Channels>::kPitch;
   Sum squares = 0;
   for (int c = lane % 2; c < dim; c += 2) {
@@ -257,7 +242,11 @@ SWIN_DEVICE void l2_normalize(typename P::Element* tile, typename P::Sum* norms,
   squares += shuffle_xor(squares, 1);
   const Sum norm = fmax(sqrt(squares), Sum(kNormClamp));
   if (lane % 2 == 0) norms[row] = norm;
-  for (int c = lane % 2; c < dim; c += 2) channels[c] = over_norm(channels[c], norm);
+  for (int c = lane % 2; c < dim; c += 2) {
+    const Sum x = to_float(channels[c]);
+    // of 2 bytes one division a row will do: it is far below what is rounded then
+    channels[c] = rounded<T>(sizeof(T) == 2 ? x * (Sum(1) / norm) : x / norm);
+  }
 }
 
 }  // namespace swin_kernels::cuda

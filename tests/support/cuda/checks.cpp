@@ -109,7 +109,7 @@ double product_difference(int tiles, bool weights) {
           rounded<T>(typename P::Sum(right[size_t(i)]));
     }
     warp_barrier();
-    const Lane own;
+    const Lane own(lane);
     Sums<P, kMost> sums;
     clear(sums);
     if constexpr (P::kUnit == Unit::kHalf && R == Order::kDepthFirst) {
@@ -118,12 +118,12 @@ double product_difference(int tiles, bool weights) {
         for (int n = 0; n < kDepth / 8; ++n)
           for (int e = 0; e < 4; ++e)
             w[n][e] = left[size_t(own.row(e) * kDepth + 8 * n + own.column(e))];
-        multiply_weights<P, R>(sums, w, Operand<T>{b, kPitch}, kDepth / 8, tiles);
+        multiply_weights<P, R>(sums, w, Operand<T>{b, kPitch}, kDepth / 8, tiles, lane);
       }
     }
     if (!weights)
-      multiply<P, L, R>(sums, Operand<T>{a, kPitch}, Operand<T>{b, kPitch}, kDepth, tiles);
-    for_each_logit(sums, kMost, [&](typename P::Sum x, int row, int column) {
+      multiply<P, L, R>(sums, Operand<T>{a, kPitch}, Operand<T>{b, kPitch}, kDepth, tiles, lane);
+    for_each_logit(sums, 0, kMost, lane, [&](typename P::Sum x, int row, int column) {
       double exact = 0;
       for (int k = 0; k < kDepth && column < 8 * tiles; ++k)
         exact += left[size_t(row * kDepth + k)] * right[size_t(k * 8 * kMost + column)];
