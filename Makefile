@@ -5,7 +5,7 @@ VENV ?= .venv
 GPU_PYTHON ?= python3
 ARGS ?=
 
-RUN := $(VENV)/bin/python
+VENV_PYTHON := $(VENV)/bin/python
 OBJECT := swin_kernels/_C_cpu.abi3.so
 WITH_CUDA := "_C_cpu, and _C_cuda where there is a toolkit"
 FORMATTED := $(shell find csrc tests examples -name '*.h' -o -name '*.inc' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
@@ -14,27 +14,27 @@ FORMATTED := $(shell find csrc tests examples -name '*.h' -o -name '*.inc' -o -n
 # ninja, ruff and clang-format may be installed beside its torch
 export PATH := $(abspath $(VENV)/bin):$(PATH):$(dir $(shell command -v $(PYTHON)))
 
-BUILD_IN_PLACE = $(RUN) .ci/progress.py build/log $(if $(findstring cuda,$@),$(WITH_CUDA),$@) $(RUN) setup.py build_ext --inplace && \
+BUILD_IN_PLACE = $(VENV_PYTHON) .ci/progress.py build/log $(if $(findstring cuda,$@),$(WITH_CUDA),$@) $(VENV_PYTHON) setup.py build_ext --inplace && \
 	{ grep -A 4 '^$(CURDIR)/csrc.*warning:' build/log || true; }  # torch's own headers warn too
 
 .NOTPARALLEL:  # tests and builds use both processors by themselves
 
-.PHONY: help demo test test-fast test-rest test-all test-torch gpu aot-report check build cuda environment clean docs FORCE
+.PHONY: help demo test test-fast test-rest test-all test-torch gpu gpu-rehearse aot-report check build cuda environment clean docs FORCE
 
 help:  ## these lines
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / { printf "make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 demo: build  ## a timm Swin on a photograph, patched against stock; ARGS="--help" lists options
-	@$(RUN) -m swin_kernels demo $(ARGS)
+	@$(VENV_PYTHON) -m swin_kernels demo $(ARGS)
 
 test: build build/cuda-sm_90  ## the tests, of the GPU kernels too, in 15 minutes; ARGS="-k name" picks
-	@.ci/tests $(RUN) standard $(ARGS)
+	@.ci/tests $(VENV_PYTHON) standard $(ARGS)
 
 test-fast: build  ## after an edit: the CPU backends, patches and models, in 2 minutes
-	@.ci/tests $(RUN) fast $(ARGS)
+	@.ci/tests $(VENV_PYTHON) fast $(ARGS)
 
 test-rest: build cuda  ## what `make test` leaves out
-	@.ci/tests $(RUN) rest $(ARGS)
+	@.ci/tests $(VENV_PYTHON) rest $(ARGS)
 
 test-all: test test-rest  ## both
 
@@ -42,21 +42,25 @@ test-torch:  ## `make test` with another torch: TORCH=2.11, in an environment of
 	@test -n "$(TORCH)" || { echo "test-torch: expected TORCH=VERSION, as TORCH=2.11"; exit 2; }
 	@$(MAKE) --no-print-directory test VENV=$(VENV)-torch-$(TORCH)
 
-gpu:  ## on a machine with a GPU: tests, benchmark, counters; under 10 minutes
-	$(GPU_PYTHON) .ci/gpu.py $(ARGS)
+gpu:  ## on a machine with a GPU: RUN=A, what matters most in 4 minutes; RUN=B, the rest in 7
+	$(GPU_PYTHON) -m benchmarks.gpu_tools.driver $(RUN) $(ARGS)
+
+gpu-rehearse: build  ## both runs of `make gpu` on a CPU, at toy sizes
+	$(VENV_PYTHON) -m benchmarks.gpu_tools.driver A --rehearse $(ARGS)
+	$(VENV_PYTHON) -m benchmarks.gpu_tools.driver B --rehearse $(ARGS)
 
 aot-report: build cuda  ## build/*machine-code.md: what every kernel compiles to, without a GPU
-	$(RUN) -m benchmarks.codegen.cuda_object
-	$(RUN) -m benchmarks.codegen.machine_code $(ARGS)
+	$(VENV_PYTHON) -m benchmarks.codegen.cuda_object
+	$(VENV_PYTHON) -m benchmarks.codegen.machine_code $(ARGS)
 
 check: environment  ## linters, types, formatting
-	$(RUN) -m ruff check .
-	$(RUN) -m ruff format --check .
-	$(RUN) -m mypy
+	$(VENV_PYTHON) -m ruff check .
+	$(VENV_PYTHON) -m ruff format --check .
+	$(VENV_PYTHON) -m mypy
 	clang-format --dry-run -Werror $(FORMATTED)
 
 docs: environment  ## the documentation, in build/docs; warnings are errors
-	$(RUN) -m sphinx -q -W --keep-going -d build/doctrees docs build/docs $(ARGS)
+	$(VENV_PYTHON) -m sphinx -q -W --keep-going -d build/doctrees docs build/docs $(ARGS)
 
 build: $(OBJECT)  ## the CPU extension, in place
 

@@ -45,6 +45,15 @@ def other_cases() -> dict[str, Case]:
     }
 
 
+def check_cases() -> dict[str, Case]:
+    """Those that a GPU is to have right before anything is timed: one for each set of kernels."""
+    cases = swin_cases() | other_cases()
+    names = ("T1 shift 3", "T4 shift 0", "V2 w8 stage 1", "V2 w16 stage 1")
+    # more tokens than 64: a forward of whole windows by eight warps
+    tokens98 = {"98 tokens": _case(128, (4, 14, 14), (2, 7, 7), (1, 3, 3), 3)}
+    return {name: cases[name] for name in names} | tokens98
+
+
 def cpu_cases() -> dict[str, Case]:
     """Swin-T's stages in fp32 at a batch of 8; of those that only one window fits, unshifted."""
     stages = [(56 >> i, 3 << i) for i in range(4)]

@@ -78,8 +78,10 @@ class Cuda:
             replays.append(graph.replay)
         return replays
 
-    def compiled(self, function: Callable, fullgraph: bool = True) -> Callable:
-        return torch.compile(function, dynamic=False, fullgraph=fullgraph)
+    def compiled(
+        self, function: Callable, fullgraph: bool = True, mode: str | None = None
+    ) -> Callable:
+        return torch.compile(function, dynamic=False, fullgraph=fullgraph, mode=mode)
 
     def peak_bytes(self, function: Callable[[], object]) -> int:
         """What a call adds, at its peak, to the memory that was in use before."""
@@ -147,7 +149,10 @@ class DryRunDevice:
     def capture(self, *functions: Callable[[], object]) -> list[Callable[[], None]]:
         return [lambda f=function: (f(), None)[1] for function in functions]  # type: ignore[misc]
 
-    def compiled(self, function: Callable, fullgraph: bool = True) -> Callable:
+    def compiled(
+        self, function: Callable, fullgraph: bool = True, mode: str | None = None
+    ) -> Callable:
+        """A `mode` is for GPUs alone, and left out."""
         return torch.compile(function, dynamic=False, fullgraph=fullgraph, backend=self.compiler)
 
     def peak_bytes(self, function: Callable[[], object]) -> int:

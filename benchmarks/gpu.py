@@ -1,10 +1,11 @@
 """Swin's attention on one GPU: checked, then timed beside its peers and the floor of its memory.
 
     python -m benchmarks.gpu [--budget 300] [--csv FILE] [--resume] [--rehearse]
+    python -m benchmarks.gpu [--cases NAME …] [--models …] [--providers …] [--forms …]
     python -m benchmarks.gpu --sweep batch|resolution|window
 
-Rows go into the CSV as they are known. `--warm I/N` compiles the I-th of N parts of the work into
-the caches on disk, and times nothing. `--rehearse` is the same program on toy sizes
+Rows go into the CSV as they are known. `--warm` compiles the work into the caches on disk, and
+times nothing. `--rehearse` is the same program on toy sizes
 and a CPU, under TRITON_INTERPRET=1. Exit code: 0; 1 where our results or launches failed; 75 where
 the device is beyond use for this process, and another one can `--resume`.
 """
@@ -23,7 +24,7 @@ from benchmarks.cases import other_cases, swin_cases, toy_cases
 from benchmarks.device import Cuda, DryRunDevice
 from benchmarks.gpu_tools.targets import verdicts
 from benchmarks.report.rows import command_of, facts_of, file_name
-from benchmarks.suite import RESULTS, TRY_AGAIN, Run, Suite, add_options
+from benchmarks.suite import RESULTS, TRY_AGAIN, Run, Suite, add_choices, add_options
 from benchmarks.sweeps import GPU_IMAGES, UNITS, compared, sweeps
 from benchmarks.timing import Loop, make_inputs, reason_of
 
@@ -39,21 +40,13 @@ def suite_of(options: argparse.Namespace) -> Suite:
     return Suite(Cuda(), swin_cases(), other_cases(), models.MODELS, GPU_PROVIDERS)
 
 
-def warm(part: str, suite: Suite) -> None:
-    """Compile, into the caches on disk, every N-th piece of work; nothing is checked or timed."""
+def warm(suite: Suite) -> None:
+    """Compile into the caches on disk; nothing is checked or timed."""
     device, cases, known_models = suite.device, suite.cases | suite.others, suite.models
-    index, count = (int(x) for x in part.split("/"))
     # models first: they take longest
-    work: list[tuple[str, str]] = [
-        (name, form) for name in known_models for form in models.FORMS[2:]
-    ]
-    work += [
-        (name, provider.name)
-        for name in cases
-        for provider in suite.providers
-        if not provider.graph
-    ]
-    for name, what in work[index::count]:
+    work = [(name, form) for name in known_models for form in suite.forms if "," in form]
+    work += [(name, p.name) for name in cases for p in suite.providers if not p.graph]
+    for name, what in work:
         start = time.perf_counter()
         try:
             torch._dynamo.reset()
@@ -74,22 +67,23 @@ def warm(part: str, suite: Suite) -> None:
 def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     add_options(parser, budget=300, limit=3)
+    add_choices(parser)
     chosen = parser.add_mutually_exclusive_group()
     chosen.add_argument("--rehearse", action="store_true", help="toy sizes on a CPU")
     chosen.add_argument("--sweep", choices=UNITS, help="this size varied, and nothing else")
-    parser.add_argument("--warm", metavar="I/N", help="compile a part of the work, time nothing")
+    parser.add_argument("--warm", action="store_true", help="compile the work, time nothing")
     parser.set_defaults(command=command_of("benchmarks.gpu", arguments))
     return parser.parse_args(arguments)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     options = parse(arguments)
+    suite = suite_of(options).only(options)
     if options.warm:
-        warm(options.warm, suite_of(options))
+        warm(suite)
         return 0
     if options.rehearse:
         options.rounds, options.model_rounds = 1, 1
-    suite = suite_of(options)
     if options.csv is None and options.sweep is not None:
         options.csv = RESULTS / file_name(facts_of(suite.device), f"gpu-{options.sweep}")
     run = Run(suite, options)

@@ -25,6 +25,7 @@ GATE_IMAGES = 8
 PEER_FACTOR = 10  # of the error rule: a runtime rounds every layer its own way
 JUDGED = {"inference": "logits", "training step": "gradients"}
 FORMS = ("stock", "patched", "stock, compiled", "patched, compiled")
+AUTOTUNED = ("stock, max-autotune", "patched, max-autotune")
 PAUSE = 0.02  # seconds before a sample: the threads of another runtime spin for milliseconds
 
 
@@ -124,11 +125,13 @@ class Models:
     def _make(self, name: str) -> nn.Module:
         if name in runtimes.RUNTIMES:
             return runtimes.RUNTIMES[name].make(self._onnx_file, self.device.dtype)
-        if name.endswith(", compiled"):
-            return self.device.compiled(self.form(name.partition(",")[0]), fullgraph=False)
+        eager, _, how = name.partition(", ")
+        if how:
+            mode = None if how == "compiled" else how
+            return self.device.compiled(self.form(eager), fullgraph=False, mode=mode)
         assert name == "patched", name
         patched = copy.deepcopy(self.forms["stock"])
-        swin_kernels.patch(patched, backend=self.device.backend)
+        swin_kernels.patch(patched, backend=self.device.backend, strict=True)  # all, or an error
         return patched
 
     @cached_property

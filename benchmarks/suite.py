@@ -9,9 +9,9 @@ import argparse
 import math
 import time
 import traceback
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
@@ -156,6 +156,23 @@ class Suite(NamedTuple):
     providers: Sequence[Provider]
     forms: Sequence[str] = models.FORMS  # of a whole model
 
+    def only(self, options: argparse.Namespace) -> Suite:
+        """What the options of `add_choices` leave of it."""
+
+        def begins(known: Mapping[str, Any], wanted: Sequence[str] | None) -> dict[str, Any]:
+            if wanted is None:
+                return dict(known)
+            return {name: x for name, x in known.items() if name.startswith(tuple(wanted))}
+
+        providers = [p for p in self.providers if p.name in (options.providers or [p.name])]
+        return self._replace(
+            cases=begins(self.cases, options.cases),
+            others=begins(self.others, options.cases),
+            models=begins(self.models, options.models),
+            providers=providers,
+            forms=options.forms or self.forms,
+        )
+
 
 class Run:
     """One run of the benchmark: what it measures with, and where the rows go."""
@@ -231,16 +248,18 @@ class Run:
 
     def _measure(self) -> None:
         cases, others, names = self.suite.cases, self.suite.others, list(self.suite.models)
+        # what is alone may take all of the time
+        core, most = (0.5, 0.75) if names else (1.0, 1.0)
         for name, case in list(cases.items())[:3]:
-            self.case(name, case, 0.5)
+            self.case(name, case, core)
         for name in names[:1]:
-            self.model(name, 0.6)
+            self.model(name, 0.6 if cases else 1.0)
         for name, case in list(cases.items())[3:]:
-            self.case(name, case, 0.75)
+            self.case(name, case, most)
         for name, case in others.items():
             self.case(name, case, 0.85)
         for name in names[1:]:
-            self.model(name, 0.8)
+            self.model(name, 0.8 if cases else 1.0)
 
     def report(self) -> None:
         rows = self.results_file.rows
@@ -273,6 +292,16 @@ def _seconds(text: str) -> float:
     if not 0 <= value < math.inf:
         raise argparse.ArgumentTypeError(f"expected seconds, 0 or more, got {text!r}")
     return value
+
+
+def add_choices(parser: argparse.ArgumentParser) -> None:
+    """Options that leave a part of the suite: see `Suite.only`."""
+    begins = {"nargs": "*", "metavar": "NAME"}
+    parser.add_argument("--cases", help="those whose names begin so; none without a NAME", **begins)
+    parser.add_argument("--models", help="likewise, of the whole models", **begins)
+    parser.add_argument("--providers", help="these alone, where they can run", **begins)
+    forms = (*models.FORMS, *models.AUTOTUNED)
+    parser.add_argument("--forms", nargs="+", choices=forms, help="these of a model alone")
 
 
 def add_options(parser: argparse.ArgumentParser, budget: float, limit: float) -> None:

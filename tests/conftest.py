@@ -31,7 +31,6 @@ from swin_kernels.problem import Operands, Problem
 from swin_kernels.testing import Case
 from swin_kernels.testing.timing import counted_backends
 
-PART = pytest.StashKey[slice]()
 _PLANS = Path(swin_kernels.__file__).parent / "backends" / "triton"
 
 # the shapes that an op's fake gives are no part of inductor's key either
@@ -57,24 +56,9 @@ def pytest_addoption(parser):
         help="the CUDA kernels on the host (support/cuda/emulator.h), as under the interpreter",
     )
     parser.addoption("--tier", choices=TIERS, default="all", help="how much: support/tiers.py")
-    parser.addoption(
-        "--part",
-        metavar="I/N",
-        help="every N-th of the tests, from the I-th, counted from 0: N processes share a GPU",
-    )
-
-
-def _part(text: str | None) -> slice:
-    if text is None:
-        return slice(None)
-    first, _, step = text.partition("/")
-    if not (first.isdecimal() and step.isdecimal() and int(first) < int(step)):
-        raise pytest.UsageError(f"--part {text}: expected I/N with 0 <= I < N, as 0/4")
-    return slice(int(first), None, int(step))
 
 
 def pytest_configure(config):
-    config.stash[PART] = _part(config.getoption("--part"))
     mode = INTERPRETER if INTERPRETED else CPU
     on_gpu = config.getoption("--device") == "cuda"
     if config.getoption("--backend") and not on_gpu:
@@ -156,7 +140,7 @@ def pytest_collection_modifyitems(config, items):
     beyond = left_out(tier, kept, all_but_one_dtype(of_a_backend), slow_kernels)
     if mode is INTERPRETER:  # fp16 takes the path of fp32 there, with operands rounded
         beyond |= all_but_one_dtype(of_a_backend)
-    kept = [item for item in kept if item.nodeid not in beyond][config.stash[PART]]
+    kept = [item for item in kept if item.nodeid not in beyond]
     if len(kept) < len(items):
         chosen = set(kept)
         config.hook.pytest_deselected(items=[item for item in items if item not in chosen])

@@ -1,7 +1,7 @@
 """What Nsight Compute counts of our kernels on a GPU: the first stages of Swin-T, B and L.
 
     python -m benchmarks.gpu_tools.counters [--cases "T1 shift 3"] [--csv FILE] [--ncu PATH]
-                                            [--rehearse]
+                                            [--raw FILE] [--rehearse]
 
 Each kernel of a training step's attention is profiled once, after warm-up, at the clocks as they
 are: bytes and the share of the memory's rate, instructions and the share of issue slots, and why
@@ -40,6 +40,7 @@ FIRST = ("T1 shift 3", "B1 shift 3", "L1 shift 3")
 SECTIONS = (
     "SpeedOfLight",
     "MemoryWorkloadAnalysis",
+    "MemoryWorkloadAnalysis_Tables",
     "SchedulerStats",
     "WarpStateStats",
     "InstructionStats",
@@ -58,7 +59,12 @@ COUNTERS = {
         "dram__throughput.avg.pct_of_peak_sustained_elapsed",
     ),
     "memory_bytes": ("dram__bytes.sum",),
+    "l1_hit_percent": ("l1tex__t_sector_hit_rate.pct",),
     "l2_hit_percent": ("lts__t_sector_hit_rate.pct",),
+    "bank_conflicts": (
+        "l1tex__data_bank_conflicts_pipe_lsu_mem_shared.sum",
+        "l1tex__data_bank_conflicts_pipe_lsu.sum",
+    ),
     "instructions": ("smsp__inst_executed.sum", "sm__inst_executed.sum"),
     "issued_per_clock": ("smsp__issue_active.avg.per_cycle_active",),
     "registers": ("launch__registers_per_thread",),
@@ -195,8 +201,8 @@ def joined(launched: Sequence[Sequence[str]], text: str) -> list[Counted]:
     return [counted(*launch, values) for launch, (_, values) in zip(launched, profiles)]
 
 
-def count(name: str, ncu: str, rehearse: bool) -> list[Counted]:
-    """The rows of a case, run in a process of its own under the profiler."""
+def count(name: str, ncu: str, rehearse: bool, raw: Path | None) -> list[Counted]:
+    """The rows of a case, run in a process of its own; the profiler's page goes to `raw`."""
     with tempfile.TemporaryDirectory() as folder:
         launches = Path(folder) / "launches.json"
         start = [sys.executable, "-m", "benchmarks.gpu_tools.counters"]
@@ -209,6 +215,9 @@ def count(name: str, ncu: str, rehearse: bool) -> list[Counted]:
             ]
         command = [*start, "--cases", name, "--launches", str(launches)]
         text = profile(command, ncu, Path(folder) / "profile.csv")
+        if raw is not None:
+            with raw.open("a") as file:
+                file.write(f"{name}\n{text}\n")
         return joined(json.loads(launches.read_text()), text)
 
 
@@ -219,6 +228,7 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "--csv", type=Path, help="where the rows go; else benchmarks/results/counters"
     )
+    parser.add_argument("--raw", type=Path, help="where the profiler's own pages go, one by one")
     parser.add_argument("--ncu", type=Path, help="Nsight Compute; else where it mostly is")
     parser.add_argument("--rehearse", action="store_true", help="toy sizes on a CPU")
     parser.add_argument("--launches", type=Path, help=argparse.SUPPRESS)  # the profiled process
@@ -242,7 +252,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     path, rows = options.csv or COUNTED / file_name(facts), []
     for name in options.cases:
         try:
-            rows += count(name, ncu, options.rehearse)
+            rows += count(name, ncu, options.rehearse, options.raw)
         except (OSError, RuntimeError) as error:
             print(f"{name}: nothing was counted: {error}", file=sys.stderr)
             return 1

@@ -45,8 +45,9 @@ BLOCKS = {
     side: tuple(b for b in (16, 32, 64, 128) if b <= config.LARGEST_BLOCK)
     for side in ("block_m", "block_n")
 }
+Groups = dict[str, tuple[dict[str, tuple[int, ...]], ...]]
 # what is varied together, in this order
-GROUPS: dict[str, tuple[dict[str, tuple[int, ...]], ...]] = {
+GROUPS: Groups = {
     "forward": (WARPS_AND_STAGES, PROGRAMS),
     "backward": (WARPS_AND_STAGES, PROGRAMS),
     "tiled_forward": (BLOCKS | {"block_m": (32, 64, config.MOST_QUERIES)}, WARPS_AND_STAGES),
@@ -185,8 +186,22 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--budget", type=float, default=300, help="seconds for all of it")
     parser.add_argument("--cases", nargs="+", default=[""], help="beginnings of names of cases")
     parser.add_argument("--out", type=Path, default=config.TUNED)
+    fields = {name for groups in GROUPS.values() for group in groups for name in group}
+    parser.add_argument("--fields", nargs="+", choices=sorted(fields), help="these together, alone")
     parser.add_argument("--rehearse", action="store_true", help="toy sizes on a CPU")
     return parser.parse_args(arguments)
+
+
+def groups_of(options: argparse.Namespace) -> Groups:
+    """What is varied: with --fields all of their values together, of the kernels that have them."""
+    groups = TOY_GROUPS if options.rehearse else GROUPS
+    if options.fields is None:
+        return groups
+    varied = {}
+    for kernel, of_kernel in groups.items():
+        values = {name: x for group in of_kernel for name, x in group.items()}
+        varied[kernel] = ({name: values[name] for name in options.fields if name in values},)
+    return varied
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -199,7 +214,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     facts, seen = facts_of(device), set()
     home = RESULTS if options.out == config.TUNED else options.out.parent
     results_file = ResultsFile(home / "tuning" / f"{options.out.stem}.csv", facts)
-    tuner = Tuner(device, TOY_GROUPS if options.rehearse else GROUPS, options.budget, results_file)
+    tuner = Tuner(device, groups_of(options), options.budget, results_file)
     for name, case in cases.items():
         if not name.startswith(tuple(options.cases)):
             continue

@@ -23,7 +23,9 @@ class Counted(NamedTuple):
     microseconds: float | None = None
     memory_percent: float | None = None  # of the peak rate of device memory
     memory_bytes: float | None = None
+    l1_hit_percent: float | None = None
     l2_hit_percent: float | None = None
+    bank_conflicts: float | None = None  # of accesses to shared memory
     instructions: float | None = None  # warp-instructions
     issued_per_clock: float | None = None  # by a scheduler, 1 at most
     registers: float | None = None
@@ -48,17 +50,17 @@ def write(path: Path, rows: Sequence[Counted], facts: dict[str, str]) -> None:
 
 def table_of(rows: Sequence[Counted]) -> tuple[list[str], list[list[str]]]:
     """Header and lines."""
-    header = ["case", "direction", "kernel", "µs", "of memory's rate", "MB", "L2 hits"]
+    header = ["case", "direction", "kernel", "µs", "of memory's rate", "MB", "L1 hits", "L2 hits"]
     header += ["instructions", "issued a clock", "registers", "warps", "waits an issue"]
     lines = []
     for row in rows:
         megabytes = None if row.memory_bytes is None else row.memory_bytes * 1e-6
-        shares = [row.memory_percent, row.l2_hit_percent, row.warps_percent]
-        memory, hits, warps = ("–" if x is None else f"{x:.0f} %" for x in shares)
+        shares = [row.memory_percent, row.l1_hit_percent, row.l2_hit_percent, row.warps_percent]
+        memory, l1, l2, warps = ("–" if x is None else f"{x:.0f} %" for x in shares)
         numbers = [row.microseconds, megabytes, row.issued_per_clock]
         time, moved, issued = ("–" if x is None else three_digits(x) for x in numbers)
         counts = [row.instructions, row.registers]
         executed, registers = ("–" if x is None else f"{x:,.0f}" for x in counts)
-        cells = [time, memory, moved, hits, executed, issued, registers, warps, row.stalls or "–"]
+        cells = [time, memory, moved, l1, l2, executed, issued, registers, warps, row.stalls or "–"]
         lines.append([row.case, row.direction, row.kernel, *cells])
     return header, lines

@@ -121,11 +121,21 @@ class ResultsFile:
                         "measure into another file"
                     )
             with path.open(newline="") as file:
-                self.columns = next(csv.reader(file))  # an older file has fewer
-            return
+                columns = next(csv.reader(file), None)
+            if columns is not None:
+                self.columns = columns  # an older file has fewer
+                return
         path.parent.mkdir(parents=True, exist_ok=True)
-        with path.open("w", newline="") as file:
-            csv.writer(file).writerow(self.columns)
+        path.unlink(missing_ok=True)
+        self._append(dict(zip(self.columns, self.columns)))
+
+    def _append(self, cells: dict[str, Any]) -> None:
+        """A line of the file; where the disk is full, of the output."""
+        try:
+            with self.path.open("a", newline="") as file:
+                csv.DictWriter(file, self.columns, extrasaction="ignore").writerow(cells)
+        except OSError as error:
+            print(f"{self.path}: {error.strerror}: {cells}", flush=True)
 
     def add(self, row: Row) -> None:
         self.rows.append(row)
@@ -136,9 +146,7 @@ class ResultsFile:
             name: "" if x is None else f"{x:.4g}" if isinstance(x, float) else x
             for name, x in (row._asdict() | {RATIO: ratio}).items()
         }
-        with self.path.open("a", newline="") as file:
-            writer = csv.DictWriter(file, self.columns, extrasaction="ignore")
-            writer.writerow(shown | self.facts)
+        self._append(shown | self.facts)
 
     def has(self, case: str, provider: str) -> bool:
         return any((r.case, r.provider) == (case, provider) for r in self.rows)

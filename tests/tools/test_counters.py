@@ -11,6 +11,7 @@ from command_lines import ROOT, run_python
 
 pytest.importorskip("triton", reason="what is profiled are Triton's kernels")
 
+from ncu_stand_in import page
 from tiers import thorough
 
 from benchmarks.gpu_tools import counters
@@ -18,28 +19,7 @@ from benchmarks.report.counted import read
 
 pytestmark = pytest.mark.slow
 
-START, END = counters._STALLED
-COLUMNS = [  # beside the launch's number and kernel: name, unit, value
-    ("gpu__time_duration.sum", "ns", "80,000"),
-    ("gpu__dram_throughput.avg.pct_of_peak_sustained_elapsed", "%", "61.5"),
-    ("dram__bytes.sum.per_second", "byte/s", "4,000,000,000,000"),
-    ("smsp__inst_executed.sum", "inst", "1234567"),
-    (f"{START}long_scoreboard{END}", "", "5.5"),
-    (f"{START}barrier{END}", "", "1.25"),
-    (f"{START}selected{END}", "", "1.0"),
-    (f"{START}wait{END}", "", "2.0"),
-    (f"{START}math_pipe_throttle{END}", "", "n/a"),
-    (f"{START}wait_not_issued{END}", "", "9.0"),
-]
-
-
-def page(*kernels: str) -> str:
-    """As Nsight Compute 2025.3 writes `--csv --page raw --print-units base`."""
-    names, units, values = zip(*COLUMNS)
-    lines = [("ID", "Kernel Name", *names), ("", "", *units)]
-    lines += [(i, f"{kernel}(int, float)", *values) for i, kernel in enumerate(kernels)]
-    quoted = (",".join(f'"{x}"' for x in line) for line in lines)
-    return "\n".join(["==PROF== Connected to process 12 (/usr/bin/python3)", *quoted])
+STAND_IN = ROOT / "tests" / "support" / "ncu_stand_in.py"
 
 
 def test_counters_are_read_with_their_units():
@@ -61,19 +41,6 @@ def test_a_profile_of_other_launches_is_refused():
     assert len(counters.joined(launched, page("_single_tile_fwd_kernel"))) == 1
 
 
-# in the place of Nsight Compute: runs what it is to profile, then writes a page of its launches
-STAND_IN = """\
-import json, subprocess, sys
-sys.path[:0] = [{tests!r}, {root!r} + "/tests/support", {root!r}]
-from test_counters import page
-arguments = sys.argv[1:]
-command = arguments[arguments.index({python!r}):]
-subprocess.run(command, check=True)
-launched = json.load(open(command[command.index("--launches") + 1]))
-open(arguments[arguments.index("--log-file") + 1], "w").write(page(*(x[2] for x in launched)))
-"""
-
-
 def profiler(folder: Path, body: str) -> Path:
     path = folder / "ncu"
     path.write_text(f"#!{sys.executable}\n{body}")
@@ -91,9 +58,9 @@ def rehearsed(ncu: Path, *arguments: object, code: int = 0) -> subprocess.Comple
     "test_counters.py::test_a_profiler_that_gives_nothing_is_quoted",
 )
 def test_rehearsal_counts_every_launch_of_a_training_step(tmp_path):
-    body = STAND_IN.format(tests=str(Path(__file__).parent), root=str(ROOT), python=sys.executable)
-    path = tmp_path / "rows.csv"
-    done = rehearsed(profiler(tmp_path, body), "--cases", "toy", "toy tiles", "--csv", path)
+    path, raw = tmp_path / "rows.csv", tmp_path / "raw.csv"
+    cases = ("--cases", "toy", "toy tiles")
+    done = rehearsed(STAND_IN, *cases, "--csv", path, "--raw", raw)
     rows, facts = read(path)
     ran = {row[:3] for row in rows}
     assert ("toy", "forward", "_single_tile_fwd_kernel") in ran
@@ -102,6 +69,8 @@ def test_rehearsal_counts_every_launch_of_a_training_step(tmp_path):
     assert all(row.microseconds == 80 for row in rows)
     assert {"machine", "torch", "triton", "commit", "date"} <= facts.keys()
     assert "long scoreboard" in done.stdout
+    pages = raw.read_text().split("toy tiles\n")
+    assert sum(len(list(counters.read_profile(x))) for x in pages) == len(rows)
 
 
 def test_a_profiler_that_gives_nothing_is_quoted(tmp_path):

@@ -20,6 +20,7 @@ from triton_calls import call_of
 
 from benchmarks import gpu, models, suite
 from benchmarks.baselines import providers
+from benchmarks.baselines.providers import PROVIDERS
 from benchmarks.cases import other_cases, swin_cases, toy_cases
 from benchmarks.device import Cuda, DryRunDevice
 from benchmarks.gpu_tools.override import override
@@ -44,7 +45,7 @@ def interpreted(*arguments: object) -> subprocess.CompletedProcess:
 
 
 @thorough(
-    "test_gpu_benchmark.py::test_warm_part_compiles_and_times_nothing",
+    "test_gpu_rehearsal.py::test_every_stage_of_a_run_ends_well_and_leaves_its_results",
     "test_gpu_benchmark.py::test_peers_agree_on_every_toy_case",
     "test_cpu_benchmark.py::test_every_case_has_times_errors_checked_and_peaks",
 )
@@ -69,10 +70,33 @@ def test_rehearsal_times_every_case_from_end_to_end(tmp_path):
     assert read(path) == (rows, facts)
 
 
-def test_warm_part_compiles_and_times_nothing():
-    count = len(toy_cases()) * 6 + 2
-    done = interpreted("benchmarks.gpu", "--rehearse", "--warm", f"{count - 1}/{count}")
+def test_warming_compiles_the_chosen_part_and_times_nothing(tmp_path):
+    path = tmp_path / "rows.csv"
+    chosen = ("--cases", "toy 3-D", "--models", "--providers", "flex")
+    done = interpreted("benchmarks.gpu", "--rehearse", "--warm", *chosen, "--csv", path)
+    assert [x.partition(": ")[0] for x in done.stdout.splitlines()] == ["toy 3-D"]
     assert done.stdout.startswith("toy 3-D: flex: ")
+    assert not path.exists()
+
+
+@pytest.mark.parametrize(
+    "options, cases, others, chosen, providers, forms",
+    [
+        ([], len(swin_cases()), 9, 2, 7, models.FORMS),
+        (["--cases", "T1", "V2 w8", "--models"], 2, 2, 0, 7, models.FORMS),
+        (["--cases", "--models", "swin_tiny", "--forms", "stock"], 0, 0, 1, 7, ("stock",)),
+        (["--providers", "ours", "sdpa"], len(swin_cases()), 9, 2, 2, models.FORMS),
+    ],
+    ids=["everything", "cases", "models", "providers"],
+)
+def test_options_leave_a_part_of_the_suite(options, cases, others, chosen, providers, forms):
+    whole = suite.Suite(
+        DryRunDevice(), swin_cases(), other_cases(), models.MODELS, PROVIDERS, models.FORMS
+    )
+    left = whole.only(gpu.parse(options))
+    counts = len(left.cases), len(left.others), len(left.models), len(left.providers)
+    assert counts == (cases, others, chosen, providers)
+    assert tuple(left.forms) == forms
 
 
 def rehearsed(*command: str, **variables: str) -> str:
