@@ -71,23 +71,28 @@ class Launch:
         self.scalars = tuple(arguments.values())[len(self.tensors) :]
         self.compiled: Any = None
 
-    def __call__(self, *arguments: Any) -> None:
-        """As Triton launches, which compiles it."""
-        self.compiled = self.kernel[(self.grid,)](*arguments, **self.options)
+    def __call__(self, *arguments: Any) -> Any:
+        """As Triton launches: what it compiled."""
+        return self.kernel[(self.grid,)](*arguments, **self.options)
 
 
 @functools.cache
-def _runtime() -> Any:
-    """What Triton lets one set of its launches; found once, as an import costs each call."""
+def _knobs() -> Any:
+    """What Triton lets one set; found once, as an import costs each call."""
     from triton import knobs
 
-    return knobs.runtime
+    return knobs
 
 
 def _watched() -> bool:
-    """Whether a profiler asked Triton to tell it of launches: then it launches by itself."""
-    hook = _runtime().launch_enter_hook
-    return bool(getattr(hook, "calls", hook))
+    """Whether a profiler is to be told of launches, or compiles kernels with its own code in them.
+
+    Then Triton launches by itself.
+    """
+    knobs = _knobs()
+    before, after = knobs.runtime.launch_enter_hook, knobs.runtime.launch_exit_hook
+    hooks = getattr(before, "calls", before) or getattr(after, "calls", after)
+    return bool(hooks or knobs.compilation.instrumentation_mode)
 
 
 _NOWHERE = contextlib.nullcontext()
@@ -128,12 +133,14 @@ class Run:
         ]
         tensors = (*given, *made, None)
         with on_device(self.device):
-            if (stream := current_stream(self.device)) is not None and _watched():
-                stream = None
+            stream = current_stream(self.device)
+            watched = stream is not None and _watched()
             for launch, pointers in self.launches:
                 arguments = (*pointers(tensors), *launch.scalars)
-                if (compiled := launch.compiled) is None or stream is None:
-                    launch(*arguments)
+                if (compiled := launch.compiled) is None or stream is None or watched:
+                    compiled = launch(*arguments)
+                    if not watched:  # else it may hold a profiler's code
+                        launch.compiled = compiled
                     continue
                 # a grid of three axes, then a hook for what it does not need: none of them
                 at = (launch.grid, 1, 1, stream, compiled.function, compiled.packed_metadata)

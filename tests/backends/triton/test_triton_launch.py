@@ -36,10 +36,13 @@ def kernel(compiled, monkeypatch):
 
 @pytest.fixture
 def hook(monkeypatch):
-    """Triton's knob for a profiler's hook, without Triton."""
-    runtime = SimpleNamespace(launch_enter_hook=None)
-    monkeypatch.setattr(launcher, "_runtime", lambda: runtime)
-    return runtime
+    """Triton's knobs of a profiler, without Triton."""
+    knobs = SimpleNamespace(
+        runtime=SimpleNamespace(launch_enter_hook=None, launch_exit_hook=None),
+        compilation=SimpleNamespace(instrumentation_mode=""),
+    )
+    monkeypatch.setattr(launcher, "_knobs", lambda: knobs)
+    return knobs
 
 
 SPEC = LaunchSpec(
@@ -98,22 +101,43 @@ def test_each_launch_takes_the_tensors_it_is_given(kernel, compiled, hook, strea
     assert compiled.run.call_args.args[9] is other
 
 
-@pytest.mark.parametrize("calls", [[print], SimpleNamespace(calls=[print])], ids=["3.5", "chain"])
-def test_a_profiler_that_listens_gets_the_plain_launch(kernel, compiled, hook, stream, calls):
+LISTENING, SILENT = SimpleNamespace(calls=[print]), SimpleNamespace(calls=[])
+
+
+@pytest.mark.parametrize(
+    "part, name, on, off",
+    [
+        ("runtime", "launch_enter_hook", LISTENING, SILENT),
+        ("runtime", "launch_exit_hook", LISTENING, SILENT),
+        ("compilation", "instrumentation_mode", "proton", ""),
+    ],
+)
+@pytest.mark.parametrize("before", [0, 1], ids=["from the start", "after the first launch"])
+def test_a_profiler_gets_the_plain_launch_and_leaves_no_code_of_its_own(
+    kernel, compiled, hook, stream, part, name, on, off, before
+):
     run = run_of()
-    hook.launch_enter_hook = calls
+    for _ in range(before):
+        run((QUERY,))
+    setattr(getattr(hook, part), name, on)
+    watched = kernel.__getitem__.return_value.return_value = Mock()  # as a profiler compiles it
     for _ in range(2):
         run((QUERY,))
-    assert kernel.__getitem__.call_count == 2
-    hook.launch_enter_hook = SimpleNamespace(calls=[])
-    run((QUERY,))
-    assert compiled.run.call_count == 1
+    assert kernel.__getitem__.call_count == before + 2
+    kernel.__getitem__.return_value.return_value = compiled
+    setattr(getattr(hook, part), name, off)
+    for _ in range(2):
+        run((QUERY,))
+    assert compiled.run.call_count == 1 + before
+    assert not watched.run.called
 
 
-def test_the_hook_is_found_where_triton_keeps_it():
+def test_the_hooks_are_found_where_triton_keeps_them():
     knobs = pytest.importorskip("triton.knobs")
-    assert launcher._runtime() is knobs.runtime
+    assert launcher._knobs() is knobs
     assert hasattr(knobs.runtime, "launch_enter_hook")
+    assert hasattr(knobs.runtime, "launch_exit_hook")
+    assert knobs.compilation.instrumentation_mode == ""
 
 
 def test_without_a_stream_every_launch_is_plain(kernel, compiled, hook):
