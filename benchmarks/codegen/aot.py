@@ -110,20 +110,27 @@ def in_processes(
         return list(pool.map(function, *columns))
 
 
-def _read_cuda(compiled: Any) -> Code:
+def _dumped(compiled: Any, what: str) -> str:
+    """What cuobjdump says of a compiled kernel."""
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(compiled.asm["cubin"])
         file.flush()
         # what nvdisasm warns of the format of its input is of no use here
-        usage, listing = (
-            subprocess.run(
-                [CUOBJDUMP, flag, file.name], capture_output=True, check=True, text=True
-            ).stdout
-            for flag in ("--dump-resource-usage", "--dump-sass")
-        )
+        return subprocess.run(
+            [CUOBJDUMP, what, file.name], capture_output=True, check=True, text=True
+        ).stdout
+
+
+def listing_of(compiled: Any) -> str:
+    """The machine code of a kernel for NVIDIA's GPUs."""
+    return _dumped(compiled, "--dump-sass")
+
+
+def _read_cuda(compiled: Any) -> Code:
+    usage = _dumped(compiled, "--dump-resource-usage")
     found = re.search(r"REG:(\d+) STACK:(\d+)", usage)
     assert found is not None, usage
-    code = sass.parse(listing)
+    code = sass.parse(listing_of(compiled))
     instructions, matrix, spills = counts_of([x.base for x in code if x.base != "NOP"])
     registers, stack = map(int, found.groups())
     trips = (trip.histogram for trip in sass.main_loop(code) or ())
