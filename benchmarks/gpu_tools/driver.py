@@ -21,6 +21,7 @@ import shlex
 import shutil
 import signal
 import subprocess
+import sys
 import threading
 import time
 from collections import deque
@@ -132,6 +133,9 @@ class Driver:
         seconds = f"{max(1.0, left - 2 * STOPPING):.0f}"
         command = [seconds if x == SECONDS else x for x in command]
         self.log.write("+ " + shlex.join(command))
+        if shutil.which(command[0]) is None:
+            self.log.write(f"{command[0]}: not found")
+            command = [sys.executable, "-c", "raise SystemExit(127)"]  # as a shell ends
         return subprocess.Popen(
             command,
             cwd=ROOT,

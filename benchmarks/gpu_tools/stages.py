@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
@@ -189,18 +188,19 @@ def run_b(target: Target) -> list[Stage]:
         Stage("the contract, side by side", 375, contract),
         Stage("large tensors", 390, alone),
         Stage("TF32", 400, tf32),
-        Stage("memcheck", 412, (_memcheck(target),)),
+        Stage("memcheck and racecheck", 412, tuple(_sanitizers(target))),
     ]
 
 
-def _memcheck(target: Target) -> Command:
+def _sanitizers(target: Target) -> Iterator[Command]:
+    cases = (sys.executable, "tests/support/cuda_sanitized.py")
     if target.rehearse:
-        return (sys.executable, "tests/support/cuda_sanitized.py", "--emulate")
+        yield (*cases, "--emulate")
+        return
     program = shutil.which("compute-sanitizer") or "/usr/local/cuda/bin/compute-sanitizer"
     options = ("--error-exitcode", "9", "--target-processes", "application-only")
-    if not os.path.exists(program):
-        return (sys.executable, "-c", "raise SystemExit('compute-sanitizer is missing')")
-    return (program, *options, sys.executable, "tests/support/cuda_sanitized.py")
+    for tool in ("memcheck", "racecheck"):
+        yield (program, "--tool", tool, *options, *cases)
 
 
 RUNS: dict[str, Callable[[Target], list[Stage]]] = {"A": run_a, "B": run_b}

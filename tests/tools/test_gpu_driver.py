@@ -79,6 +79,17 @@ def test_rows_before_and_after_a_stage_that_crashes_are_there(run, out):
     assert "before" in (out / "log.txt").read_text()
 
 
+def test_a_program_that_is_missing_fails_its_stage_alone(run, out):
+    failed, _ = run(
+        Stage("checked", 60, (("no-such-sanitizer", "--tool"), python("print('beside')"))),
+        Stage("next", 90, (row(out, "after"),)),
+    )
+    assert failed == 1
+    assert stages_of(out)[0]["exit_codes"] == [127, 0]
+    assert cases_of(out) == ["after"]
+    assert "no-such-sanitizer: not found" in (out / "log.txt").read_text()
+
+
 def test_a_stage_that_hangs_ends_in_time_with_its_children(run, out, tmp_path):
     """Deaf to interrupts, with a child that is too."""
     deaf = (
@@ -224,7 +235,13 @@ def test_nothing_runs_beside_what_is_timed(name, out):
     for stage in RUNS[name](Target(out, rehearse=False)):
         if len(stage.commands) > 1:
             words = [set(command) for command in stage.commands]
-            untimed = {"--warm", "pytest", "benchmarks.gpu_tools.cuda_build"}
+            untimed = {
+                "--warm",
+                "pytest",
+                "benchmarks.gpu_tools.cuda_build",
+                "racecheck",
+                "memcheck",
+            }
             assert all(command & untimed for command in words), stage
 
 
