@@ -16,6 +16,7 @@ class Stage(NamedTuple):
     name: str
     ends: int  # seconds after the run began
     commands: tuple[Command, ...]  # side by side: more than one only where nothing is timed
+    may_fail: bool = False  # a failure is told, and the run's exit code stays 0
 
 
 class Target(NamedTuple):
@@ -187,7 +188,7 @@ def run_b(target: Target) -> list[Stage]:
         ),
         Stage("the contract, side by side", 375, contract),
         Stage("large tensors", 390, alone),
-        Stage("TF32", 400, tf32),
+        Stage("TF32", 400, tf32, may_fail=True),
         Stage("memcheck and racecheck", 412, tuple(_sanitizers(target))),
     ]
 

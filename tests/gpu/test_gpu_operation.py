@@ -18,6 +18,7 @@ from contract_cases import GEOMETRIES, OPTIONS
 from gpu_dry_run import REHEARSED, gpu_only, sized
 
 from benchmarks.baselines.providers import ours
+from benchmarks.gpu_tools.checks import plain_launches
 from benchmarks.timing import Gate, Inputs, Loop, Replayed, make_inputs
 from swin_kernels.backends.triton import launcher
 from swin_kernels.backends.triton.backend import INTERPRETED
@@ -214,6 +215,37 @@ def test_autocast_is_the_cast_of_query_key_and_value(device):
     expected = attend(inputs.qkv.to(device.dtype), *inputs[1:3])
     assert found.dtype == device.dtype
     assert torch.equal(found, expected)
+
+
+# kernels of several warp groups, one of which may run ahead, at batches that fill a GPU
+
+WIDE = {
+    "98 tokens": packed(*sized((14, 7, 3), (6, 3, 1))).but(
+        size=sized((4, 14, 14), (2, 4, 4)),
+        window=sized((2, 7, 7), (2, 2, 2)),
+        shift=sized((1, 3, 3), (0, 1, 1)),
+    ),
+    "dropout": CASES["whole"].but(dropout_p=0.25),
+    "128 channels": CASES["whole"].but(head_dim=sized(128, 32)),
+    "not vectorizable": packed(*sized((64, 8, 4), (6, 3, 1)), head_dim=30),
+    "tiles": CASES["cosine"],
+}
+
+
+@pytest.mark.parametrize("name", WIDE)
+def test_a_large_batch_gives_the_same_bits_twenty_times_however_it_is_launched(name, device):
+    case = WIDE[name].but(batch=sized(128, 1), dtype=device.dtype)
+    inputs = inputs_of(case, device)
+    if not case.dropout_p:  # whose draws the unfused path does not make
+        Gate(case, device, inputs).check(ours(case, device), 2.0)
+    torch.manual_seed(0)
+    first = results(case, inputs, device)
+    for launched in (plain_launches(), contextlib.nullcontext()):
+        with launched:
+            for _ in range(sized(20, 1)):
+                torch.manual_seed(0)
+                for a, b in zip(results(case, inputs, device), first):
+                    assert torch.equal(a, b)
 
 
 # sizes

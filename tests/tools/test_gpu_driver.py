@@ -79,6 +79,14 @@ def test_rows_before_and_after_a_stage_that_crashes_are_there(run, out):
     assert "before" in (out / "log.txt").read_text()
 
 
+def test_a_stage_that_may_fail_does_not_fail_the_run(run, out):
+    failing = (python("raise SystemExit(3)"),)
+    failed, told = run(Stage("TF32", 60, failing, may_fail=True), Stage("other", 90, failing))
+    assert failed == 1
+    assert [x["exit_codes"] for x in stages_of(out)] == [[3], [3]]
+    assert "exit codes [3]" in told
+
+
 def test_a_program_that_is_missing_fails_its_stage_alone(run, out):
     failed, _ = run(
         Stage("checked", 60, (("no-such-sanitizer", "--tool"), python("print('beside')"))),
