@@ -42,6 +42,14 @@ def small(kind: str, **options) -> torch.nn.Module:
     return model
 
 
+def test_new_blocks_of_v2_change_nothing():
+    """Norms behind the branches begin with zero, so that a deep model begins as the identity."""
+    model = SwinTransformerV2(img_size=64, window_size=8, **SMALL)
+    x = torch.randn(1, 16, 16, model.layers[0].blocks[0].norm1.normalized_shape[0])
+    for block in model.layers[0].blocks:
+        assert torch.equal(block(x), x)
+
+
 @pytest.mark.parametrize(
     ("make", "name", "millions"),
     [
