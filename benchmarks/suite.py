@@ -122,13 +122,13 @@ def measure_case(
     loops = loops_of(name, case, device, providers, results_file)
     if not loops or device.broken():
         return
-    yardsticks = MachinePeaks(device)
-    yardsticks.sample()
-    passes = passes_of(case, device, count_of_sets(case, device), yardsticks.rates()[0])
+    machine = MachinePeaks(device)
+    machine.sample()
+    passes = passes_of(case, device, count_of_sets(case, device), machine.rates()[0])
     timed = {who: Timed(x.loop, device, passes) for who, x in loops.items()}
-    # the yardsticks in turn with the providers, as clocks drift
-    wrong = sample_in_turn([yardsticks, *timed.values()], rounds, limit)[1:]
-    bytes_rate, flop_rate = yardsticks.rates()
+    # the machine's peaks in turn with the providers, as clocks drift
+    wrong = sample_in_turn([machine, *timed.values()], rounds, limit)[1:]
+    bytes_rate, flop_rate = machine.rates()
     for (who, one), reason in zip(timed.items(), wrong):
         for direction, samples in one.samples.items():
             if reason is not None:

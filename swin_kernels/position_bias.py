@@ -46,7 +46,7 @@ def log_coordinates(
     fine-tuned at another window sees the coordinates it was trained on.
     """
     axes = []
-    for w, trained in zip(window, pretrained_window or window):
+    for w, trained in zip(window, pretrained_window or window, strict=True):
         steps = torch.arange(-(w - 1), w, dtype=torch.float32)
         axes.append(steps / max((trained or w) - 1, 1) * 8)
     grid = torch.stack(torch.meshgrid(*axes, indexing="ij"), dim=-1)

@@ -27,7 +27,7 @@ def learnt_bias(
     A table (V1) tells its window where that is square. V2's network is asked at the coordinates
     that the checkpoint holds, or else, trained on that window, at those of `window`.
 
-    ValueError: no such block, or a window that nothing tells.
+    ValueError: no such block, or a window that cannot be inferred.
     """
     layout = found_layout(state)
 

@@ -157,7 +157,7 @@ class _Reading:
         return None
 
     def check_coordinates(self) -> None:
-        """The continuous bias of V2 must be asked where it was trained, if the file tells."""
+        """The continuous bias of V2 must be asked where it was trained, if the file holds it."""
         for name, module in self.model.named_modules():
             if not isinstance(module, MapAttentionV2):
                 continue
@@ -174,7 +174,7 @@ class _Reading:
 
 
 def _window_of(coordinates: Tensor) -> int:
-    """The window that log-spaced coordinates were divided by: their smallest step tells."""
+    """The window that log-spaced coordinates were divided by: found from their smallest step."""
     above = coordinates[coordinates > 0]
     return round(8 / (8 ** float(above.min()) - 1)) + 1 if len(above) else 1
 
@@ -197,7 +197,7 @@ def load(
         model: a SwinTransformer (V1 or V2), a VisionTransformer or a SimMIM; changed in place.
         source: a file that `read` takes, or a state dict.
         head: False leaves the model's own head as it is (another number of classes).
-        strict: False takes what fits by name, and tells the rest in what it returns.
+        strict: False takes what fits by name, and names the rest in what it returns.
 
     Returns:
         The layout found, and the tensors that were resized, missing or unexpected.

@@ -172,10 +172,13 @@ def shifted_window_attention_qkvpacked(
         qkv: (B, *S, 3, H, D), query, key and value in this order; any strides; S has 1, 2 or 3
             axes. fp16, bf16, fp32 or fp64.
 
-    All other arguments are those of `shifted_window_attention`, with Dv = D, and so are errors.
+    All other arguments are those of `shifted_window_attention`, with Dv = D.
 
     Returns:
         (B, *S, H, D), contiguous, in the dtype of qkv (under autocast, autocast's).
+
+    Raises:
+        ValueError, NotImplementedError: As `shifted_window_attention` does.
     """
     return _attend(
         Operands(

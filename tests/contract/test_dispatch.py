@@ -189,6 +189,18 @@ def test_object_without_its_operations_keeps_its_reason(tmp_path, monkeypatch):
 def test_a_kernel_is_at_most_six_frames_away(name, kernel, trained, cpu_kernels):
     """As are Triton's: test_triton_repeated.py."""
     qkv = torch.randn(1, 4, 4, 3, 2, 8, requires_grad=trained)
+    _assert_six_frames(name, kernel, qkv)
+
+
+@pytest.mark.parametrize("trained", [False, True], ids=["inference", "training"])
+def test_the_mode_s_kernel_is_at_most_six_frames_away(fused, trained):
+    """Of CUDA C++ too, where it is emulated or on a GPU."""
+    if fused == "triton":
+        pytest.skip("test_triton_repeated.py counts, where the launches are direct")
+    _assert_six_frames(fused, "", torch.randn(1, 4, 4, 3, 2, 8, requires_grad=trained))
+
+
+def _assert_six_frames(name: str, kernel: str, qkv: torch.Tensor) -> None:
     frames = frames_open_at(
         kernel, lambda: shifted_window_attention_qkvpacked(qkv, 2, backend=name)
     )

@@ -1,4 +1,4 @@
-"""What a test of the patches may ask for: calls recorded, and a patch that is proven to run."""
+"""What a test of the patches may ask for: calls recorded, and a patch that is seen to run fused."""
 
 from __future__ import annotations
 

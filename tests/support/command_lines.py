@@ -25,6 +25,7 @@ def run(
         env=environment,
         capture_output=True,
         text=True,
+        timeout=600,
         check=False,
     )
     assert done.returncode == code, done.stdout[-3000:] + done.stderr[-3000:]

@@ -1,4 +1,4 @@
-"""How deep a call goes into the package before its kernel, in Python frames."""
+"""How deep a call goes before its kernel, in Python frames of the package."""
 
 from __future__ import annotations
 

@@ -160,15 +160,15 @@ def test_peak_is_of_what_is_held_at_once():
     assert Cpu().peak_bytes(allocate) == 12_000_000
 
 
-def test_yardsticks_tell_bytes_and_flop_a_second_of_the_median_sample(monkeypatch):
+def test_machine_peaks_are_bytes_and_flop_a_second_of_the_median_sample(monkeypatch):
     monkeypatch.setattr(Cpu, "copied_bytes", 1024)
     monkeypatch.setattr(Cpu, "matrix_size", 8)
     ends = iter([0.5, 8.0, 0.25, 2.0, 1.0, 4.0])  # seconds of copy, product, copy, …
     monkeypatch.setattr(Cpu, "seconds", lambda self, first, last: next(ends))
-    yardsticks = MachinePeaks(Cpu())
+    peaks = MachinePeaks(Cpu())
     for _ in range(3):
-        yardsticks.sample()
-    assert yardsticks.rates() == (2 * 1024 / 0.5, 2 * 8**3 / 4.0)
+        peaks.sample()
+    assert peaks.rates() == (2 * 1024 / 0.5, 2 * 8**3 / 4.0)
 
 
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="mallopt is glibc's")

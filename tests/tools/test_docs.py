@@ -42,6 +42,18 @@ def test_relative_links_have_targets(page):
             assert anchor in anchors(target), f"{link}: no such heading"
 
 
+def test_tests_that_a_page_names_are_there():
+    """Written as `file.py::test`."""
+    named = {
+        x
+        for page in PAGES
+        for x in re.findall(r"(test_\w+\.py)::(?:Test\w+::)?(\w+)", page.read_text())
+    }
+    assert named
+    tests = {path.name: path.read_text() for path in (ROOT / "tests").rglob("test_*.py")}
+    assert not [x for x in sorted(named) if f"def {x[1]}(" not in tests.get(x[0], "")]
+
+
 def test_every_page_is_in_the_table_of_contents():
     index = (DOCS / "index.md").read_text()
     toctrees = "".join(re.findall(r"```\{toctree\}\n(.*?)```", index, re.DOTALL))

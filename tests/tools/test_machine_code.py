@@ -242,8 +242,8 @@ def test_one_kernel_compiles_for_every_architecture():
 def test_what_does_not_fit_the_registers_is_seen(arch):
     gpu = KNOWN_GPUS[arch]
     step, dtypes = next(launches_of(CASES["head dim 128"].but(dtype=DTYPES["bf16"]), gpu))
-    crowded = replace(step, config=replace(step.config, num_warps=1))
-    code = aot.read(aot.compile_launch(crowded, dtypes, gpu))
+    one_warp = replace(step, config=replace(step.config, num_warps=1))
+    code = aot.read(aot.compile_launch(one_warp, dtypes, gpu))
     assert code.spills > 10
     assert code.stack > 0
 

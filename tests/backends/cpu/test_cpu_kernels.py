@@ -188,11 +188,25 @@ _BAD_OPERANDS = {
 }
 
 
+def _raw_forward(operands, options):
+    return native.CpuBackend.ops.forward(*operands, *options, False)
+
+
+def _raw_backward(grad_out, operands, options):
+    return native.CpuBackend.ops.backward(grad_out, *operands, *options, False, 31)
+
+
 def _assert_raw_ops_raise(operands, options):
-    with pytest.raises(RuntimeError):
-        native.CpuBackend.ops.forward(*operands, *options)
-    with pytest.raises(RuntimeError):
-        native.CpuBackend.ops.backward(make_grad_out(PLANE), *operands, *options, 31)
+    """By checks of their own: a call of too few arguments would raise as well."""
+    with pytest.raises(RuntimeError, match="swin_kernels: "):
+        _raw_forward(operands, options)
+    with pytest.raises(RuntimeError, match="swin_kernels: "):
+        _raw_backward(make_grad_out(PLANE), operands, options)
+
+
+def test_good_operands_of_the_raw_ops_do_not_raise():
+    assert torch.equal(_raw_forward(_GOOD, _OPTIONS), call(PLANE, _GOOD, "cpu"))
+    assert _raw_backward(make_grad_out(PLANE), _GOOD, _OPTIONS)[0].shape == _GOOD.query.shape
 
 
 @pytest.mark.parametrize("name", _BAD_OPERANDS)
@@ -230,8 +244,8 @@ def test_bad_options_of_the_raw_ops_raise(changes):
     ids=["head dim", "batch", "dtype", "rank"],
 )
 def test_gradient_that_does_not_fit_raises(grad_out):
-    with pytest.raises(RuntimeError):
-        native.CpuBackend.ops.backward(grad_out, *_GOOD, *_OPTIONS, 0)
+    with pytest.raises(RuntimeError, match="swin_kernels: grad_out"):
+        _raw_backward(grad_out, _GOOD, _OPTIONS)
 
 
 def test_operands_may_overlap_and_be_offset():
