@@ -5,7 +5,8 @@ one of a warp group: in a program of eight warps the other four may not be done.
 operand's buffer afterwards has to come behind a barrier of all warps, which some versions of Triton
 leave out (triton-lang/triton, issue 11047). Here the machine code is searched for a way from a wait
 to a store without a barrier, and the store's place is compared with the buffers of operands, as
-Triton lays them out.
+Triton lays them out. Which product a wait is for is not known: a store to the operand of one that
+was waited for before an earlier barrier is reported too.
 """
 
 from __future__ import annotations
