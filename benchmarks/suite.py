@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import torch
 
 from benchmarks import models
-from benchmarks.baselines.providers import Provider
+from benchmarks.baselines.providers import OURS_CUDA, PEERS, PROVIDERS, Provider
 from benchmarks.baselines.runtimes import RUNTIMES
 from benchmarks.device import Device, MachinePeaks
 from benchmarks.report.rows import (
@@ -164,6 +164,10 @@ class Suite(NamedTuple):
                 return dict(known)
             return {name: x for name, x in known.items() if name.startswith(tuple(wanted))}
 
+        for option, known in (("cases", self.cases | self.others), ("models", self.models)):
+            for name in getattr(options, option) or ():
+                if not begins(known, [name]):
+                    raise SystemExit(f"--{option} {name}: no such name; there are {list(known)}")
         providers = [p for p in self.providers if p.name in (options.providers or [p.name])]
         return self._replace(
             cases=begins(self.cases, options.cases),
@@ -299,7 +303,10 @@ def add_choices(parser: argparse.ArgumentParser) -> None:
     begins = {"nargs": "*", "metavar": "NAME"}
     parser.add_argument("--cases", help="those whose names begin so; none without a NAME", **begins)
     parser.add_argument("--models", help="likewise, of the whole models", **begins)
-    parser.add_argument("--providers", help="these alone, where they can run", **begins)
+    known = [p.name for p in (*PROVIDERS, *OURS_CUDA, *PEERS)]
+    parser.add_argument(
+        "--providers", nargs="+", choices=known, help="these alone, where they can run"
+    )
     forms = (*models.FORMS, *models.AUTOTUNED)
     parser.add_argument("--forms", nargs="+", choices=forms, help="these of a model alone")
 

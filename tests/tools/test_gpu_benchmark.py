@@ -99,6 +99,21 @@ def test_options_leave_a_part_of_the_suite(options, cases, others, chosen, provi
     assert tuple(left.forms) == forms
 
 
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        (["--cases", "T1", "nope"], "--cases nope: no such name; there are ['T1 shift 3'"),
+        (["--models", "nope"], "--models nope: no such name; there are ['swin_tiny, batch 128'"),
+        (["--providers", "nope"], "invalid choice: 'nope'"),
+    ],
+)
+def test_names_that_are_unknown_are_refused(options, message, capsys):
+    whole = suite.Suite(DryRunDevice(), swin_cases(), other_cases(), models.MODELS, PROVIDERS)
+    with pytest.raises(SystemExit) as stopped:
+        whole.only(gpu.parse(options))
+    assert message in f"{stopped.value.code} {capsys.readouterr().err}"
+
+
 def rehearsed(*command: str, **variables: str) -> str:
     """What a command prints that is for a GPU, at toy sizes."""
     return run_python(*command, SWIN_KERNELS_REHEARSE="1", **variables).stdout
