@@ -338,7 +338,7 @@ def _check_shapes(
     operands: Operands, grid: Grid, heads: int, head_dim: int, value_dim: int
 ) -> None:
     pairs = (grid.tokens, grid.tokens)
-    expected = {  # what it means is written out only when it is told: dynamo has symbols for sizes
+    expected = {  # its meaning is formatted only for a message: dynamo has symbols for sizes
         "bias": ((heads, *pairs), "(H, N, N) for window {.window}"),
         "bias_index": (pairs, "(N, N) for window {.window}"),
         "bias_table": ((table_length(grid.window), heads), "(T, H) for window {.window}"),

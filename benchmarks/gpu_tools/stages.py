@@ -16,7 +16,7 @@ class Stage(NamedTuple):
     name: str
     ends: int  # seconds after the run began
     commands: tuple[Command, ...]  # side by side: more than one only where nothing is timed
-    may_fail: bool = False  # a failure is told, and the run's exit code stays 0
+    may_fail: bool = False  # a failure is in the table, and the run's exit code stays 0
 
 
 class Target(NamedTuple):

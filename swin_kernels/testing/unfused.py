@@ -10,7 +10,6 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from swin_kernels.backends.reference.dropout import dropout_factor
-from swin_kernels.position_bias import relative_position_index
 from swin_kernels.problem import Operands
 from swin_kernels.testing.cases import Case
 
@@ -79,7 +78,12 @@ def _unfused_bias(operands: Operands, case: Case) -> Tensor | None:
         return operands.bias
     index = operands.bias_index
     if index is None:
-        index = relative_position_index(case.window, operands.query.device)
+        # by itself, not by the package's own function, which the reference uses
+        axes = [torch.arange(w, device=operands.query.device) for w in case.window]
+        places = torch.stack(torch.meshgrid(*axes, indexing="ij")).flatten(1)  # (axes, N)
+        index = torch.zeros((), dtype=torch.int64, device=places.device)
+        for w, place in zip(case.window, places):
+            index = index * (2 * w - 1) + place[:, None] - place[None, :] + w - 1
     tokens = index.shape[0]
     bias = operands.bias_table[index.long().reshape(-1)].view(tokens, tokens, -1)
     return bias.permute(2, 0, 1).contiguous()
