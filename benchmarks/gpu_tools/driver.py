@@ -7,8 +7,9 @@ The stages are those of `stages.py`. Nothing is fetched or installed; the standa
 that this process imports. A stage that is done early leaves its seconds to the next; one that
 hangs is ended, one that crashes is noted, and the next begins in a process of its own. What it
 prints goes to log.txt, its rows to rows.csv, in --out (else in the folder that OUT names, else in
-benchmarks/results/gpu-run-A); the table, from those rows, comes last. Where nothing can be written
-any more, what the stages printed is shown instead. Exit code: 0; 1 where a stage failed.
+benchmarks/results/gpu-run-A, rehearsed in build); the table, from those rows, comes last. Where
+nothing can be written any more, what the stages printed is shown instead. Exit code: 0; 1 where a
+stage failed.
 """
 
 from __future__ import annotations
@@ -32,6 +33,8 @@ from benchmarks.gpu_tools.stages import RUNS, SECONDS, Stage, Target
 from benchmarks.gpu_tools.summary import summary_of
 
 ROOT = Path(__file__).resolve().parents[2]
+RESULTS = "benchmarks/results/gpu-run"
+REHEARSED = 10.0  # times as long as on a GPU each stage may take on a CPU
 STOPPING = 3.0  # seconds, of those of a stage, to end what does not end by itself
 MOST_CHARACTERS = 11_500  # of the table: 12,000 come back
 KEPT_LINES = 400  # of what the stages print, in memory
@@ -185,16 +188,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     if options.built is not None and not list(options.built.glob("_C_cuda*.so")):
         parser.error(f"--built {options.built}: expected a folder with _C_cuda*.so in it")
-    given = os.environ.get("OUT")
-    default = Path(given) if given else ROOT / "benchmarks" / "results" / f"gpu-run-{options.run}"
-    out = (options.out or default).resolve()
+    where = f"build/gpu-rehearsal-{options.run}" if options.rehearse else f"{RESULTS}-{options.run}"
+    out = (options.out or Path(os.environ.get("OUT") or ROOT / where)).resolve()
     for old in (out / "rows.csv", out / "log.txt"):
         old.unlink(missing_ok=True)
     if options.built is not None:
         for built in options.built.glob("_C_*.so"):
             shutil.copy(built, ROOT / "swin_kernels" / built.name)
     target = Target(out, options.rehearse)
-    driver = Driver(options.run, out, slower=10.0 if options.rehearse else 1.0)
+    driver = Driver(options.run, out, slower=REHEARSED if options.rehearse else 1.0)
+    if options.rehearse:
+        print(f"rehearsed on a CPU: one second below is {REHEARSED:.0f} of the clock's", flush=True)
     return int(driver.run(RUNS[options.run](target), environment_of(options)) > 0)
 
 

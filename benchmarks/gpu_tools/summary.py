@@ -83,4 +83,5 @@ def summary_of(out: Path, stages: Sequence[dict[str, object]]) -> str:
             for x in stages
         ),
     }
-    return "\n".join(f"== {name}\n" + "\n".join(lines) for name, lines in sections.items())
+    parts = ((f"== {name}", *lines) for name, lines in sections.items())
+    return "\n".join("\n".join(part) for part in parts if len(part) > 1)
