@@ -12,7 +12,7 @@ from torch import Tensor
 from torch._C import _AutoDispatchBelowAutograd, _len_torch_dispatch_stack
 
 from swin_kernels.backends.flops import count, tell_counters
-from swin_kernels.problem import DIFFERENTIABLE, NEEDS, Operands, Options, Problem
+from swin_kernels.problem import DIFFERENTIABLE, NEEDS, Operands, Options, Problem, split_arguments
 
 OLDEST_CAPABILITY = (8, 0)
 
@@ -75,12 +75,13 @@ class Backend(ABC):
 
 
 def forward_fake(*arguments) -> Tensor:
-    query, _, value = Operands(*arguments[: len(Operands._fields)]).unpacked()
+    operands, *_ = split_arguments(arguments)
+    query, _, value = operands.unpacked()
     return query.new_empty((*query.shape[:-1], value.shape[-1]))
 
 
 def backward_fake(grad_out, *arguments) -> tuple[Tensor, ...]:
-    operands, needs = Operands(*arguments[: len(Operands._fields)]), arguments[-1]
+    operands, _, (*_, needs) = split_arguments(arguments)
     grads = []
     for name in DIFFERENTIABLE:
         x = getattr(operands, name)
