@@ -7,7 +7,7 @@ from unittest.mock import Mock
 
 import pytest
 import torch
-from command_lines import refusal
+from command_lines import output_of, refusal
 from tiers import thorough
 from torch import nn
 
@@ -48,8 +48,7 @@ def _rows(text: str) -> dict[str, list[str]]:
 @pytest.mark.slow
 def test_model_at_a_size_is_checked_and_timed(cpu_kernels, capsys):
     arguments = ["--size", "32x64", "--batch", "1", "--rounds", "2", "--threads", "1"]
-    assert main(["bench", "--model", NAME, *arguments]) == 0
-    out = capsys.readouterr().out
+    out = output_of(capsys, main, ["bench", "--model", NAME, *arguments])
     assert "batch of 1, 32×64, float32" in out
     assert "backend cpu" in out
     assert "replaced in 12 of 12 blocks" in out
@@ -97,9 +96,7 @@ def test_compiled_models_are_judged_by_their_logits_and_timed(
 ):
     compiling = torch.compile
     monkeypatch.setattr(torch, "compile", lambda module: compiling(module, backend=compiler))
-    arguments = ["bench", "--compile", "--batch", "2", "--rounds", "1"]
-    assert main(arguments) == 0
-    out = capsys.readouterr().out
+    out = output_of(capsys, main, ["bench", "--compile", "--batch", "2", "--rounds", "1"])
     assert "float32, compiled" in out
     assert "logits, compiled" in _rows(out)
 
@@ -115,8 +112,7 @@ def test_wrong_results_are_not_timed_and_are_the_exit_code(cpu_kernels, small, m
 
     monkeypatch.setattr(timing, "patched_copy", wrong)
     monkeypatch.setattr(timing, "time_in_turn", lambda *_: pytest.fail("was timed"))
-    assert main(["bench", "--rounds", "1"]) == 1
-    out = capsys.readouterr().out
+    out = output_of(capsys, main, ["bench", "--rounds", "1"], code=1)
     assert "beyond the error rule: logits: largest error" in out
     assert "÷ patched" not in out
 
@@ -124,8 +120,7 @@ def test_wrong_results_are_not_timed_and_are_the_exit_code(cpu_kernels, small, m
 def test_without_a_known_peak_the_times_are_told(cpu_kernels, small, monkeypatch, capsys):
     failing = Mock(side_effect=RuntimeError("stock: out of memory"))
     monkeypatch.setattr(memory, "peak_memory", failing)
-    assert main(["bench", "--rounds", "1", "--batch", "1"]) == 0
-    out = capsys.readouterr().out
+    out = output_of(capsys, main, ["bench", "--rounds", "1", "--batch", "1"])
     assert _rows(out)["inference"][-2:] == ["–", "–"]
     assert "Peak memory could not be measured: stock: out of memory" in out
 
@@ -134,10 +129,10 @@ def test_calls_alternate_and_few_images_are_checked(cpu_kernels, small, monkeypa
     options = bench.argparse.ArgumentParser()
     bench.add_options(options)
     prepared = bench.prepare(options.parse_args(["--batch", "6", "--rounds", "2"]))
-    counts, run_once = [], timing.run_once
-    monkeypatch.setattr(timing, "run_once", lambda m, x: (counts.append(len(x)), run_once(m, x))[1])
+    run_once = Mock(wraps=timing.run_once)
+    monkeypatch.setattr(timing, "run_once", run_once)
     assert bench.run(prepared) == 0
-    assert counts == [bench.CHECKED] * 3
+    assert [len(call.args[1]) for call in run_once.call_args_list] == [bench.CHECKED] * 3
 
 
 def test_models_without_a_working_kernel_say_so(small, monkeypatch, capsys):
@@ -167,8 +162,7 @@ def test_a_model_of_the_users_own_keeps_its_weights(cpu_kernels, tmp_path, monke
     seen, prepare = [], bench.prepare
     monkeypatch.setattr(bench, "prepare", lambda x: seen.append(prepare(x)) or seen[-1])
     arguments = ["--size", "24", "--batch", "1", "--rounds", "2", "--threads", "1"]
-    assert main(["bench", "--model", "own_swin:make", *arguments]) == 0
-    out = capsys.readouterr().out
+    out = output_of(capsys, main, ["bench", "--model", "own_swin:make", *arguments])
     assert "own_swin:make" in out
     assert "replaced in 2 of 2 blocks" in out
     assert "Within the error rule" in out

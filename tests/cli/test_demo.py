@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from command_lines import PNG_MAGIC, run_python
+from command_lines import PNG_MAGIC, output_of, run_python
 
 pytest.importorskip("rich")
 pytest.importorskip("matplotlib")
@@ -115,23 +115,22 @@ def test_nan_is_beyond_the_error_rule(outcomes):
     assert timing.compare(*outcomes)[0].complaint is not None
 
 
-def _run_with(monkeypatch, prepared, complaint: str | None) -> int:
+def _have_measured(monkeypatch, complaint: str | None) -> None:
     differences = [timing.Difference("logits", 1e-7, 1e-7, 1e-7, 2.0, complaint)]
     results = demo.Results(differences, {"inference": {"stock": 0.2, "patched": 0.1}}, ["a remark"])
     monkeypatch.setattr(demo, "_measure", lambda p, console: results)
-    return demo.run(prepared)
 
 
 def test_run_returns_1_and_says_so_beyond_the_error_rule(monkeypatch, prepared, capsys):
-    assert _run_with(monkeypatch, prepared, "error=1 exceeds") == 1
-    out = capsys.readouterr().out
+    _have_measured(monkeypatch, "error=1 exceeds")
+    out = output_of(capsys, demo.run, prepared, code=1)
     assert "beyond the error rule: error=1 exceeds" in out
     assert "Within the error rule" not in out
 
 
 def test_run_says_that_the_reference_backend_is_not_faster(monkeypatch, prepared, capsys):
-    assert _run_with(monkeypatch, prepared._replace(backend="reference"), None) == 0
-    out = capsys.readouterr().out
+    _have_measured(monkeypatch, None)
+    out = output_of(capsys, demo.run, prepared._replace(backend="reference"))
     assert "backend reference" in out
     assert "is not faster" in out
     assert "| 200 ms |  100 ms |            2.00 |" in out

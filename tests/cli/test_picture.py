@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import re
 import sys
+from unittest.mock import ANY, Mock
 
 import pytest
 import torch
-from command_lines import PNG_MAGIC, refusal
+from command_lines import PNG_MAGIC, output_of, refusal
 
 from swin_kernels.__main__ import main
 from swin_kernels.geometry import Grid
@@ -152,9 +153,8 @@ def test_picture_command_draws_the_bias_of_a_checkpoint(kind, tmp_path, monkeypa
     model = cls(embed_dim=16, depths=(2, 2), num_heads=(2, 4), window_size=4, img_size=32)
     file = tmp_path / "weights.pt"
     torch.save({"model": state_dict_for(model, layout)}, file)
-    drawn = []
-    bias_figure = picture.bias_figure
-    monkeypatch.setattr(picture, "bias_figure", lambda *a: drawn.append(a) or bias_figure(*a))
+    bias_figure = Mock(wraps=picture.bias_figure)
+    monkeypatch.setattr(picture, "bias_figure", bias_figure)
     command = ["picture", "--out", str(tmp_path / "x.png"), "--bias", str(file)]
     command += ["--block", "1", "1"]
     if window:
@@ -166,7 +166,7 @@ def test_picture_command_draws_the_bias_of_a_checkpoint(kind, tmp_path, monkeypa
         table = attention.relative_position_bias_table
     else:
         table = 16 * torch.sigmoid(attention.cpb_mlp(attention.relative_coords_table))
-    ((bias, title),) = drawn
+    ((bias, title),) = (call.args for call in bias_figure.call_args_list)
     expected = bias_from_table(table, relative_position_index((4, 4)))
     torch.testing.assert_close(bias, expected.detach())
     assert title == "Stage 1, block 1 of weights.pt"
@@ -189,8 +189,7 @@ def test_a_table_of_no_square_window_asks_for_its_window(tmp_path):
 def test_picture_command_writes_the_file_it_names(name, tmp_path, capsys):
     path = tmp_path / name
     grid = ["--size", "6", "6", "--window", "3", "--shift", "2"]
-    assert main(["picture", *grid, "--out", str(path)]) == 0
-    assert capsys.readouterr().out == f"{path}\n"
+    assert output_of(capsys, main, ["picture", *grid, "--out", str(path)]) == f"{path}\n"
     assert [x for x in tmp_path.rglob("*") if x.is_file()] == [path]
     assert path.read_bytes().startswith(PNG_MAGIC)
 
@@ -209,10 +208,9 @@ def test_picture_command_writes_the_file_it_names(name, tmp_path, capsys):
 def test_picture_command_draws_any_number_and_minus_infinity(
     arguments, expected, tmp_path, monkeypatch
 ):
-    drawn = []
-    draw = picture.shift_figure
-    monkeypatch.setattr(picture, "shift_figure", lambda grid, x: drawn.append(x) or draw(grid, x))
+    draw = Mock(wraps=picture.shift_figure)
+    monkeypatch.setattr(picture, "shift_figure", draw)
     path = tmp_path / "x.png"
     assert main(["picture", *arguments.split(), "--out", str(path)]) == 0
-    assert drawn == [expected]
+    draw.assert_called_once_with(ANY, expected)
     assert path.read_bytes().startswith(PNG_MAGIC)

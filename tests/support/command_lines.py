@@ -15,9 +15,13 @@ PNG_MAGIC = b"\x89PNG\r\n\x1a\n"
 
 
 def run(
-    *command: object, code: int = 0, cwd: Path = ROOT, **variables: str | None
+    *command: object,
+    code: int | None = 0,
+    cwd: Path = ROOT,
+    timeout: float | None = 600,
+    **variables: str | None,
 ) -> subprocess.CompletedProcess[str]:
-    """A command that ended with this exit code; without the environment variables that are None."""
+    """A command that ended with this exit code, or any; without the variables that are None."""
     environment = {k: v for k, v in (os.environ | variables).items() if v is not None}
     done = subprocess.run(
         list(map(str, command)),
@@ -25,10 +29,10 @@ def run(
         env=environment,
         capture_output=True,
         text=True,
-        timeout=600,
+        timeout=timeout,
         check=False,
     )
-    assert done.returncode == code, done.stdout[-3000:] + done.stderr[-3000:]
+    assert code in (None, done.returncode), done.stdout[-3000:] + done.stderr[-3000:]
     return done
 
 
@@ -39,6 +43,21 @@ def run_python(*arguments: object, **options) -> subprocess.CompletedProcess[str
 def last_line_of(program: str, **variables: str) -> str:
     """The last line that a program in Python prints."""
     return run_python("-c", program, **variables).stdout.splitlines()[-1]
+
+
+def committed(folder: Path) -> None:
+    """Makes a repository of a folder, with all that is there in its one commit."""
+    who = ("-c", "user.name=a", "-c", "user.email=a@example.org")
+    for command in (("init", "--quiet"), ("add", "--all"), ("commit", "--quiet", "-m", "first")):
+        run("git", *who, *command, cwd=folder)
+
+
+def output_of(
+    capsys: pytest.CaptureFixture, function: Callable, *arguments: object, code: int = 0
+) -> str:
+    """What a function that returns this exit code prints."""
+    assert function(*arguments) == code
+    return capsys.readouterr().out
 
 
 def refusal(

@@ -9,10 +9,8 @@ exit code is 1 if a fault is not found.
 
 from __future__ import annotations
 
-import os
 import re
 import shutil
-import subprocess
 import sys
 import tempfile
 from pathlib import Path
@@ -110,21 +108,14 @@ def applied(fault: Fault, tree: Path) -> None:
 def finder(fault: Fault, tree: Path) -> str | None:
     """The test that fails, None if none does."""
     arguments, variables = RUNS[fault.run]
-    environment = {**os.environ, **variables, "SWIN_KERNELS_CUDA": "0"}
+    variables = {**variables, "SWIN_KERNELS_CUDA": "0"}
     if fault.file.startswith("csrc/cpu"):
-        run_python("setup.py", "--quiet", "build_ext", "--inplace", cwd=tree, **environment)
-    command = [sys.executable, "-m", "pytest", "-q", "--tier", "standard", "-n", "2"]
-    options = ["--dist", "worksteal", "-x", "--no-header", "-rfE"]
+        run_python("setup.py", "--quiet", "build_ext", "--inplace", cwd=tree, **variables)
+    options = ["-q", "--tier", "standard", "-n", "2", "--dist", "worksteal", "-x", "--no-header"]
     # it holds every fault against the sources, and so would find each
-    options += ["--deselect", "tests/tools/test_tiers.py::test_every_fault_can_be_put_in"]
-    done = subprocess.run(
-        [*command, *options, *arguments],
-        cwd=tree,
-        env=environment,
-        check=False,
-        capture_output=True,
-        text=True,
-    )
+    options += ["-rfE", "--deselect", "tests/tools/test_tiers.py::test_every_fault_can_be_put_in"]
+    command = ("-m", "pytest", *options, *arguments)
+    done = run_python(*command, code=None, cwd=tree, timeout=None, **variables)
     failed = re.search(r"^(?:FAILED|ERROR) (\S+.*?)(?: - .*)?$", done.stdout, re.MULTILINE)
     if failed is None and done.returncode != 0:
         raise RuntimeError(done.stdout[-2000:] + done.stderr[-2000:])

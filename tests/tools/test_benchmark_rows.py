@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import csv
-import subprocess
 
 import pytest
+from command_lines import committed
 
 from benchmarks.report.rows import ResultsFile, Row, command_of, commit, read
 
@@ -68,20 +68,13 @@ def test_command_says_what_was_measured_and_not_where_it_went(arguments):
 
 def test_commit_is_dirty_only_by_what_can_change_a_time(tmp_path, monkeypatch):
     monkeypatch.delenv("SWIN_KERNELS_COMMIT", raising=False)
-
-    def git(*arguments):
-        who = ("-c", "user.name=a", "-c", "user.email=a@b.c")
-        subprocess.run(["git", *who, *arguments], cwd=tmp_path, check=True, capture_output=True)
-
     assert commit(tmp_path) == "unknown"  # no repository
     (tmp_path / "benchmarks" / "results").mkdir(parents=True)
     (tmp_path / "csrc").mkdir()
     code, rows = tmp_path / "csrc" / "a.h", tmp_path / "benchmarks" / "results" / "a.csv"
     code.write_text("1")
     rows.write_text("1")
-    git("init", "-q")
-    git("add", ".")
-    git("commit", "-qm", "a")
+    committed(tmp_path)
     clean = commit(tmp_path)
     assert clean not in ("", "unknown")
     rows.write_text("2")

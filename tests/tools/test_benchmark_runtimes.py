@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from unittest.mock import create_autospec
+
 import pytest
 import torch
+from command_lines import ROOT, output_of
 from torch import nn
 
 pytest.importorskip("timm", reason="whole models are timm's")
@@ -50,17 +53,15 @@ def rows(*forms: str) -> list:
 
 
 def test_runtime_is_timed_in_turn_for_inference_alone(cpu_kernels, stub, monkeypatch):
-    order = []
-    sample = Models.sample
-    monkeypatch.setattr(
-        Models, "sample", lambda self, form, step: order.append(form) or sample(self, form, step)
-    )
+    sample = create_autospec(Models.sample, side_effect=Models.sample)
+    monkeypatch.setattr(Models, "sample", sample)
     found = rows("stock", "patched", "OpenVINO")
     assert {(r.provider, r.direction) for r in found} == {
         *((form, step) for form in ("stock", "patched") for step in models.STEPS),
         ("OpenVINO", "inference"),
     }
-    assert order[:6] == ["stock", "patched", "OpenVINO", "patched", "OpenVINO", "stock"]
+    order = [call.args[1] for call in sample.call_args_list[:6]]
+    assert order == ["stock", "patched", "OpenVINO", "patched", "OpenVINO", "stock"]
     (row,) = (r for r in found if r.provider == "OpenVINO")
     assert row.median_us > 0
     assert row.samples == 2
@@ -92,8 +93,7 @@ def test_missing_package_and_dtype_are_reasons_in_the_rows(
     monkeypatch.setitem(RUNTIMES, "ONNX Runtime", missing)
     options = parse(["--threads", "1", "--model-rounds", "1", "--csv", str(tmp_path / "a.csv")])
     suite = Suite(Cpu(torch.bfloat16), {}, {}, TOYS, (), ("stock", "patched", *RUNTIMES))
-    assert Run(suite, options).measure() == 0
-    told = capsys.readouterr().out
+    told = output_of(capsys, Run(suite, options).measure)
     assert f"{TOY}: ONNX Runtime: not installed: pip install no_such_package nor_this" in told
     assert f"no time for {TOY}: OpenVINO: computes in float32, not in bfloat16" in told
 
@@ -110,7 +110,7 @@ def test_versions_are_of_what_is_installed(monkeypatch):
 
 
 def test_extra_names_every_package():
-    project = (runtimes.Path(__file__).parents[2] / "pyproject.toml").read_text()
+    project = (ROOT / "pyproject.toml").read_text()
     (line,) = (x for x in project.splitlines() if x.startswith("peers = "))
     assert all(f'"{name}"' in line for name in PACKAGES)
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from command_lines import ROOT, refusal
+from command_lines import ROOT, committed, output_of, refusal
 
 from benchmarks.cases import toy_cases
 from benchmarks.compare import regression
@@ -52,8 +52,7 @@ def changed(tmp_path):
 
 def test_identical_trees_are_no_regression(small, capsys):
     # on a busy machine a toy's interval can be anywhere: what must hold is that it is told
-    assert regression.run((ROOT, ROOT), TOYS, 5, 3.0, 1) == 0
-    out = capsys.readouterr().out
+    out = output_of(capsys, regression.run, (ROOT, ROOT), TOYS, 5, 3.0, 1)
     assert out.count("forward + backward") == len(TOYS)
     assert "slower" not in out
     assert "wrong" not in out
@@ -61,25 +60,22 @@ def test_identical_trees_are_no_regression(small, capsys):
 
 def test_slowed_tree_is_reported_and_is_the_exit_code(small, changed, capsys):
     slowed = changed("time.sleep(5e-3); return _attend(*args, **options)")
-    assert regression.run((ROOT, slowed), {"toy": TOYS["toy"]}, 5, 1.05, 1) == 1
-    lines = [line for line in capsys.readouterr().out.splitlines() if "slower" in line]
-    assert len(lines) == 2, lines
-    assert regression.run((slowed, ROOT), {"toy": TOYS["toy"]}, 5, 1.05, 1) == 0
-    assert "faster" in capsys.readouterr().out
+    rest = ({"toy": TOYS["toy"]}, 5, 1.05, 1)
+    out = output_of(capsys, regression.run, (ROOT, slowed), *rest, code=1)
+    assert sum("slower" in line for line in out.splitlines()) == 2, out
+    assert "faster" in output_of(capsys, regression.run, (slowed, ROOT), *rest)
 
 
 def test_wrong_tree_is_not_timed_and_is_the_exit_code(small, changed, capsys):
     wrong = changed("return _attend(*args, **options) * 1.01")
-    assert regression.run((ROOT, wrong), TOYS, 2, 1.05, 1) == 1
-    out = capsys.readouterr().out
+    out = output_of(capsys, regression.run, (ROOT, wrong), TOYS, 2, 1.05, 1, code=1)
     assert "wrong or without time: toy: AssertionError: new: output: largest error" in out
     assert "forward" not in out
 
 
 def test_tree_that_cannot_run_a_case_goes_on_with_the_next(small, changed, capsys):
     body = "assert args[0].shape[1] != 8, 'no eights'; return _attend(*args, **options)"
-    assert regression.run((ROOT, changed(body)), TOYS, 2, 100.0, 1) == 1
-    out = capsys.readouterr().out
+    out = output_of(capsys, regression.run, (ROOT, changed(body)), TOYS, 2, 100.0, 1, code=1)
     assert "toy: RuntimeError: new: AssertionError: no eights" in out
     assert [line.split()[:2] for line in out.splitlines() if "backward" in line] == [
         ["toy", "tiles"]
@@ -141,11 +137,8 @@ def repository(tmp_path, monkeypatch):
         "Path('swin_kernels/_C.so').write_text(Path('csrc/a.cpp').read_text())"
     )
     monkeypatch.setattr(regression, "BUILD", (sys.executable, "-c", script))
-    who = ("-c", "user.name=a", "-c", "user.email=a@example.org")
     try:
-        regression.git("init", "--quiet")
-        regression.git("add", "--all")
-        regression.git(*who, "commit", "--quiet", "-m", "first")
+        committed(root)
     except FileNotFoundError:
         pytest.skip("needs git")
     (root / "swin_kernels" / "x.py").write_text("changed")
