@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import functools
 import math
+from unittest.mock import Mock
 
 import pytest
 import torch
 import torch.autograd.forward_ad as forward_ad
-from contract_cases import assert_same_bits, checked, needing, over, saved_by_a_call
-from modes import cut
+from contract_cases import SHIFTED, assert_same_bits, checked, needing, over, saved_by_a_call
 from torch.utils.checkpoint import checkpoint
 
 import swin_kernels
@@ -35,7 +35,6 @@ from swin_kernels.testing import (
 
 SMALL = Case(1, (5, 4), (3, 2), (1, 1), 2, 4, dtype=torch.float64, bias="table", pads=True)
 SINGLE = SMALL.but(dtype=torch.float32)
-PLANE = cut(Case(2, (11, 9), (4, 4), (2, 2), bias="table", pads=True))
 NAMES = ("query", "key", "value", "bias_table", "pad_key", "pad_value")  # its gradients
 
 
@@ -160,43 +159,39 @@ def test_raw_ops_are_private():
 
 
 def test_needed_gradient_goes_through_the_function_and_not_the_raw_op(fused):
-    operands = make_operands(PLANE)
+    operands = make_operands(SHIFTED)
     for name in NAMES:
-        node = call(PLANE, needing(operands, name), fused).grad_fn
+        node = call(SHIFTED, needing(operands, name), fused).grad_fn
         assert type(node).__name__ == "ShiftedWindowAttentionFunctionBackward"
 
 
 def test_without_grad_there_is_no_graph(backend):
-    operands = with_grad(make_operands(PLANE))
+    operands = with_grad(make_operands(SHIFTED))
     with torch.no_grad():
-        assert not call(PLANE, operands, backend).requires_grad
+        assert not call(SHIFTED, operands, backend).requires_grad
     with torch.inference_mode():
-        assert not call(PLANE, operands, backend).requires_grad
-    assert not call(PLANE, make_operands(PLANE), backend).requires_grad
+        assert not call(SHIFTED, operands, backend).requires_grad
+    assert not call(SHIFTED, make_operands(SHIFTED), backend).requires_grad
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_one_gradient_alone_equals_it_among_all(name, backend):
-    operands, grad_out = make_operands(PLANE), make_grad_out(PLANE)
-    expected = run(PLANE, operands, grad_out, backend).grads[name]
+    operands, grad_out = make_operands(SHIFTED), make_grad_out(SHIFTED)
+    expected = run(SHIFTED, operands, grad_out, backend).grads[name]
     alone = needing(operands, name)
-    out = call(PLANE, alone, backend)
+    out = call(SHIFTED, alone, backend)
     actual = torch.autograd.grad(out, getattr(alone, name), grad_out)[0]
     torch.testing.assert_close(actual, expected, rtol=0, atol=1e-6)
 
 
 def test_gradients_that_nobody_needs_are_not_computed(cpu_kernels, monkeypatch):
-    asked = []
     ops = native.CpuBackend.ops
-
-    def recorded(*args):
-        asked.append(args[-1])
-        return ops.backward(*args)
-
-    monkeypatch.setattr(BACKENDS["cpu"], "ops", Ops(ops.forward, recorded))
-    operands = make_operands(PLANE)
+    backward = Mock(wraps=ops.backward)
+    monkeypatch.setattr(BACKENDS["cpu"], "ops", Ops(ops.forward, backward))
+    operands = make_operands(SHIFTED)
     for name in ("query", "bias_table", "pad_value"):
-        call(PLANE, needing(operands, name), "cpu").sum().backward()
+        call(SHIFTED, needing(operands, name), "cpu").sum().backward()
+    asked = [call.args[-1] for call in backward.call_args_list]
     assert asked == [0, NEEDS["bias_table"], NEEDS["pad_value"]]
 
 
@@ -212,15 +207,15 @@ class _NoGradient(torch.autograd.Function):
 
 
 def test_absent_gradient_of_the_output_passes_none_on(backend):
-    operands = with_grad(make_operands(PLANE))
-    out = _NoGradient.apply(call(PLANE, operands, backend))
+    operands = with_grad(make_operands(SHIFTED))
+    out = _NoGradient.apply(call(SHIFTED, operands, backend))
     (out.sum() + operands.query.sum()).backward()
     assert torch.equal(operands.query.grad, torch.ones_like(operands.query))
     assert operands.key.grad is None or not operands.key.grad.any()
 
 
 def test_mask_that_requires_grad_raises(backend_name):
-    case = PLANE.but(mask="soft")
+    case = SHIFTED.but(mask="soft")
     operands = needing(make_operands(case), "mask")
     with pytest.raises(ValueError, match="mask requires grad"):
         call(case, operands, backend_name)
@@ -229,8 +224,8 @@ def test_mask_that_requires_grad_raises(backend_name):
 
 
 def test_backwards_through_one_graph_agree(backend):
-    operands, grad_out = with_grad(make_operands(PLANE)), make_grad_out(PLANE)
-    out = call(PLANE, operands, backend)
+    operands, grad_out = with_grad(make_operands(SHIFTED)), make_grad_out(SHIFTED)
+    out = call(SHIFTED, operands, backend)
     leaves = [x for x in operands if x is not None and x.requires_grad]
     expected = torch.autograd.grad(out, leaves, grad_out, retain_graph=True)
     for create_graph in (True, False):
@@ -239,31 +234,31 @@ def test_backwards_through_one_graph_agree(backend):
 
 
 def test_function_can_be_applied_directly(backend):
-    (_, options), grad_out = checked(PLANE), make_grad_out(PLANE)
+    (_, options), grad_out = checked(SHIFTED), make_grad_out(SHIFTED)
 
     def applied(leaves):
         return ShiftedWindowAttentionFunction.apply(*leaves, *options, backend)
 
     results = []
     for seed in range(LEAST_INPUTS):
-        operands = make_operands(PLANE, seed=seed)
-        others = (f(PLANE, operands, grad_out) for f in (run_unfused, run_exact))
+        operands = make_operands(SHIFTED, seed=seed)
+        others = (f(SHIFTED, operands, grad_out) for f in (run_unfused, run_exact))
         results.append((differentiate(applied, operands, grad_out), *others))
     assert_within_error_rule(*zip(*results))
 
 
 def test_what_is_saved_beside_the_operands_does_not_grow_with_the_map(fused):
-    _, few = saved_by_a_call(PLANE, fused)
-    _, many = saved_by_a_call(PLANE.but(batch=5), fused)
+    _, few = saved_by_a_call(SHIFTED, fused)
+    _, many = saved_by_a_call(SHIFTED.but(batch=5), fused)
     assert [x.shape for x in few] == [x.shape for x in many]
     if fused == "cpu":
         assert not few
 
 
 def test_operand_changed_before_backward_raises(fused):
-    operands = with_grad(make_operands(PLANE))
+    operands = with_grad(make_operands(SHIFTED))
     key = operands.key * 1
-    out = call(PLANE, operands._replace(key=key), fused)
+    out = call(SHIFTED, operands._replace(key=key), fused)
     key.add_(1)
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         out.sum().backward()
@@ -281,7 +276,7 @@ def test_one_tensor_as_query_key_and_value_sums_their_gradients(backend):
 @pytest.mark.parametrize("use_reentrant", [False, True])
 @pytest.mark.parametrize("dropout_p", [0.0, 0.4])
 def test_checkpointing_changes_no_bit(use_reentrant, dropout_p, backend):
-    case = PLANE.but(dropout_p=dropout_p, packed=True)
+    case = SHIFTED.but(dropout_p=dropout_p, packed=True)
     operands, grad_out = make_operands(case), make_grad_out(case)
     expected = run(case, operands, grad_out, backend, seed=3)
     leaves = with_grad(operands)
@@ -300,7 +295,7 @@ def test_checkpointing_changes_no_bit(use_reentrant, dropout_p, backend):
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("packed", [False, True], ids=["separate", "packed"])
 def test_autocast_casts_the_tokens_and_returns_fp32_gradients(dtype, packed, backend):
-    case = PLANE.but(packed=packed, cosine=True)
+    case = SHIFTED.but(packed=packed, cosine=True)
     operands = make_operands(case)
     grad_out = make_grad_out(case).to(dtype)
 
@@ -318,7 +313,7 @@ def test_autocast_casts_the_tokens_and_returns_fp32_gradients(dtype, packed, bac
 
 @pytest.mark.float64
 def test_autocast_leaves_float64_alone(backend):
-    case = PLANE.but(dtype=torch.float64)
+    case = SHIFTED.but(dtype=torch.float64)
     operands = make_operands(case)
     with torch.autocast("cpu", torch.bfloat16):
         actual = call(case, operands, backend)
@@ -326,7 +321,7 @@ def test_autocast_leaves_float64_alone(backend):
 
 
 def test_packed_gradient_is_written_packed(fused):
-    case = PLANE.but(packed=True)
+    case = SHIFTED.but(packed=True)
     (operands, options), grad_out = checked(case), make_grad_out(case)
     needed = tuple(name == "query" for name in Operands._fields)
     grads = BACKENDS[fused].backward(grad_out, operands, options, (), needed)
@@ -336,7 +331,7 @@ def test_packed_gradient_is_written_packed(fused):
 
 
 def test_function_refuses_a_mask_that_requires_grad(fused):
-    case = PLANE.but(mask="soft")
+    case = SHIFTED.but(mask="soft")
     operands, options = checked(case)
     out = ShiftedWindowAttentionFunction.apply(*needing(operands, "mask"), *options, fused)
     with pytest.raises(ValueError, match="mask requires grad"):

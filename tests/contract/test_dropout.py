@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import pytest
 import torch
-from contract_cases import TILES, assert_same_bits, over, over_dtypes
-from modes import cut, sized
+from contract_cases import SHIFTED, TILES, assert_same_bits, over, over_dtypes
+from modes import sized
 
 from swin_kernels import shifted_window_attention
 from swin_kernels.backends.reference.dropout import dropout_factor
 from swin_kernels.testing import Case, call, check, make_grad_out, make_operands, run
 
-PLANE = cut(Case(2, (11, 9), (4, 4), (2, 2), bias="table", pads=True, dropout_p=0.3))
+PLANE = SHIFTED.but(dropout_p=0.3)
 
 
 @pytest.mark.in_pairs

@@ -6,8 +6,7 @@ import math
 
 import pytest
 import torch
-from contract_cases import LINE, PLANE, judged, over, over_dtypes
-from modes import cut
+from contract_cases import LINE, PLANE, SHIFTED, judged, over, over_dtypes
 
 from swin_kernels.testing import Case, call, check, make_grad_out, make_operands, run
 
@@ -16,7 +15,7 @@ pytestmark = pytest.mark.every_dtype
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
 def test_large_logits_match_float64(dtype, backend):
-    case = cut(PLANE.but(shift=(2, 2), dtype=dtype))
+    case = SHIFTED.but(dtype=dtype)
 
     def large(operands):
         return operands._replace(query=operands.query * 16, key=operands.key * 16)
@@ -26,7 +25,7 @@ def test_large_logits_match_float64(dtype, backend):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 def test_logits_beyond_the_range_of_exp_stay_finite(dtype, backend):
-    case = cut(PLANE.but(shift=(2, 2), dtype=dtype))
+    case = SHIFTED.but(dtype=dtype)
     operands = make_operands(case)
     huge = operands._replace(query=operands.query * 1e4, key=operands.key * 1e4)
     actual = run(case, huge, make_grad_out(case), backend)
@@ -37,7 +36,7 @@ def test_logits_beyond_the_range_of_exp_stay_finite(dtype, backend):
 @over_dtypes
 @pytest.mark.parametrize("kind", ["dense", "table", "table+index"])
 def test_minus_infinity_in_the_bias_matches_float64(kind, dtype, backend):
-    case = cut(PLANE.but(shift=(2, 2), dtype=dtype, bias=kind))
+    case = SHIFTED.but(dtype=dtype, bias=kind)
     name = "bias" if kind == "dense" else "bias_table"
     shape = getattr(make_operands(case), name).shape
     holes = torch.rand(shape, generator=torch.Generator("cpu").manual_seed(0), device="cpu") < 0.2
@@ -144,7 +143,7 @@ def test_logits_of_one_token_have_gradient_zero(case, backend):
 
 @over_dtypes
 def test_everything_masked_gives_zeros_and_zero_gradients(dtype, backend):
-    case = cut(PLANE.but(dtype=dtype, bias="dense", mask="soft", shift=(2, 2), cosine=True))
+    case = SHIFTED.but(dtype=dtype, bias="dense", mask="soft", cosine=True)
     operands = make_operands(case)
     operands = operands._replace(mask=torch.full_like(operands.mask, -torch.inf))
     actual = run(case, operands, make_grad_out(case), backend)

@@ -4,19 +4,16 @@ from __future__ import annotations
 
 import pytest
 from command_lines import last_line_of
-from contract_cases import over
-from modes import cut
+from contract_cases import SHIFTED, over
 from torch.utils.flop_counter import FlopCounterMode
 
 from swin_kernels.testing import Case, call, make_operands, with_grad
 
-PLANE = cut(Case(2, (11, 9), (4, 4), (2, 2), bias="table", pads=True))
-
 
 @over(
-    PLANE,
-    PLANE.but(packed=True, cosine=True),
-    PLANE.but(value_dim=24, mask="soft"),
+    SHIFTED,
+    SHIFTED.but(packed=True, cosine=True),
+    SHIFTED.but(value_dim=24, mask="soft"),
     Case(2, (7,), (4,), (1,)),
     Case(1, (3, 4, 5), (2, 2, 2), (1, 0, 1)),
 )

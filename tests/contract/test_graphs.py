@@ -7,8 +7,7 @@ import sys
 import pytest
 import torch
 import torch.autograd.forward_ad as forward_ad
-from contract_cases import assert_same_bits, over
-from modes import cut
+from contract_cases import SHIFTED, assert_same_bits, over
 from tiers import thorough
 from torch._dynamo import compiled_autograd
 from torch.fx.experimental.proxy_tensor import make_fx
@@ -25,10 +24,9 @@ from swin_kernels.testing import (
     with_grad,
 )
 
-PLANE = cut(Case(2, (11, 9), (4, 4), (2, 2), bias="table", pads=True))
 CASES = (
-    PLANE,
-    PLANE.but(packed=True, bias="dense", mask="soft", cosine=True, pads=False),
+    SHIFTED,
+    SHIFTED.but(packed=True, bias="dense", mask="soft", cosine=True, pads=False),
     # of more than 64 tokens: here Triton's backward works in tiles, from other things kept
     Case(1, (90,), (81,), (40,), bias="table", pads=True, dtype=torch.float16),
 )
@@ -78,7 +76,7 @@ def test_exported_program_has_the_gradients_of_an_eager_call(case, strict, with_
 
 def _exported_for_any_batch(fused):
     """A module, and a program of it that takes any number of images."""
-    module = _Call(PLANE.but(packed=True, layout="contiguous"), fused)
+    module = _Call(SHIFTED.but(packed=True, layout="contiguous"), fused)
     batch = torch.export.Dim("batch", min=1, max=64)
     with torch.no_grad():
         example = (module.operands.query,)
@@ -90,7 +88,7 @@ def test_exported_inference_equals_eager(fused):
     targets = [str(node.target) for node in program.graph.nodes]
     assert str(BACKENDS[fused].ops.forward) in targets
     with torch.no_grad():
-        for query in (module.operands.query, torch.randn(5, *PLANE.size, 3, 2, 16)):
+        for query in (module.operands.query, torch.randn(5, *SHIFTED.size, 3, 2, 16)):
             assert torch.equal(program.module()(query), module(query))
 
 
@@ -102,7 +100,7 @@ def test_ahead_of_time_compiled_package_equals_eager(tmp_path, fused):
         program, package_path=str(tmp_path / "layer.pt2")
     )
     package = torch._inductor.aoti_load_package(path)
-    query = torch.randn(3, *PLANE.size, 3, 2, 16)
+    query = torch.randn(3, *SHIFTED.size, 3, 2, 16)
     with torch.no_grad():
         torch.testing.assert_close(package(query), module(query))
 
@@ -121,19 +119,19 @@ def test_replayed_graph_has_the_gradients_of_an_eager_call(case, pre_dispatch, f
 
 
 def test_graph_of_a_whole_step_gives_its_gradients_and_refuses_theirs(fused):
-    operands = with_grad(make_operands(PLANE))
+    operands = with_grad(make_operands(SHIFTED))
     query = operands.query.detach()
 
     def step(query):
         query = query.detach().requires_grad_()
-        out = call(PLANE, operands._replace(query=query), fused)
+        out = call(SHIFTED, operands._replace(query=query), fused)
         return torch.autograd.grad(out.square().sum(), query)[0]
 
     graph = make_fx(step)(query)
     again = torch.randn_like(query)
     assert torch.equal(graph(again), step(again))
 
-    exported = torch.export.export(_Call(PLANE, fused), (query,)).module()
+    exported = torch.export.export(_Call(SHIFTED, fused), (query,)).module()
     leaf = query.clone().requires_grad_()
     (grad,) = torch.autograd.grad(exported(leaf).square().sum(), leaf, create_graph=True)
     with pytest.raises(NotImplementedError, match='use backend="reference"'):
@@ -141,7 +139,7 @@ def test_graph_of_a_whole_step_gives_its_gradients_and_refuses_theirs(fused):
 
 
 def test_compiled_autograd_has_the_gradients_of_an_eager_call(fused):
-    module, grad_out = _Call(PLANE, fused), make_grad_out(PLANE)
+    module, grad_out = _Call(SHIFTED, fused), make_grad_out(SHIFTED)
     expected = _step(module, module.operands.query, grad_out)
     with compiled_autograd._enable(
         lambda graph: torch.compile(graph, backend="eager", fullgraph=True)
@@ -150,13 +148,13 @@ def test_compiled_autograd_has_the_gradients_of_an_eager_call(fused):
 
 
 def test_transforms_of_a_graph_run_on_the_reference(fused):
-    module = _Call(PLANE, fused).requires_grad_(False)
+    module = _Call(SHIFTED, fused).requires_grad_(False)
     query = module.operands.query
     exported = torch.export.export(module, (query,)).module()
     tangent = torch.randn_like(query)
 
     def unfused(query):
-        return call(PLANE, module.operands._replace(query=query), "reference")
+        return call(SHIFTED, module.operands._replace(query=query), "reference")
 
     def loss(function):
         return lambda query: function(query).square().sum()
@@ -174,7 +172,7 @@ def test_transforms_of_a_graph_run_on_the_reference(fused):
 
 def test_eager_calls_pass_the_autograd_kernels_by(fused):
     """They would cost some µs a call."""
-    operands = make_operands(PLANE)
+    operands = make_operands(SHIFTED)
     entered = set()
 
     def watch(frame, event, argument):
@@ -183,10 +181,10 @@ def test_eager_calls_pass_the_autograd_kernels_by(fused):
 
     sys.setprofile(watch)
     try:
-        call(PLANE, operands, fused)
-        out = call(PLANE, with_grad(operands), fused)
+        call(SHIFTED, operands, fused)
+        out = call(SHIFTED, with_grad(operands), fused)
         with torch.no_grad():
-            call(PLANE, operands, fused)
+            call(SHIFTED, operands, fused)
         out.sum().backward()
     finally:
         sys.setprofile(None)

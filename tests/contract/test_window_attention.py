@@ -11,13 +11,14 @@ from contract_cases import (
     GEOMETRIES,
     OPTIONS,
     PLANE,
+    SHIFTED,
     TILES,
     assert_same_bits,
     judged,
     over,
     over_dtypes,
 )
-from modes import cut, sized
+from modes import sized
 
 from swin_kernels import shifted_window_attention, shifted_window_attention_qkvpacked
 from swin_kernels.position_bias import relative_position_index
@@ -135,7 +136,7 @@ def test_wide_heads_without_padding_match_float64(bias, dtype, backend):
 
 @over_dtypes
 def test_views_of_one_packed_buffer_match_packed(dtype, backend):
-    case = cut(PLANE.but(shift=(2, 2), dtype=dtype, packed=True))
+    case = SHIFTED.but(dtype=dtype, packed=True)
     operands, grad_out = make_operands(case), make_grad_out(case)
     packed = run(case, operands, grad_out, backend)
     query, key, value = operands.query.unbind(-3)
@@ -147,7 +148,7 @@ def test_views_of_one_packed_buffer_match_packed(dtype, backend):
 
 @over_dtypes
 def test_expanded_operands_match_their_copies(dtype, backend):
-    case = cut(PLANE.but(shift=(2, 2), dtype=dtype, bias="dense", mask="soft"))
+    case = SHIFTED.but(dtype=dtype, bias="dense", mask="soft")
     operands, grad_out = make_operands(case), make_grad_out(case)
     wide = operands._replace(
         key=operands.key[:1, :1].expand(operands.key.shape),
@@ -189,7 +190,7 @@ def test_expanded_gradient_of_a_sum_matches_float64(dtype, backend):
 
 @pytest.mark.parametrize("index_dtype", [torch.int32, torch.int64], ids=str)
 def test_index_of_any_stride_and_int_dtype_matches(index_dtype, backend):
-    case = cut(PLANE.but(shift=(2, 2), bias="table+index"))
+    case = SHIFTED.but(bias="table+index")
     operands, grad_out = make_operands(case), make_grad_out(case)
     index = operands.bias_index.to(index_dtype)
     flipped = index.T.contiguous().T
@@ -201,7 +202,7 @@ def test_index_of_any_stride_and_int_dtype_matches(index_dtype, backend):
 
 
 def test_geometric_index_given_equals_none(backend):
-    case = cut(PLANE.but(shift=(2, 2)))
+    case = SHIFTED
     operands, grad_out = make_operands(case), make_grad_out(case)
     given = operands._replace(bias_index=relative_position_index(case.window))
     expected, actual = (run(case, x, grad_out, backend) for x in (operands, given))
@@ -223,7 +224,7 @@ def test_empty_batch_gives_empty_output_and_zero_bias_gradients(case, dtype, bac
 
 
 @pytest.mark.parametrize("layout", ["strided", "channels-inside"])
-@over(cut(PLANE.but(shift=(2, 2), mask="soft")), TILES.but(mask="soft"))
+@over(SHIFTED.but(mask="soft"), TILES.but(mask="soft"))
 def test_operands_are_left_as_they_were(case, layout, backend):
     case = case.but(layout=layout)
     operands, grad_out = make_operands(case), make_grad_out(case)
@@ -252,7 +253,7 @@ def test_pads_of_float64_match_float64(backend):
 
 @over_dtypes
 def test_output_is_contiguous_and_in_the_dtype_of_the_input(dtype, backend):
-    case = cut(PLANE.but(shift=(2, 2), dtype=dtype))
+    case = SHIFTED.but(dtype=dtype)
     out = call(case, make_operands(case), backend)
     assert out.dtype == dtype
     assert out.is_contiguous()

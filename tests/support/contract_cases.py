@@ -7,7 +7,7 @@ import math
 
 import pytest
 import torch
-from modes import sized
+from modes import cut, sized
 from torch import Tensor
 
 from swin_kernels.problem import Operands, Options, Problem
@@ -26,6 +26,7 @@ def judged(*cases: Case):
 
 LINE = Case(size=(21,), window=(8,), bias="table", pads=True)
 PLANE = Case(size=(11, 9), window=(4, 4), bias="table", pads=True)
+SHIFTED = cut(PLANE.but(shift=(2, 2)))
 SPACE = Case(size=(4, 5, 7), window=(2, 3, 4), bias="table", pads=True)
 # of so many tokens a window that Triton's kernels take it in tiles
 TILES = Case(2, (90,), (70,), (20,), heads=1, bias="table", pads=True, cosine=True)
