@@ -74,6 +74,12 @@ def test_packed_tokens_that_do_not_fit_raise(shape, message):
 
 
 _INDEX = torch.zeros(16, 16, dtype=torch.int64)
+
+
+def _indexed(index):
+    return {"bias_table": _zeros(9, 3), "bias_index": index}
+
+
 EXTRAS = (
     ({"bias": _zeros(3, 15, 16)}, r"bias: expected shape \(3, 16, 16\).*got \(3, 15, 16\)"),
     ({"bias": _zeros(2, 16, 16)}, r"bias: expected shape \(3, 16, 16\).*got \(2, 16, 16\)"),
@@ -88,26 +94,11 @@ EXTRAS = (
     ({"bias_table": _zeros(49, 2)}, r"bias_table: expected \(T, 3\).*got \(49, 2\)"),
     ({"bias_table": _zeros(49)}, r"bias_table: expected \(T, 3\).*got \(49,\)"),
     ({"bias_index": _INDEX}, r"bias_index \(16, 16\) came without a bias_table"),
-    (
-        {"bias_table": _zeros(9, 3), "bias_index": _INDEX[:15]},
-        r"bias_index: expected shape \(16, 16\).*got \(15, 16\)",
-    ),
-    (
-        {"bias_table": _zeros(9, 3), "bias_index": _INDEX.float()},
-        "bias_index: expected int32 or int64, got torch.float32",
-    ),
-    (
-        {"bias_table": _zeros(9, 3), "bias_index": _INDEX.bool()},
-        "bias_index: expected int32 or int64, got torch.bool",
-    ),
-    (
-        {"bias_table": _zeros(9, 3), "bias_index": _INDEX + 9},
-        "bias_index: expected rows of the table, 0 to 8, got 9 to 9",
-    ),
-    (
-        {"bias_table": _zeros(9, 3), "bias_index": _INDEX - 1},
-        "bias_index: expected rows of the table, 0 to 8, got -1 to -1",
-    ),
+    (_indexed(_INDEX[:15]), r"bias_index: expected shape \(16, 16\).*got \(15, 16\)"),
+    (_indexed(_INDEX.float()), "bias_index: expected int32 or int64, got torch.float32"),
+    (_indexed(_INDEX.bool()), "bias_index: expected int32 or int64, got torch.bool"),
+    (_indexed(_INDEX + 9), "bias_index: expected rows of the table, 0 to 8, got 9 to 9"),
+    (_indexed(_INDEX - 1), "bias_index: expected rows of the table, 0 to 8, got -1 to -1"),
     ({"mask": _zeros(3, 16, 16)}, r"mask: expected shape \(4, 16, 16\).*got \(3, 16, 16\)"),
     ({"mask": _zeros(16, 16)}, r"mask: expected shape \(4, 16, 16\).*got \(16, 16\)"),
     ({"mask": _zeros(4, 16, 16).to_sparse()}, r"mask: expected a dense tensor, got torch\.sparse_"),
@@ -145,10 +136,7 @@ def test_extras_that_do_not_fit_raise(extras, message):
         ({"shift_size": 4}, r"0 <= shift < window on each axis, got shift \(4, 4\) with window"),
         ({"shift_size": (0, -1)}, r"0 <= shift < window on each axis, got shift \(0, -1\)"),
         ({"shift_size": (1,)}, "shift_size: expected one number or one for each of 2 axes"),
-        (
-            {"periodic": (True,)},
-            r"periodic: expected a bool or .* 2 axes, got \(True,",
-        ),
+        ({"periodic": (True,)}, r"periodic: expected a bool or .* 2 axes, got \(True,"),
         ({"periodic": 1}, "periodic: expected a bool or one for each of 2 axes, got 1"),
         ({"pad_order": "roll"}, "pad_order: expected one of .*'roll-pad'.* got 'roll'"),
         ({"mask_value": float("nan")}, "mask_value: expected a finite number or -inf, got nan"),
@@ -179,12 +167,10 @@ def test_problem_holds_the_facts_of_the_call():
     assert (problem.batch, problem.heads, problem.head_dim, problem.value_dim) == (2, 3, 16, 24)
     assert problem.grid == case.grid
     assert (problem.dtype, problem.device) == (torch.float32, torch.device("cpu"))
-    assert (problem.packed, problem.bias, problem.has_mask, problem.cosine) == (
-        False,
-        "table",
-        True,
-        True,
-    )
+    assert not problem.packed
+    assert problem.bias == "table"
+    assert problem.has_mask
+    assert problem.cosine
     assert problem.options == Options((4, 4), (2, 2), (False, False), False, -100.0, 0.25, 0.0)
 
 
@@ -228,8 +214,8 @@ def test_checks_do_not_depend_on_the_calls_before(options):
 
 
 def test_index_that_was_changed_is_checked_again():
-    table, index = torch.zeros(9, 3), torch.zeros(16, 16, dtype=torch.int64)
-    operands = GOOD._replace(bias_table=table, bias_index=index)
+    index = _INDEX.clone()
+    operands = GOOD._replace(**_indexed(index))
     Problem.checked(operands, 4)
     index[3, 3] = 9
     with pytest.raises(ValueError, match="expected rows of the table, 0 to 8, got 0 to 9"):
@@ -240,6 +226,6 @@ def test_index_that_was_changed_is_checked_again():
 def test_index_made_in_inference_mode_is_checked():
     with torch.inference_mode():
         index = torch.full((16, 16), -1)
-    operands = GOOD._replace(bias_table=torch.zeros(9, 3), bias_index=index)
+    operands = GOOD._replace(**_indexed(index))
     with pytest.raises(ValueError, match="got -1 to -1"):
         Problem.checked(operands, 4)

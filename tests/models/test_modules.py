@@ -238,8 +238,7 @@ def test_hooks_on_the_layers_are_called(cls):
     module, x, seen = _make(cls), torch.randn(4, 35, 64), []
     expected = module(x)
     for name in ("qkv", "proj"):
-        layer = getattr(module, name)
-        layer.register_forward_hook(lambda *_, name=name: seen.append(name))
+        getattr(module, name).register_forward_hook(lambda *_, name=name: seen.append(name))
     torch.testing.assert_close(module(x), expected)
     assert seen == ["qkv", "proj"]
 

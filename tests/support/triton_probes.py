@@ -26,12 +26,10 @@ def tile_gradients_kernel(
     """Writes what `tile_gradients` gives of a tile of 16 × 16, four times that, one by one."""
     i = tl.arange(0, 16)
     at = i[:, None] * 16 + i[None, :]
-    q, k, v, do = (
-        tl.load(q_ptr + at),
-        tl.load(k_ptr + at),
-        tl.load(v_ptr + at),
-        tl.load(do_ptr + at),
-    )
+    q = tl.load(q_ptr + at)
+    k = tl.load(k_ptr + at)
+    v = tl.load(v_ptr + at)
+    do = tl.load(do_ptr + at)
     stats = load_stats(stats_ptr, row, i, META.TOKENS)
     delta = tl.load(delta_ptr + i)
     window, head = (row, row, 0), tl.program_id(0)

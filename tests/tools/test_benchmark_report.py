@@ -95,8 +95,8 @@ def test_figures_of_the_page_are_drawn_from_the_rows_that_are_kept():
 def test_section_has_facts_tables_and_figures(stages):
     text = writer.section(stages)
     assert text.startswith("## Stages and whole models: A CPU, 2 threads, avx2, 2000-01-01\n")
-    assert "medians of 1 to 7 samples, 7 of a whole model; a copy" in " ".join(text.split())
     words = " ".join(text.split())
+    assert "medians of 1 to 7 samples, 7 of a whole model; a copy" in words
     for fact in ("`python -m benchmarks.cpu --threads 2`", "commit c0ffee", "torch 2.11"):
         assert fact in words
     assert "a copy moved 10.0 to 12.0 GB/s; a matrix product 0.100 TFLOP/s" in words

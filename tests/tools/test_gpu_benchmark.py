@@ -14,7 +14,7 @@ import torch
 pytest.importorskip("triton", reason="what is rehearsed are Triton's kernels")
 pytest.importorskip("timm", reason="whole models are timm's")
 
-from command_lines import run_python
+from command_lines import refusal, run_python
 from tiers import thorough
 from triton_calls import call_of
 
@@ -197,11 +197,8 @@ def test_spent_budget_skips_and_says_so(tmp_path, capsys):
     assert "no time for toy: ours: skipped" in capsys.readouterr().out
 
 
-class Fp32Rehearsal(DryRunDevice):
-    dtype = torch.float32
-
-
-DEVICE = Fp32Rehearsal()
+DEVICE = DryRunDevice()
+DEVICE.dtype = torch.float32
 TOYS = {name: case.but(dtype=torch.float32) for name, case in toy_cases().items()}
 TOY = TOYS["toy"]
 
@@ -280,13 +277,10 @@ def test_error_while_timing_ends_one_provider_only():
     assert sample_in_turn([failing, Mock()], 3, 0.0) == ["RuntimeError: late", None]
 
 
-def test_device_beyond_use_asks_for_another_process(tmp_path, monkeypatch):
+def test_device_beyond_use_asks_for_another_process(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(DryRunDevice, "broken", lambda self: True)
-    arguments = ["--rehearse", "--csv", str(tmp_path / "rows.csv")]
     monkeypatch.setattr(gpu, "GPU_PROVIDERS", (providers.Provider("peer", providers.unfused),))
-    with pytest.raises(SystemExit) as stopped:
-        gpu.main(arguments)
-    assert stopped.value.code == gpu.TRY_AGAIN
+    refusal(gpu.main, ["--rehearse", "--csv", tmp_path / "rows.csv"], capsys, gpu.TRY_AGAIN)
 
 
 def test_interrupted_run_shows_what_it_has(tmp_path, monkeypatch, capsys):

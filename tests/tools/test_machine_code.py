@@ -32,14 +32,10 @@ from swin_kernels.backends.triton.config import KNOWN_GPUS
 pytestmark = pytest.mark.slow
 
 NOT_COUNTED = f"counted with Triton {{}}, this is {triton.__version__}"
-
-
-def counted_with(*versions: str) -> pytest.MarkDecorator:
-    """What was counted in the code of some Tritons is no claim about that of others."""
-    return pytest.mark.skipif(
-        triton_version() not in versions, reason=NOT_COUNTED.format(" and ".join(versions))
-    )
-
+# what was counted in the code of some Tritons is no claim about that of others
+counted = pytest.mark.skipif(
+    triton_version() not in ("3.8", "3.9"), reason=NOT_COUNTED.format("3.8 and 3.9")
+)
 
 # each kind of kernel and each architecture once; all layouts are in `make test-rest`
 CHOSEN = {
@@ -90,7 +86,7 @@ REACHED_INFERENCE = {
 }.get(triton_version(), {})
 
 
-@counted_with("3.8", "3.9")
+@counted
 @pytest.mark.parametrize("arch", [*BUDGETS, *REACHED])
 def test_instructions_of_a_tile_stay_within_their_budget(arch):
     """Of a training step, then of a forward without grad."""
@@ -115,7 +111,7 @@ def test_instructions_of_a_tile_stay_within_their_budget(arch):
 SHIFTED = [name for name in swin_cases() if name.endswith("shift 3") and name != "T1 shift 3"]
 
 
-@counted_with("3.8", "3.9")
+@counted
 @thorough("test_machine_code.py::test_instructions_of_a_tile_stay_within_their_budget")
 @pytest.mark.parametrize("arch", BUDGETS)
 def test_every_shifted_case_of_the_speed_table_is_within_the_budget(arch):
@@ -136,7 +132,7 @@ ENOUGH = {"sm_80": (23 * 1024, 23 * 1024), "sm_90": (23 * 1024, 23 * 1024)}
 REACHED_BYTES = {"sm_100": (18_816, 25_088), "sm_120": (18_816, 25_088)}
 
 
-@counted_with("3.8", "3.9")
+@counted
 @pytest.mark.parametrize("arch", [*ENOUGH, *REACHED_BYTES])
 def test_enough_bytes_are_in_flight_to_keep_memory_busy(arch):
     """4.3 TB/s for 0.7 µs are 23 KB on each of 132 multiprocessors."""

@@ -111,11 +111,8 @@ def test_a_gpu_has_the_same_sweeps_of_more_images(kind, monkeypatch):
 
 def test_rows_of_a_gpu_sweep_are_in_a_file_of_their_own(tmp_path, monkeypatch):
     """The program from end to end, a CPU in the GPU's place and peers alone."""
-
-    class Small(DryRunDevice):
-        dtype = torch.float32
-
-    monkeypatch.setattr(gpu, "Cuda", Small)
+    monkeypatch.setattr(DryRunDevice, "dtype", torch.float32)
+    monkeypatch.setattr(gpu, "Cuda", DryRunDevice)
     monkeypatch.setattr(gpu, "RESULTS", tmp_path)
     monkeypatch.setattr(gpu, "sweeps", lambda images: {"resolution": {"resolution 6": TOY}})
     kept = tuple(p for p in gpu.GPU_PROVIDERS if p.name in ("reference", "unfused"))
