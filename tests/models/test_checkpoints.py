@@ -12,7 +12,8 @@ import torch
 
 timm = pytest.importorskip("timm", reason="what a resized embedding is compared with")
 
-from own_models import SMALL, VIT, assert_same_tensors, swin_with
+from contract_cases import assert_same_bits
+from own_models import SMALL, VIT, swin_with
 
 from swin_kernels.models import (
     SimMIM,
@@ -80,7 +81,7 @@ def test_what_does_not_fit_is_named_and_nothing_is_changed(change, complaint):
     change(state)
     with pytest.raises(ValueError, match=complaint):
         load(model, state)
-    assert_same_tensors(model.state_dict(), before)
+    assert_same_bits(model.state_dict(), before)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
@@ -126,7 +127,7 @@ def test_modules_of_the_users_are_neither_asked_for_nor_lost():
     assert state.keys() > state_dict_for(plain, "timm").keys()
     again = swin_with(before_attention=ChannelGate)
     assert load(again, state).missing == ()
-    assert_same_tensors(again.state_dict(), gated.state_dict())
+    assert_same_bits(again.state_dict(), gated.state_dict())
 
 
 def test_a_pretrained_encoder_goes_into_a_classifier_and_a_backbone():
@@ -160,7 +161,7 @@ def test_files_are_read(tmp_path):
     save_file(model.state_dict(), tmp_path / "plain.safetensors")
     for name in ("authors.pth", "plain.safetensors"):
         state = read(tmp_path / name)
-        assert_same_tensors(state, model.state_dict())
+        assert_same_bits(state, model.state_dict())
         load(swin_with(), str(tmp_path / name))
     (tmp_path / "text.pth").write_text("no checkpoint")
     (tmp_path / "text.safetensors").write_text("no checkpoint")

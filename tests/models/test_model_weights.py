@@ -24,7 +24,8 @@ timm = pytest.importorskip("timm", reason="what models are compared with")
 torchvision = pytest.importorskip("torchvision", reason="what models are compared with")
 transformers = pytest.importorskip("transformers", reason="what models are compared with")
 
-from own_models import SMALL, VIT, assert_same_tensors, stirred, swin_with
+from contract_cases import assert_same_bits
+from own_models import SMALL, VIT, stirred, swin_with
 from patch_models import Outcome, assert_outcomes_no_worse, train_steps
 from timm.models.deit import VisionTransformerDistilled
 from torchvision.models import swin_transformer as tv
@@ -165,7 +166,7 @@ def test_what_came_in_goes_out_bit_for_bit(make, prefix):
     before = theirs.state_dict()
     assert load(ours, {prefix + name: t for name, t in before.items()}).unexpected == ()
     after = state_dict_for(ours, MODELS[make][1])
-    assert_same_tensors(after, before)
+    assert_same_bits(after, before)
     theirs.load_state_dict(after)
 
 
@@ -186,7 +187,7 @@ def test_the_authors_names_and_buffers(cls):
     again = cls(img_size=64, window_size=8, **SMALL)
     loaded = load(again, {"model." + n: t for n, t in state.items()})
     assert loaded.layout == "authors"
-    assert_same_tensors(again.state_dict(), ours.state_dict())
+    assert_same_bits(again.state_dict(), ours.state_dict())
 
 
 @pytest.mark.parametrize(
@@ -213,7 +214,7 @@ def test_backbones_of_timm_go_both_ways(cls, name):
             torch.testing.assert_close(
                 mine.permute(0, 2, 3, 1), map_of_theirs, rtol=1e-4, atol=1e-4
             )
-    assert_same_tensors(state_dict_for(ours, "timm-features"), theirs.state_dict())
+    assert_same_bits(state_dict_for(ours, "timm-features"), theirs.state_dict())
 
 
 def test_transformers_names_before_version_5(tmp_path):
@@ -224,14 +225,14 @@ def test_transformers_names_before_version_5(tmp_path):
     assert "swin.encoder.layers.0.blocks.1.intermediate.dense.bias" in state
     again = SwinTransformer(img_size=56, **SMALL)
     assert load(again, state).layout == "transformers-old"
-    assert_same_tensors(again.state_dict(), ours.state_dict())
+    assert_same_bits(again.state_dict(), ours.state_dict())
     model = transformers.SwinForImageClassification(_config(transformers.SwinConfig, 56, 7))
     assert len(state) == len(model.state_dict())
     model.save_pretrained(tmp_path)
     (tmp_path / "model.safetensors").unlink()
     torch.save(state, tmp_path / "pytorch_model.bin")
     theirs = transformers.SwinForImageClassification.from_pretrained(tmp_path)
-    assert_same_tensors(theirs.state_dict(), state_dict_for(ours, "transformers"))
+    assert_same_bits(theirs.state_dict(), state_dict_for(ours, "transformers"))
 
 
 @pytest.mark.parametrize("make", [transformers_swin, transformers_swinv2])
@@ -257,7 +258,7 @@ def test_simmim_is_transformers(make, cpu_kernels):
     out = theirs(image, bool_masked_pos=patches)
     torch.testing.assert_close(ours(image, mask), out.loss, rtol=1e-5, atol=0)  # it adds 1e-5
     torch.testing.assert_close(ours.reconstruct(image, mask), out.reconstruction)
-    assert_same_tensors(state_dict_for(ours, MODELS[make][1]), theirs.state_dict())
+    assert_same_bits(state_dict_for(ours, MODELS[make][1]), theirs.state_dict())
 
 
 def test_a_backbone_of_transformers_is_ours():

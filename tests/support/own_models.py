@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from swin_kernels.models import SwinTransformer
 
@@ -32,8 +30,3 @@ def swin_with(window: int = 7, **changes) -> SwinTransformer:
     """For images of 56 pixels, every parameter moved away from its start."""
     torch.manual_seed(0)
     return stirred(SwinTransformer(img_size=56, window_size=window, **(SMALL | changes)))
-
-
-def assert_same_tensors(actual: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> None:
-    """The same names, and the same tensors bit for bit."""
-    torch.testing.assert_close(dict(actual), dict(expected), rtol=0, atol=0)
