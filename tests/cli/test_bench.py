@@ -9,7 +9,6 @@ import pytest
 import torch
 from command_lines import output_of, refusal
 from tiers import thorough
-from torch import nn
 
 pytest.importorskip("rich")
 pytest.importorskip("timm")
@@ -65,17 +64,13 @@ def test_model_at_a_size_is_checked_and_timed(cpu_kernels, capsys):
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 def test_dtype_is_that_of_what_is_checked_and_timed(cpu_kernels, small, monkeypatch, dtype, capsys):
-    seen = set()
-    step = timing.STEPS["inference"]
-
-    def inference(module: nn.Module, images: torch.Tensor) -> None:
-        seen.add((images.dtype, next(module.parameters()).dtype))
-        step(module, images)
-
+    inference = Mock(wraps=timing.STEPS["inference"])
     monkeypatch.setitem(timing.STEPS, "inference", inference)
-    assert main(["bench", "--dtype", dtype, "--batch", "6", "--rounds", "1"]) == 0
-    assert seen == {(getattr(torch, dtype),) * 2}
-    assert f"batch of 6, 24×24, {dtype}" in capsys.readouterr().out
+    out = output_of(capsys, main, ["bench", "--dtype", dtype, "--batch", "6", "--rounds", "1"])
+    assert f"batch of 6, 24×24, {dtype}" in out
+    for (module, images), _ in inference.call_args_list:
+        assert {x.dtype for x in (images, *module.parameters())} == {getattr(torch, dtype)}
+    inference.assert_called()
 
 
 @pytest.mark.parametrize(

@@ -34,25 +34,15 @@ def _run(case):
     return run(case, make_operands(case), make_grad_out(case), "triton")
 
 
-@pytest.fixture
-def windows_a_program(monkeypatch):
-    """Sets how many windows a program takes, whatever the problem."""
-
-    def set_to(number):
-        monkeypatch.setattr(Config, "windows_per_program", lambda *args: number)
-        launcher.forget()
-
-    yield set_to
-    launcher.forget()
-
-
 @REGIMES
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=["fp32", "fp16"])
-def test_windows_do_not_depend_on_the_run_they_are_in(case, dtype, windows_a_program):
+def test_windows_do_not_depend_on_the_run_they_are_in(case, dtype, monkeypatch):
     results = []
     for number in (1, 3, 100):  # 3 divides neither number of windows
-        windows_a_program(number)
+        monkeypatch.setattr(Config, "windows_per_program", lambda *args, n=number: n)
+        launcher.forget()
         results.append(_run(case.but(dtype=dtype)))
+    launcher.forget()
     for other in results[1:]:
         for name in ("query", "key", "value"):
             assert_same_bits(other.grads[name], results[0].grads[name])
