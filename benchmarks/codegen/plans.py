@@ -2,35 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
 
-from swin_kernels.backends.triton.launch_spec import (
-    STRIDED,
-    Call,
-    Gpu,
-    LaunchSpec,
-    Plan,
-    TensorFacts,
-    facts_of,
-)
+from swin_kernels.backends.triton.launch_spec import Call, Gpu, LaunchSpec, Plan
+from swin_kernels.backends.triton.launcher import named_facts, ordered
 from swin_kernels.backends.triton.plan import backward_plan, forward_plan
 from swin_kernels.problem import NEEDS, Operands, Problem
 from swin_kernels.testing import Case, make_grad_out, make_operands
 
 EVERY_GRADIENT = sum(NEEDS.values())
-
-
-def facts_by_name(
-    tensors: Iterable[tuple[str, torch.Tensor | None]],
-) -> dict[str, TensorFacts]:
-    return {
-        name: facts_of(x if name in STRIDED else x.contiguous())
-        for name, x in tensors
-        if x is not None
-    }
 
 
 class Plans(NamedTuple):
@@ -48,7 +31,7 @@ def plans_of(case: Case, gpu: Gpu, tf32: bool = False) -> Plans:
         if case.dropout_p > 0:
             operands = operands._replace(dropout_seed=torch.empty(1, dtype=torch.int64))
         options = Problem.checked(operands, **case.options).options
-        facts = facts_by_name(zip(Operands._fields, operands))
+        facts = dict(named_facts(Operands._fields, ordered(operands)))
         call = Call(facts, options, tf32)
         inference, forward = (
             forward_plan(call, gpu, differentiable=trained) for trained in (False, True)
@@ -56,8 +39,8 @@ def plans_of(case: Case, gpu: Gpu, tf32: bool = False) -> Plans:
         kept = {name: x for name, x in forward.buffers.items() if name in ("stats", "tiles")}
         if "stats" in kept:
             kept["out"] = forward.buffers["out"]
-        made = [(name, torch.empty(shape, dtype=dtype)) for name, (shape, dtype) in kept.items()]
-        facts = facts | facts_by_name([("grad_out", make_grad_out(case)), *made])
+        made = [torch.empty(shape, dtype=dtype) for shape, dtype in kept.values()]
+        facts = facts | dict(named_facts(("grad_out", *kept), (make_grad_out(case), *made)))
     backward = backward_plan(Call(facts, options, tf32, EVERY_GRADIENT), gpu)
     return Plans(inference, forward, backward)
 

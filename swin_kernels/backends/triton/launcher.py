@@ -10,7 +10,7 @@ import contextlib
 import functools
 import importlib
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from operator import itemgetter
 from typing import Any
 
@@ -159,42 +159,36 @@ def ordered(operands: Operands) -> Operands:
     )
 
 
-def _named(names: Sequence[str], tensors: Sequence[Tensor | None]) -> Named:
+def named_facts(names: Iterable[str], tensors: Iterable[Tensor | None]) -> Named:
+    """Facts of the tensors that are there, as a key of a cache."""
     return tuple((name, facts_of(x)) for name, x in zip(names, tensors) if x is not None)
 
 
-@functools.lru_cache(maxsize=1024)
-def _forward_run(
-    facts: Named, options: Options, device: torch.device, tf32: bool, differentiable: bool
-) -> Run:
-    call = Call(dict(facts), options, tf32)
-    plan = forward_plan(call, gpu_of(device), differentiable=differentiable)
+@functools.lru_cache(maxsize=2048)
+def _run_of(facts: Named, options: Options, device: torch.device, tf32: bool, wanted: int) -> Run:
+    """`wanted` is whether a forward is differentiable, and the needs of a backward."""
+    known, gpu = dict(facts), gpu_of(device)
+    if "grad_out" in known:
+        plan = backward_plan(Call(known, options, tf32, wanted), gpu)
+        return Run(plan, Operands._fields + BESIDE, device)
+    plan = forward_plan(Call(known, options, tf32), gpu, differentiable=bool(wanted))
     return Run(plan, Operands._fields, device)
-
-
-@functools.lru_cache(maxsize=1024)
-def _backward_run(
-    facts: Named, options: Options, device: torch.device, tf32: bool, needs: int
-) -> Run:
-    call = Call(dict(facts), options, tf32, needs)
-    return Run(backward_plan(call, gpu_of(device)), Operands._fields + BESIDE, device)
 
 
 def forward_run(operands: Operands, options: Options, differentiable: bool) -> Run:
     """What a forward of these runs; they are `ordered`."""
-    facts = _named(Operands._fields, operands)
-    return _forward_run(facts, options, operands.query.device, tf32_allowed(), differentiable)
+    facts = named_facts(Operands._fields, operands)
+    return _run_of(facts, options, operands.query.device, tf32_allowed(), differentiable)
 
 
 def backward_run(given: Sequence[Tensor | None], options: Options, needs: int) -> Run:
     """What a backward runs: `ordered` operands, then what `BESIDE` names."""
-    facts = _named(Operands._fields + BESIDE, given)
+    facts = named_facts(Operands._fields + BESIDE, given)
     query = given[0]
     assert query is not None
-    return _backward_run(facts, options, query.device, tf32_allowed(), needs)
+    return _run_of(facts, options, query.device, tf32_allowed(), needs)
 
 
 def forget() -> None:
     """Plans are made anew."""
-    _forward_run.cache_clear()
-    _backward_run.cache_clear()
+    _run_of.cache_clear()
