@@ -26,8 +26,7 @@ class Prepared(NamedTuple):
 
     spec: memory.Spec
     images: Tensor  # (B, 3, height, width)
-    stock: nn.Module
-    patched: nn.Module
+    modules: dict[str, nn.Module]  # stock and patched
     timed: dict[str, nn.Module]  # these two, or what the compiler made of them
     report: PatchReport
     backend: str  # the one that ran
@@ -81,10 +80,10 @@ def prepare(options: argparse.Namespace) -> Prepared:
     images = images.to(device, getattr(torch, options.dtype))
     try:
         patched, report, backend = timing.patched_copy(stock, images[:1])
-        timed = {"stock": stock, "patched": patched}
+        modules = timed = {"stock": stock, "patched": patched}
         if options.compile:
             command.keep_compiled_apart()
-            timed = {x: cast(nn.Module, torch.compile(module)) for x, module in timed.items()}
+            timed = {x: cast(nn.Module, torch.compile(module)) for x, module in modules.items()}
         for module in timed.values():
             timing.check_logits(timing.inference_step(module, images), options.model)
     # a map too small, no memory, no compiler
@@ -100,7 +99,7 @@ def prepare(options: argparse.Namespace) -> Prepared:
             "expected a larger one"
         )
     spec = memory.Spec.of(options.model, images, options.size, options.compile)
-    return Prepared(spec, images, stock, patched, timed, report, backend, options.rounds)
+    return Prepared(spec, images, modules, timed, report, backend, options.rounds)
 
 
 def _check(p: Prepared, bar: command.Bar) -> list[timing.Difference]:
@@ -108,8 +107,7 @@ def _check(p: Prepared, bar: command.Bar) -> list[timing.Difference]:
     few = p.images[:CHECKED]
     if len(few) < LEAST_INPUTS:  # whose logits may be too few to be judged
         few = torch.cat([few, *(torch.randn_like(few) for _ in range(LEAST_INPUTS - 1))])
-    modules = {"stock": p.stock, "patched": p.patched}
-    differences, exact = command.judged(modules, few, bar)
+    differences, exact = command.judged(p.modules, few, bar)
     if p.spec.compiled:
         # a batch of another size would be compiled again
         batches = few.split(len(p.images)) if len(p.images) < len(few) else [p.images]
@@ -126,35 +124,19 @@ def _check(p: Prepared, bar: command.Bar) -> list[timing.Difference]:
 
 
 def _cost_table(
-    times: dict[str, dict[str, list[float]]], peaks: dict[str, dict[str, int]] | None
+    times: dict[str, dict[str, list[float]]], peaks: dict[str, dict[str, int]]
 ) -> Table:
     """Medians with their 20th and 80th percentile, and peaks, by step."""
     titles = ("stock, ms", "patched, ms", "stock ÷ patched", "stock, MB", "patched, MB")
     table = command.make_table("step", *titles, no_wrap=True)
     for step, of in times.items():
-        medians, cells = {}, []
-        for name, seconds in of.items():
-            x = timing.quantiles(seconds, 1e-3)
-            medians[name] = x[0]
-            cells.append("{} ({}–{})".format(*map(command.three_digits, x)))
-        cells.append(f"{medians['stock'] / medians['patched']:.2f}")
+        levels = {name: timing.quantiles(seconds, 1e-3) for name, seconds in of.items()}
+        cells = ["{} ({}–{})".format(*map(command.three_digits, x)) for x in levels.values()]
+        cells.append(f"{levels['stock'][0] / levels['patched'][0]:.2f}")
         for name in of:
             cells.append(command.three_digits(peaks[name][step] / 1e6) if peaks else "–")
         table.add_row(step, *cells)
     return table
-
-
-def _measure(p: Prepared, bar: command.Bar) -> tuple[dict[str, dict[str, list[float]]], dict | str]:
-    """Seconds of each call by step and module; the peaks, or why they are not known."""
-    times = {}
-    for step in timing.STEPS:
-        bar.say(f"time, {step}")
-        times[step] = timing.time_in_turn(step, p.timed, p.images, p.rounds, bar.tick)
-    try:
-        with bar.untimed("peak memory"):
-            return times, memory.peak_memory(p.spec, tuple(p.timed))
-    except RuntimeError as error:
-        return times, str(error)
 
 
 def run(p: Prepared) -> int:
@@ -167,21 +149,24 @@ def run(p: Prepared) -> int:
         f"{p.spec.model}, random weights, batch of {batch}, {height}×{width}, {p.spec.dtype}{form}"
     )
     console.print(f"patch: {str(p.report).partition(chr(10))[0]}")
-    steps = 3 + len(timing.STEPS) * len(p.timed) * (p.rounds + 1) + 1
-    with command.progress(console, steps) as bar:
+    with command.progress(console, p.rounds) as bar:
         differences = _check(p, bar)
-        wrong = any(d.complaint for d in differences)
-        times, peaks = ({}, "") if wrong else _measure(p, bar)
+        if not any(d.complaint for d in differences):
+            times = {}
+            for step in timing.STEPS:
+                bar.say(f"time, {step}")
+                times[step] = timing.time_in_turn(step, p.timed, p.images, p.rounds, bar.tick)
+            peaks, remarks = command.peaks_of(p.spec, bar)
     console.print(command.numbers_table(differences))
     if not command.tell_verdict(console, differences):
         console.print("Timings omitted: the results break the error rule.")
         return 1
-    console.print(_cost_table(times, None if isinstance(peaks, str) else peaks))
+    console.print(_cost_table(times, peaks))
     console.print(
         f"Times are medians of {p.rounds} calls (20th to 80th percentile), stock and patched "
         "alternating. A training step is forward, loss and backward. MB: what a step adds to "
         "weights and input at its peak."
     )
-    if isinstance(peaks, str):
-        console.print(f"Peak memory could not be measured: {peaks}", style="yellow", soft_wrap=True)
+    for remark in remarks:
+        console.print(remark, style="yellow", soft_wrap=True)
     return 0

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 import swin_kernels
 from swin_kernels.backends import native
+from swin_kernels.cli import memory
 from swin_kernels.testing import timing
 
 if TYPE_CHECKING:
@@ -211,10 +212,20 @@ class Bar:
 
 
 @contextlib.contextmanager
-def progress(console: Console, steps: int) -> Iterator[Bar]:
-    bar = Bar(console, steps)
+def progress(console: Console, rounds: int) -> Iterator[Bar]:
+    """Of what `judged` runs, of `rounds` timed calls of stock and patched, and of `peaks_of`."""
+    bar = Bar(console, 3 + len(timing.STEPS) * 2 * (rounds + 1) + 1)
     with bar.progress:
         yield bar
+
+
+def peaks_of(spec: memory.Spec, bar: Bar) -> tuple[dict[str, dict[str, int]], list[str]]:
+    """`memory.peak_memory` of stock and patched; if it fails none, and a remark that says why."""
+    try:
+        with bar.untimed("peak memory"):
+            return memory.peak_memory(spec, ("stock", "patched")), []
+    except RuntimeError as error:
+        return {}, [f"Peak memory could not be measured: {error}"]
 
 
 def make_table(first: str, *numbers: str, no_wrap: bool = False) -> Table:

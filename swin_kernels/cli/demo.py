@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import statistics
 import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
@@ -77,23 +76,15 @@ def prepare(options: argparse.Namespace) -> Prepared:
     model = model._replace(module=model.module.to(device))
     command.check_batch(options.batch, model.height, model.width, device)
     images = inputs.make_batch(pixels, model, options.batch).to(device)
-    patched, report, backend = timing.patched_copy(model.module, images[:1])
+    copied = timing.patched_copy(model.module, images[:1])
     picture = _writable(options.out) / f"{options.model}.png"
-    return Prepared(
-        options.model,
-        photo,
-        pixels,
-        images,
-        model,
-        patched,
-        report,
-        backend,
-        options.rounds,
-        picture,
-    )
+    return Prepared(options.model, photo, pixels, images, model, *copied, options.rounds, picture)
 
 
-def _cost_table(title: str, costs: dict[str, dict[str, float]]) -> Table:
+Costs = dict[str, dict[str, float]]  # by what is measured, then stock or patched
+
+
+def _cost_table(title: str, costs: Costs) -> Table:
     table = command.make_table(title, "stock", "patched", "stock ÷ patched")
     for name, values in costs.items():
         scale, unit = (1e-6, "MB") if "memory" in name else (1e3, "ms")
@@ -101,10 +92,6 @@ def _cost_table(title: str, costs: dict[str, dict[str, float]]) -> Table:
         cells = [f"{x * scale:.0f} {unit}" for x in (stock, patched)]
         table.add_row(name, *cells, f"{stock / patched:.2f}" if patched else "–")
     return table
-
-
-def _medians(samples: dict[str, list[float]]) -> dict[str, float]:
-    return {name: statistics.median(x) for name, x in samples.items()}
 
 
 def _top_classes(p: Prepared) -> list[str]:
@@ -135,19 +122,13 @@ def _draw(p: Prepared) -> str:
     return f"picture: {p.picture} (shift regions of {name} on the photo, mask of its last window)"
 
 
-class Results(NamedTuple):
-    differences: list[timing.Difference]
-    costs: dict[str, dict[str, float]]  # by what is measured, then stock or patched
-    remarks: list[str]
-
-
-def _measure(p: Prepared, console: Console) -> Results:
-    steps = 3 + len(timing.STEPS) * 2 * (p.rounds + 1) + 1
+def _measure(p: Prepared, console: Console) -> tuple[list[timing.Difference], Costs, list[str]]:
+    """Differences, costs and remarks."""
     modules = {"stock": p.model.module, "patched": p.patched}
-    with command.progress(console, steps) as bar:
+    with command.progress(console, p.rounds) as bar:
         differences, _ = command.judged(modules, p.images, bar)
-        costs: dict[str, dict[str, float]] = {}
-        remarks, spread = [], 1.0
+        costs: Costs = {}
+        spread = 1.0
         for step in timing.STEPS:
             bar.say(f"time, {step}")
             with contextlib.ExitStack() as stack:
@@ -156,25 +137,20 @@ def _measure(p: Prepared, console: Console) -> Results:
                     for name, module in modules.items():
                         attention[name] = stack.enter_context(timing.attention_clock(module))
                 samples = timing.time_in_turn(step, modules, p.images, p.rounds, bar.tick)
-            costs[step] = _medians(samples)
-            levels = [timing.quantiles(x) for x in samples.values()]
-            spread = max(spread, *(high / low for _, low, high in levels))
+            levels = {name: timing.quantiles(x) for name, x in samples.items()}
+            costs[step] = {name: median for name, (median, _, _) in levels.items()}
+            spread = max(spread, *(high / low for _, low, high in levels.values()))
             if attention:
-                costs["attention alone"] = _medians({x: attention[x][1:] for x in attention})
-        spec = memory.Spec.of(p.name, p.images)
-        try:
-            with bar.untimed("peak memory"):
-                peaks = memory.peak_memory(spec, tuple(modules))
-        except RuntimeError as error:
-            remarks.append(f"Peak memory could not be measured: {error}")
-        else:
-            for step in timing.STEPS:
-                costs[f"peak memory, {step}"] = {x: float(peaks[x][step]) for x in modules}
+                parts = {name: timing.quantiles(x[1:]) for name, x in attention.items()}
+                costs["attention alone"] = {name: median for name, (median, _, _) in parts.items()}
+        peaks, remarks = command.peaks_of(memory.Spec.of(p.name, p.images), bar)
+    for step in timing.STEPS if peaks else ():
+        costs[f"peak memory, {step}"] = {name: float(of[step]) for name, of in peaks.items()}
     if spread > _UNSTEADY:
         remarks.append(
             f"Unreliable times: calls of one step differ by {spread - 1:.0%}; is the machine busy?"
         )
-    return Results(differences, costs, remarks)
+    return differences, costs, remarks
 
 
 def run(p: Prepared) -> int:

@@ -162,4 +162,4 @@ def test_a_model_of_the_users_own_keeps_its_weights(cpu_kernels, tmp_path, monke
     assert "replaced in 2 of 2 blocks" in out
     assert "Within the error rule" in out
     assert all("–" not in _rows(out)[step][4] for step in timing.STEPS)
-    assert (seen[0].stock.head.fc.bias == 3).all()
+    assert (seen[0].modules["stock"].head.fc.bias == 3).all()
