@@ -67,18 +67,15 @@ def test_attention(benchmark, case, provider, direction):
     benchmark.group = f"{case}, {direction}"
     benchmark.extra_info |= {"calls": len(loop.sets), "error": errors.get(direction)}
 
-    def waiting(*steps: Callable[[], None]) -> Callable[[], None]:
-        def run() -> None:
-            for step in steps:
-                step()
-            DEVICE.wait()
+    def run(*steps: Callable[[], None]) -> None:
+        for step in steps:
+            step()
+        DEVICE.wait()
 
-        return run
-
+    forward, backward = loop.training_forward, loop.training_backward
     if direction == "forward":
-        benchmark(waiting(loop.forward))
+        benchmark(run, loop.forward)
     elif direction == "backward":
-        before, step = waiting(loop.training_forward), waiting(loop.training_backward)
-        benchmark.pedantic(step, setup=before, rounds=ROUNDS)
+        benchmark.pedantic(run, [backward], setup=lambda: run(forward), rounds=ROUNDS)
     else:
-        benchmark(waiting(loop.training_forward, loop.training_backward))
+        benchmark(run, forward, backward)

@@ -21,6 +21,7 @@ import torch
 from benchmarks.codegen import aot
 from benchmarks.report.rows import ROOT, markdown_table
 from swin_kernels.backends import native
+from swin_kernels.backends.triton.launch_spec import REGISTERS
 
 REPORT = ROOT / "build" / "cuda-machine-code.md"
 # unit, element as in a mangled name: precision
@@ -33,7 +34,6 @@ PRECISIONS = {
 }
 ON_MATRIX_UNITS = ("fp16", "bf16", "tf32")
 SHARED = 99 << 10  # bytes that every GPU from sm_80 on lets a program have
-REGISTERS = 65536  # of a multiprocessor
 THREADS = 128
 _FUNCTION = re.compile(r"^\s*Function\s?:?\s?(\S+?):?$")
 _NAME = re.compile(
@@ -82,20 +82,17 @@ class Kernel:
 def _dump(path: Path, flag: str) -> Iterator[tuple[str, str, str]]:
     """(architecture, function, line) of what cuobjdump prints."""
     command = [aot.CUOBJDUMP, flag, path]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise RuntimeError(f"cuobjdump {flag} {path}: exit code {done.returncode}")
     arch = function = ""
-    with subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
-    ) as process:
-        assert process.stdout is not None
-        for line in process.stdout:
-            if line.startswith("arch = "):
-                arch = line.split()[-1]
-            elif match := _FUNCTION.match(line):
-                function = match[1]
-            elif function:
-                yield arch, function, line
-    if process.returncode:
-        raise RuntimeError(f"cuobjdump {flag} {path}: exit code {process.returncode}")
+    for line in done.stdout.splitlines():
+        if line.startswith("arch = "):
+            arch = line.split()[-1]
+        elif match := _FUNCTION.match(line):
+            function = match[1]
+        elif function:
+            yield arch, function, line
 
 
 def kernels_of(path: Path) -> list[Kernel]:

@@ -29,7 +29,7 @@ from benchmarks.codegen.aot import Code, Histogram
 from benchmarks.codegen.plans import launches_in, plans_of
 from benchmarks.report.rows import RESULTS, markdown_table, read
 from swin_kernels.backends.triton.config import KNOWN_GPUS
-from swin_kernels.backends.triton.launch_spec import LaunchSpec, Plan
+from swin_kernels.backends.triton.launch_spec import REGISTERS, LaunchSpec, Plan
 from swin_kernels.cli.command import positive
 from swin_kernels.problem import Operands
 from swin_kernels.testing import Case, make_grad_out, make_operands
@@ -139,7 +139,7 @@ def programs_at_once(code: Code, warps: int, chip: Chip) -> int:
     """How many programs of a kernel a multiprocessor holds."""
     registers = -(-code.registers // 8) * 8 * WARP * warps
     return min(
-        65_536 // max(registers, 1),
+        REGISTERS // max(registers, 1),
         chip.shared // (code.shared + RESERVED),
         chip.warps // warps,
         chip.programs,
