@@ -35,6 +35,7 @@ from swin_kernels.problem import Operands, Options
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"  # as triton reads it, when it is imported
 BESIDE = ("grad_out", "out", "stats", "tiles")  # what a backward is given beside the operands
 AFTER = ("bias_grad",)  # and what its last launches are
+NAMES = Operands._fields + BESIDE
 
 
 @functools.cache
@@ -166,27 +167,23 @@ def named_facts(names: Iterable[str], tensors: Iterable[Tensor | None]) -> Named
 
 @functools.lru_cache(maxsize=2048)
 def _run_of(facts: Named, options: Options, device: torch.device, tf32: bool, wanted: int) -> Run:
-    """`wanted` is whether a forward is differentiable, and the needs of a backward."""
     known, gpu = dict(facts), gpu_of(device)
     if "grad_out" in known:
         plan = backward_plan(Call(known, options, tf32, wanted), gpu)
-        return Run(plan, Operands._fields + BESIDE, device)
+        return Run(plan, NAMES, device)
     plan = forward_plan(Call(known, options, tf32), gpu, differentiable=bool(wanted))
     return Run(plan, Operands._fields, device)
 
 
-def forward_run(operands: Operands, options: Options, differentiable: bool) -> Run:
-    """What a forward of these runs; they are `ordered`."""
-    facts = named_facts(Operands._fields, operands)
-    return _run_of(facts, options, operands.query.device, tf32_allowed(), differentiable)
+def run_for(given: Sequence[Tensor | None], options: Options, wanted: int) -> Run:
+    """What a forward of `ordered` operands runs, or a backward of these and what `BESIDE` names.
 
-
-def backward_run(given: Sequence[Tensor | None], options: Options, needs: int) -> Run:
-    """What a backward runs: `ordered` operands, then what `BESIDE` names."""
-    facts = named_facts(Operands._fields + BESIDE, given)
+    `wanted` is whether the forward is differentiable, and the needs of a backward.
+    """
     query = given[0]
     assert query is not None
-    return _run_of(facts, options, query.device, tf32_allowed(), needs)
+    facts = named_facts(NAMES, given)
+    return _run_of(facts, options, query.device, tf32_allowed(), wanted)
 
 
 def forget() -> None:
