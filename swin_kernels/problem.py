@@ -190,7 +190,7 @@ class Problem:
             return _problem(*arguments)  # its sizes may be symbols, which are not for a cache
         try:
             # 7, 7.0 and True are one key to a dict, but not one argument to a check
-            types = tuple(map(_types, (window_size, shift_size, periodic)))
+            types = tuple(map(types_within, (window_size, shift_size, periodic)))
             problem = _problem_cached(types, *arguments)
         except TypeError:  # a list among the arguments cannot be a key
             problem = _problem(*arguments)
@@ -257,7 +257,8 @@ def _problem_cached(types: tuple, *arguments) -> Problem:
     return _problem(*arguments)
 
 
-def _types(value: object) -> object:
+def types_within(value: object) -> object:
+    """The types in a tuple, else the type."""
     return tuple(map(type, value)) if isinstance(value, tuple) else type(value)
 
 

@@ -35,6 +35,7 @@ from swin_kernels.problem import Operands
 from swin_kernels.testing import Case, make_grad_out, make_operands
 
 SCHEDULERS, WARP, RESERVED = 4, 32, 1024  # of a multiprocessor; lanes; bytes of a program's shared
+SPECIAL = 16  # lanes a clock and multiprocessor, of exp2 and the like
 LATENCY = 0.7e-6  # seconds from a load to its data, under load
 
 
@@ -53,8 +54,6 @@ class Chip:
     shared: int  # bytes that all programs of a multiprocessor have
     warps: int
     programs: int
-
-    special: int = 16  # lanes a clock and multiprocessor, of exp2 and the like
 
 
 # a copy is taken to reach nine tenths of the data sheet's rate (H200: 4.3 of 4.8 TB/s; A100: 80 GB)
@@ -100,7 +99,7 @@ def demands(instructions: Histogram, warps: int, chip: Chip) -> dict[str, float]
         n = count * warps
         counts["issue"] += n / SCHEDULERS
         if name.startswith("MUFU"):
-            counts["exp"] += n * WARP / chip.special
+            counts["exp"] += n * WARP / SPECIAL
         elif _matrix_flop(name):
             counts["matrix"] += n * _matrix_flop(name) / chip.matrix
         elif _FP32.match(name):

@@ -25,7 +25,7 @@ from torch.autograd import _profiler_enabled
 
 from swin_kernels.backends.base import Backend, Repeat
 from swin_kernels.ops.dispatch import BACKENDS
-from swin_kernels.problem import Operands, Options
+from swin_kernels.problem import Operands, Options, types_within
 
 DEVICES = {device for backend in BACKENDS.values() for device in backend.repeats_on}
 _MOST = 1024
@@ -33,10 +33,6 @@ _PER_AXIS = ("window_size", "shift_size", "periodic")
 _PLAIN = (Tensor, nn.Parameter)  # a subclass may want to see every op
 
 _ready: dict[Hashable, Repeat] = {}
-
-
-def _types_within(option: object) -> tuple[type, ...] | None:
-    return tuple(map(type, option)) if type(option) is tuple else None
 
 
 def key_of(operands: Operands, backend: str | None, options: Mapping[str, Any]) -> Hashable | None:
@@ -80,8 +76,7 @@ def key_of(operands: Operands, backend: str | None, options: Mapping[str, Any]) 
     kinds = tuple(map(type, given))  # in a key 2, 2.0 and True are the same
     if list in kinds:  # no key
         return None
-    window, shift, periodic = map(_types_within, map(options.get, _PER_AXIS))
-    return (*facts, precision, *given, *kinds, window, shift, periodic)
+    return (*facts, precision, *given, *kinds, *map(types_within, map(options.get, _PER_AXIS)))
 
 
 def find(key: Hashable) -> Repeat | None:
