@@ -133,8 +133,7 @@ def _cost_table(
         levels = {name: timing.quantiles(seconds, 1e-3) for name, seconds in of.items()}
         cells = ["{} ({}–{})".format(*map(command.three_digits, x)) for x in levels.values()]
         cells.append(f"{levels['stock'][0] / levels['patched'][0]:.2f}")
-        for name in of:
-            cells.append(command.three_digits(peaks[name][step] / 1e6) if peaks else "–")
+        cells += [command.three_digits(peaks[x][step] / 1e6) if peaks else "–" for x in of]
         table.add_row(step, *cells)
     return table
 
@@ -149,10 +148,12 @@ def run(p: Prepared) -> int:
         f"{p.spec.model}, random weights, batch of {batch}, {height}×{width}, {p.spec.dtype}{form}"
     )
     console.print(f"patch: {str(p.report).partition(chr(10))[0]}")
+    times: dict[str, dict[str, list[float]]] = {}
+    peaks: dict[str, dict[str, int]] = {}
+    remarks: list[str] = []
     with command.progress(console, p.rounds) as bar:
         differences = _check(p, bar)
         if not any(d.complaint for d in differences):
-            times = {}
             for step in timing.STEPS:
                 bar.say(f"time, {step}")
                 times[step] = timing.time_in_turn(step, p.timed, p.images, p.rounds, bar.tick)
