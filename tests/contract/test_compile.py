@@ -7,6 +7,7 @@ import torch
 import torch.autograd.forward_ad as forward_ad
 from contract_cases import SHIFTED, assert_same_bits, checked, over
 from torch._dynamo.testing import CompileCounter, CompileCounterWithBackend
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from swin_kernels import shifted_window_attention, shifted_window_attention_qkvpacked
 from swin_kernels.ops.dispatch import BACKENDS
@@ -153,6 +154,19 @@ def test_changing_sizes_without_asking_compile_at_most_four_times(fused):
         q, k, v = torch.randn(3, batch, length, 2, 8).unbind()
         assert torch.equal(compiled(q, k, v), step(q, k, v))
     assert counter.frame_count <= 4
+
+
+@over(*CASES)
+def test_fakes_have_the_shapes_strides_and_dtypes_of_the_kernels(case, fused):
+    op, arguments = _forward_op(fused, case)
+    reals = op(*arguments)
+    with FakeTensorMode() as fake_mode:
+        fakes = [fake_mode.from_tensor(x) if torch.is_tensor(x) else x for x in arguments]
+        fakes = op(*fakes)
+    if torch.is_tensor(reals):
+        reals, fakes = [reals], [fakes]
+    for real, fake in zip(reals, fakes):
+        assert (fake.shape, fake.dtype, fake.stride()) == (real.shape, real.dtype, real.stride())
 
 
 def test_operands_are_the_leading_arguments_of_both_schemas(fused):
