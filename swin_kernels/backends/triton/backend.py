@@ -21,7 +21,13 @@ from swin_kernels.backends.base import (
 from swin_kernels.backends.reference.backward import saturated_at_zero
 from swin_kernels.backends.triton.config import LARGEST_HEAD_DIM
 from swin_kernels.backends.triton.launch_spec import SMALLEST_BLOCK, Call, TensorFacts
-from swin_kernels.backends.triton.launcher import INTERPRETED, gpu_of, ordered, run_for
+from swin_kernels.backends.triton.launcher import (
+    INTERPRETED,
+    backward_run,
+    forward_run,
+    gpu_of,
+    ordered,
+)
 from swin_kernels.backends.triton.plan import kept_shape
 from swin_kernels.backends.triton.token_layout import LARGEST_INT32
 from swin_kernels.problem import (
@@ -56,7 +62,7 @@ _library.define(
 def _forward(*arguments) -> tuple[Tensor, Tensor]:
     operands, options, (differentiable,) = split_arguments(arguments)
     operands = ordered(operands)
-    run = run_for(operands, options, differentiable)
+    run = forward_run(operands, options, differentiable)
     made = dict(zip(run.plan.buffers, run(operands)))
     kept = made.get("stats", made.get("tiles"))
     return made["out"], made["out"].new_empty(0) if kept is None else kept
@@ -68,7 +74,7 @@ def _backward(grad_out, out, kept, *arguments) -> tuple[Tensor, ...]:
     # statistics go with the output
     beside = (None, None, kept) if out is None else (out, kept, None)
     given = (*operands, grad_out, *beside)
-    run = run_for(given, options, needs)
+    run = backward_run(given, options, needs)
     made = dict(zip(run.plan.buffers, run(given)))
     grads = {name: made.get(f"grad_{name}") for name in ("query", "key", "value")}
     sums = {name: made[name].sum(axes) for name, axes in run.plan.sums.items()}
@@ -183,4 +189,4 @@ class TritonBackend(Backend):
     def repeat(self, operands: Operands, options: Options) -> Repeat | None:
         if any(x is not y for x, y in zip(operands, ordered(operands))):
             return None
-        return run_for(operands, options, False)
+        return forward_run(operands, options, False)

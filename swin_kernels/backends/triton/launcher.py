@@ -165,27 +165,38 @@ def named_facts(names: Iterable[str], tensors: Iterable[Tensor | None]) -> Named
     return tuple((name, facts_of(x)) for name, x in zip(names, tensors) if x is not None)
 
 
-@functools.lru_cache(maxsize=2048)
-def _run_of(facts: Named, options: Options, device: torch.device, tf32: bool, wanted: int) -> Run:
-    known, gpu = dict(facts), gpu_of(device)
-    if "grad_out" in known:
-        plan = backward_plan(Call(known, options, tf32, wanted), gpu)
-        return Run(plan, NAMES, device)
-    plan = forward_plan(Call(known, options, tf32), gpu, differentiable=bool(wanted))
+@functools.lru_cache(maxsize=1024)
+def _forward_run(
+    facts: Named, options: Options, device: torch.device, tf32: bool, differentiable: bool
+) -> Run:
+    call = Call(dict(facts), options, tf32)
+    plan = forward_plan(call, gpu_of(device), differentiable=differentiable)
     return Run(plan, Operands._fields, device)
 
 
-def run_for(given: Sequence[Tensor | None], options: Options, wanted: int) -> Run:
-    """What a forward of `ordered` operands runs, or a backward of these and what `BESIDE` names.
+@functools.lru_cache(maxsize=1024)
+def _backward_run(
+    facts: Named, options: Options, device: torch.device, tf32: bool, needs: int
+) -> Run:
+    call = Call(dict(facts), options, tf32, needs)
+    return Run(backward_plan(call, gpu_of(device)), NAMES, device)
 
-    `wanted` is whether the forward is differentiable, and the needs of a backward.
-    """
+
+def forward_run(operands: Operands, options: Options, differentiable: bool) -> Run:
+    """What a forward of these runs; they are `ordered`."""
+    facts = named_facts(Operands._fields, operands)
+    return _forward_run(facts, options, operands.query.device, tf32_allowed(), differentiable)
+
+
+def backward_run(given: Sequence[Tensor | None], options: Options, needs: int) -> Run:
+    """What a backward runs: `ordered` operands, then what `BESIDE` names."""
+    facts = named_facts(NAMES, given)
     query = given[0]
     assert query is not None
-    facts = named_facts(NAMES, given)
-    return _run_of(facts, options, query.device, tf32_allowed(), wanted)
+    return _backward_run(facts, options, query.device, tf32_allowed(), needs)
 
 
 def forget() -> None:
     """Plans are made anew."""
-    _run_of.cache_clear()
+    _forward_run.cache_clear()
+    _backward_run.cache_clear()
