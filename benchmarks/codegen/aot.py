@@ -22,7 +22,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from benchmarks.codegen import sass
+from benchmarks.codegen import memory_path, sass
 from swin_kernels.backends.triton.kernel_args import arguments_of
 from swin_kernels.backends.triton.launch_spec import Gpu, LaunchSpec
 from swin_kernels.backends.triton.launcher import kernel_of
@@ -36,9 +36,6 @@ MATRIX = re.compile(r"^(U?T?C?[HQ]G?MMA|v_mfma|OMMA)")
 SPILLS = ("STL", "LDL")
 
 
-Histogram = tuple[tuple[str, int], ...]  # how often an instruction, with its suffixes, occurs
-
-
 @dataclass(frozen=True)
 class Code:
     """What one compiled kernel costs."""
@@ -50,8 +47,8 @@ class Code:
     instructions: int
     matrix: int  # matrix instructions
     # of the loop that costs most, a warp's trip by the shortest and by the longest way
-    shortest: Histogram = ()
-    longest: Histogram = ()
+    shortest: sass.Histogram = ()
+    longest: sass.Histogram = ()
 
 
 def target_of(gpu: Gpu) -> GPUTarget:
@@ -133,7 +130,8 @@ def _read_cuda(compiled: Any) -> Code:
     code = sass.parse(listing_of(compiled))
     instructions, matrix, spills = counts_of([x.base for x in code if x.base != "NOP"])
     registers, stack = map(int, found.groups())
-    trips = (trip.histogram for trip in sass.main_loop(code) or ())
+    clocks = memory_path.clocks_of(code)
+    trips = (trip.histogram(clocks) for trip in sass.main_loop(code) or ())
     return Code(registers, stack, spills, compiled.metadata.shared, instructions, matrix, *trips)
 
 

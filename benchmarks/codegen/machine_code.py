@@ -19,6 +19,7 @@ import torch
 import triton
 
 from benchmarks.codegen import aot, predict
+from benchmarks.codegen.chips import CHIPS
 from benchmarks.codegen.layouts import CASES, RARE
 from benchmarks.codegen.plans import launches_of
 from benchmarks.report.rows import ROOT, markdown_table
@@ -115,22 +116,23 @@ SUMMARY_PREDICTED = """\
 ## Predicted
 
 What the attention of these cases would take, by `python -m benchmarks.codegen.predict`, from
-instructions and the data sheet of one GPU of each architecture: a launch is bound by the longest of
-its bytes, what is in flight, the issue slots and what each unit does. Waits, bank conflicts, the
-second cache and imperfect overlap are not in it, so that the truth is longer.\
+instructions and each GPU's data sheet: a launch is bound by the longest of its bytes, what is in
+flight, the issue slots and what each unit does, shared memory with what products of a warp group
+read there. Waits, the second cache and imperfect overlap are not in it, so that the
+truth is longer.\
 """
 
 PREDICTED = """\
 ## Predicted
 
 What these kernels would take for the cases that `make gpu` times, in bf16, by
-`benchmarks.codegen.predict`: every time below is predicted, from instructions and the data sheet
-of one GPU of each architecture, nine tenths of whose memory rate a copy is taken to reach. A
-launch is bound by the longest of its columns, in µs: bytes at the rate of a copy; bytes in
-flight, at 0.7 µs from a load to its data; four instructions a clock; then what each unit does,
-where the trips through a loop tell it (products of sm_100 are not counted). Waits, bank
-conflicts, the second cache and imperfect overlap are not in it, so that the truth is longer. `off
-by` is predicted against measured.\
+`benchmarks.codegen.predict`: every time below is predicted, from instructions and each GPU's data
+sheet, nine tenths of whose memory rate a copy is taken to reach. A launch is bound by the longest
+of its columns, in µs: bytes at the rate of a copy; bytes in flight, at 0.7 µs from a load to its
+data; four instructions a clock; then what each unit does, where the trips through a loop tell it
+(products of sm_100 are not counted, nor what they read), shared memory with the operands that
+HGMMA reads there. Waits, the second cache and imperfect overlap are not in it, so that the truth is
+longer. `off by` is predicted against measured.\
 """
 
 
@@ -249,11 +251,11 @@ def summary(
     header = ("architecture", "case", "kernel", "layout", "registers", "shared", "a tile")
     lines = [text, "", textwrap.fill(spills, 100), "", *markdown_table(header, shown, "llllrrr")]
     times = []
-    for (case, arch), directions in predicted.items():
+    for (case, gpu), directions in predicted.items():
         for direction, launches in directions.items() if case in PREDICTED_CASES else ():
             seconds = zip(*((x.predicted, x.seconds["memory"]) for x in launches))
             told = (f"{1e6 * sum(x):.0f} µs" for x in seconds)
-            times.append((predict.CHIPS[arch].name, case, direction, *told))
+            times.append((gpu, case, direction, *told))
     header = ("GPU", "case", "direction", "predicted", "of which memory")
     lines += ["", SUMMARY_PREDICTED, "", *markdown_table(header, times, "lllrr")]
     return "\n".join(lines) + "\n"
@@ -278,7 +280,7 @@ def main() -> None:
     rows = [row for of_case in found[: len(jobs)] for row in of_case]
     unseen = [row for of_case in found[len(jobs) :] for row in of_case]
     if whole:
-        predicted = predict.predictions(predict.speed_cases(), predict.CHIPS)
+        predicted = predict.predictions(predict.speed_cases(), CHIPS)
         REPORT.parent.mkdir(exist_ok=True)
         REPORT.write_text(report(rows, predict.tables(predicted)))
         SUMMARY.write_text(summary(rows, unseen, predicted))

@@ -1,13 +1,13 @@
 """What the Triton kernels should take on a GPU, from their machine code and the GPU's data sheet.
 
-    python -m benchmarks.codegen.predict --arch sm_90 --case "T1 shift 3"
+    python -m benchmarks.codegen.predict --gpu H200 --case "T1 shift 3"
 
 A launch takes the longest of: its bytes at the rate of a copy, what a multiprocessor can keep in
 flight of them (a loop of up to two stages loads, waits and then works), its instructions at four a
 clock, and what it asks of each unit: fp32, the other arithmetic, exp2 (the special function unit),
-shared memory, matrices. Instructions are those of the trips through its loop, by the short way for
-windows inside, by the long one for those that a seam cuts, and once a program what is outside the
-loop. Waits, bank conflicts and how well units overlap are not in it, nor is the second cache: a
+shared memory (memory_path.py), matrices. Instructions are those of the trips through its loop, by
+the short way for windows inside, by the long one for those that a seam cuts, and once a program
+what is outside the loop. Waits and how well units overlap are not in it, nor is the second cache: a
 prediction is a floor of this code. Launches are those of a CUDA graph. `make aot-report` writes the
 tables for every case of the speed table to build/machine-code.md.
 """
@@ -18,17 +18,17 @@ import argparse
 import math
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
 
 from benchmarks.cases import other_cases, swin_cases
 from benchmarks.codegen import aot
-from benchmarks.codegen.aot import Code, Histogram
+from benchmarks.codegen.aot import Code
+from benchmarks.codegen.chips import CHIPS, Chip, chip_named
 from benchmarks.codegen.plans import launches_in, plans_of
+from benchmarks.codegen.sass import Histogram
 from benchmarks.report.rows import RESULTS, markdown_table, read
-from swin_kernels.backends.triton.config import KNOWN_GPUS
 from swin_kernels.backends.triton.launch_spec import REGISTERS, LaunchSpec, Plan
 from swin_kernels.cli.command import positive
 from swin_kernels.problem import Operands
@@ -39,37 +39,8 @@ SPECIAL = 16  # lanes a clock and multiprocessor, of exp2 and the like
 LATENCY = 0.7e-6  # seconds from a load to its data, under load
 
 
-@dataclass(frozen=True)
-class Chip:
-    """A GPU of an architecture: NVIDIA's data sheets and the CUDA programming guide's tables."""
-
-    name: str  # part of what the driver calls it
-    arch: str
-    multiprocessors: int
-    clock: float  # Hz, under load
-    copy_rate: float  # bytes a second, read and written
-    matrix: int  # FLOP of half precision, a clock and multiprocessor
-    fp32: int  # lanes a clock and multiprocessor, of fp32
-    arithmetic: int  # of integer, logical, comparing and converting instructions
-    shared: int  # bytes that all programs of a multiprocessor have
-    warps: int
-    programs: int
-
-
-# a copy is taken to reach nine tenths of the data sheet's rate (H200: 4.3 of 4.8 TB/s; A100: 80 GB)
-CHIPS = {
-    chip.arch: chip
-    for chip in (
-        Chip("A100", "sm_80", 108, 1.41e9, 0.9 * 2.04e12, 2048, 64, 64, 164 << 10, 64, 32),
-        Chip("H200", "sm_90", 132, 1.755e9, 4.3e12, 4096, 128, 64, 228 << 10, 64, 32),
-        Chip("B200", "sm_100", 148, 1.85e9, 0.9 * 8.0e12, 8192, 128, 64, 228 << 10, 64, 32),
-        Chip("RTX 5090", "sm_120", 170, 2.4e9, 0.9 * 1.79e12, 1024, 128, 64, 100 << 10, 48, 24),
-    )
-}
-
 UNITS = ("memory", "latency", "issue", "fp32", "arithmetic", "exp", "shared", "matrix")
 _FP32 = re.compile(r"^(FFMA|FADD|FMUL|HFMA2|HADD2|HMUL2)")
-_MEMORY = re.compile(r"^(LD|ST)(G|S)(TS)?|^LDSM|^STSM|^SHFL|^LDGSTS")
 _UNIFORM = re.compile(
     r"^(U[A-Z]|BRA|BSYNC|BSSY|BAR|WARPSYNC|DEPBAR|LDGDEPBAR|SYNCS|LDC|S2|CS2|R2UR)"
 )
@@ -82,22 +53,13 @@ def _matrix_flop(name: str) -> int:
     return 2 * math.prod(map(int, shape.groups())) // (1 if warp else 4) if shape else 0
 
 
-def _wavefronts(name: str) -> int:
-    """Clocks of the path to a multiprocessor's memory, 128 bytes each, without conflicts."""
-    if name.startswith(("LDSM", "STSM")):
-        width = re.search(r"\.([124])\b", name)
-        return int(width[1]) if width else 1
-    if not _MEMORY.match(name):
-        return 0
-    return 4 if ".128" in name else 2 if ".64" in name else 1
-
-
 def demands(instructions: Histogram, warps: int, chip: Chip) -> dict[str, float]:
     """Clocks of a multiprocessor that each unit needs for one program's instructions, by unit."""
     counts = dict.fromkeys(UNITS[2:], 0.0)
-    for name, count in instructions:
+    for (name, clocks), count in instructions:
         n = count * warps
         counts["issue"] += n / SCHEDULERS
+        counts["shared"] += n * clocks
         if name.startswith("MUFU"):
             counts["exp"] += n * WARP / SPECIAL
         elif _matrix_flop(name):
@@ -106,9 +68,7 @@ def demands(instructions: Histogram, warps: int, chip: Chip) -> dict[str, float]
             counts["fp32"] += n * WARP / chip.fp32
         elif name.startswith("IMAD"):  # in that unit, at the rate of integers
             counts["fp32"] += n * WARP / chip.arithmetic
-        elif _MEMORY.match(name):
-            counts["shared"] += n * _wavefronts(name)
-        elif not _UNIFORM.match(name):
+        elif not clocks and not _UNIFORM.match(name):
             counts["arithmetic"] += n * WARP / chip.arithmetic
     return counts
 
@@ -191,7 +151,7 @@ def predict(
     trips, tokens = _trips(step)
     border = _border(numbers) if trips else 0.0
     # where the one trip was unrolled no loop tells what the units do, least of all one that waits
-    looped = any("MMA" in name for name, _ in code.longest) or not trips
+    looped = any("MMA" in kind.name for kind, _ in code.longest) or not trips
     ways = {way: demands(way, warps, chip) for way in (code.shortest, code.longest)}
     outside = code.instructions - looped * sum(n for _, n in code.longest)
     rounds = -(-step.grid // chip.multiprocessors)  # programs of the busiest multiprocessor
@@ -201,7 +161,8 @@ def predict(
         if unit == "issue":
             clocks += outside * warps / SCHEDULERS
         seconds[unit] = rounds * clocks / chip.clock
-    if any(name.startswith("UTC") for name, _ in code.longest):  # whose sizes are in descriptors
+    # whose sizes are in descriptors
+    if any(kind.name.startswith("UTC") for kind, _ in code.longest):
         seconds.pop("matrix", None)
     programs, in_flight = min(programs_at_once(code, warps, chip), rounds), 0
     if trips:
@@ -230,7 +191,7 @@ def launches_of(case: Case, chip: Chip) -> dict[str, list[Launch]]:
     That is an inference's forward and a training step's backward, which sums its partial sums by
     torch, so that they are read once more.
     """
-    gpu = KNOWN_GPUS[chip.arch]
+    gpu = chip.gpu
     plans = plans_of(case, gpu)
     sizes = _sizes(case, plans)
     found: dict[str, list[Launch]] = {"forward": [], "backward": []}
@@ -249,7 +210,7 @@ def measured_seconds(case: str, chip: Chip, direction: str) -> float | None:
     found = {
         facts.get("date", ""): row.median_us * 1e-6
         for rows, facts in map(read, RESULTS.glob("gpu-*.csv"))
-        if re.search(rf"\b{chip.name}\b", facts.get("machine", ""))  # a GH200 is no H200
+        if chip_named(facts.get("machine", "")) == chip
         for row in rows
         if (row.case, row.provider, row.direction) == (case, "ours, graph", direction)
         if row.median_us is not None
@@ -265,17 +226,17 @@ def speed_cases() -> dict[str, Case]:
 def tables(
     found: Mapping[tuple[str, str], Mapping[str, Sequence[Launch]]],
 ) -> Iterator[str]:
-    """Markdown: two tables an architecture, of {(case, arch): launches by direction}."""
-    for arch in dict.fromkeys(arch for _, arch in found):
-        chip = CHIPS[arch]
-        yield from ("", f"### {arch}: {chip.name}", "")
+    """Markdown: two tables a GPU, of {(case, its name): launches by direction}."""
+    for name in dict.fromkeys(name for _, name in found):
+        chip = CHIPS[name]
+        yield from ("", f"### {chip.name} ({chip.arch})", "")
         yield (
             f"{chip.multiprocessors} multiprocessors at {chip.clock * 1e-9:.3g} GHz; a copy moves "
             f"{chip.copy_rate * 1e-12:.2f} TB/s."
         )
         yield ""
         here = [
-            (case, *x) for (case, of), each in found.items() if of == arch for x in each.items()
+            (case, *x) for (case, of), each in found.items() if of == name for x in each.items()
         ]
         times = []
         for case, direction, launches in here:
@@ -314,22 +275,22 @@ def _us(seconds: float) -> str:
 
 
 def predictions(
-    cases: Iterable[str], archs: Iterable[str], jobs: int | None = None
+    cases: Iterable[str], gpus: Iterable[str], jobs: int | None = None
 ) -> dict[tuple[str, str], dict[str, list[Launch]]]:
-    """{(case, arch): launches by direction}, compiled in processes."""
-    keys = [(case, arch) for arch in archs for case in cases]
+    """{(case, a GPU's name): launches by direction}, compiled in processes."""
+    keys = [(case, name) for name in gpus for case in cases]
     known = speed_cases()
-    work = [known[case] for case, _ in keys], [CHIPS[arch] for _, arch in keys]
+    work = [known[case] for case, _ in keys], [CHIPS[name] for _, name in keys]
     return dict(zip(keys, aot.in_processes(launches_of, work, jobs)))
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--case", action="append", choices=speed_cases())
-    parser.add_argument("--arch", action="append", choices=CHIPS)
+    parser.add_argument("--gpu", action="append", choices=CHIPS)
     parser.add_argument("--jobs", type=positive, help="processes that compile")
     options = parser.parse_args()
-    found = predictions(options.case or speed_cases(), options.arch or CHIPS, options.jobs)
+    found = predictions(options.case or speed_cases(), options.gpu or CHIPS, options.jobs)
     print("\n".join(tables(found)))
 
 

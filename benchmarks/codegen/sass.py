@@ -10,8 +10,9 @@ from __future__ import annotations
 import itertools
 import re
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import networkx
 
@@ -47,6 +48,16 @@ class Instruction:
         return (self.base in _JUMPS or self.base in _ENDS) and not conditional
 
 
+class Kind(NamedTuple):
+    """What instructions that cost the same have in common."""
+
+    name: str  # with its suffixes
+    clocks: float = 0.0  # of the path to a multiprocessor's memory, a warp
+
+
+Histogram = tuple[tuple[Kind, int], ...]  # how often each kind occurs
+
+
 @dataclass(frozen=True)
 class Trip:
     """One way through a loop's body."""
@@ -56,11 +67,10 @@ class Trip:
     def __len__(self) -> int:
         return sum(x.base != "NOP" for x in self.instructions)
 
-    @property
-    def histogram(self) -> tuple[tuple[str, int], ...]:
-        """How often each name occurs, the most frequent first."""
-        names = (x.name for x in self.instructions if x.base != "NOP")
-        return tuple(Counter(names).most_common())
+    def histogram(self, clocks: Mapping[int, float]) -> Histogram:
+        """How often each kind occurs, the most frequent first; `clocks` of each address."""
+        kinds = (Kind(x.name, clocks[x.address]) for x in self.instructions if x.base != "NOP")
+        return tuple(Counter(kinds).most_common())
 
 
 def parse(text: str) -> list[Instruction]:

@@ -14,6 +14,7 @@ from tiers import thorough
 
 from benchmarks.cases import swin_cases
 from benchmarks.codegen import aot, machine_code, predict
+from benchmarks.codegen.chips import CHIPS, Chip
 from benchmarks.codegen.layouts import CASES, RARE
 from benchmarks.codegen.machine_code import (
     ARCHS,
@@ -26,7 +27,7 @@ from benchmarks.codegen.machine_code import (
     triton_version,
 )
 from benchmarks.codegen.plans import launches_of, plans_of
-from benchmarks.codegen.predict import CHIPS
+from benchmarks.codegen.sass import Kind
 from swin_kernels.backends.triton.config import KNOWN_GPUS
 
 pytestmark = pytest.mark.slow
@@ -107,6 +108,11 @@ def test_instructions_of_a_tile_stay_within_their_budget(arch):
         assert found == REACHED_INFERENCE[arch], "lower it, so that it stays so"
 
 
+def of_arch(arch: str) -> Chip:
+    """A GPU of an architecture."""
+    return next(chip for chip in CHIPS.values() if chip.arch == arch)
+
+
 # the others of the speed table, whose heads and maps give other numbers; as many windows a program
 SHIFTED = [name for name in swin_cases() if name.endswith("shift 3") and name != "T1 shift 3"]
 
@@ -119,7 +125,7 @@ def test_every_shifted_case_of_the_speed_table_is_within_the_budget(arch):
     most = {"forward": (inside, border), "backward": (backward, backward)}
     assert len(SHIFTED) == 8
     for name in SHIFTED:
-        found = predict.launches_of(swin_cases()[name], CHIPS[arch])
+        found = predict.launches_of(swin_cases()[name], of_arch(arch))
         assert found.keys() == most.keys()
         for direction, (launch, *_) in found.items():
             assert launch.inside <= most[direction][0], name
@@ -136,12 +142,12 @@ REACHED_BYTES = {"sm_100": (18_816, 25_088), "sm_120": (18_816, 25_088)}
 @pytest.mark.parametrize("arch", [*ENOUGH, *REACHED_BYTES])
 def test_enough_bytes_are_in_flight_to_keep_memory_busy(arch):
     """4.3 TB/s for 0.7 µs are 23 KB on each of 132 multiprocessors."""
-    found = predict.launches_of(swin_cases()["T1 shift 3"], CHIPS[arch])
+    found = predict.launches_of(swin_cases()["T1 shift 3"], of_arch(arch))
     for launches, least in zip(found.values(), (ENOUGH | REACHED_BYTES)[arch]):
         assert launches[0].in_flight >= least
 
 
-CODE = aot.Code(168, 0, 0, 28672, 1000, 6, (("FFMA", 300),), (("FFMA", 400),))
+CODE = aot.Code(168, 0, 0, 28672, 1000, 6, ((Kind("FFMA"), 300),), ((Kind("FFMA"), 400),))
 
 
 def _row(arch: str = "sm_90", dtype: str = "bf16", warps: int = 4, **changes) -> Row:
@@ -201,7 +207,7 @@ def test_the_report_has_a_table_for_each_architecture():
 
 def test_the_summary_is_short_and_tells_what_spills():
     launches = [predict.Launch("_single_tile_fwd_kernel", {"memory": 2e-6, "issue": 3e-6})]
-    predicted = {("T1 shift 3", "sm_90"): {"forward": launches}}
+    predicted = {("T1 shift 3", "H200"): {"forward": launches}}
     page = machine_code.summary([_row("sm_90", spills=2)], [], predicted)
     assert "but for: swin (bf16, sm_90)." in " ".join(page.split())
     assert "| sm_90 | swin | `_single_tile_fwd_kernel` |" in page

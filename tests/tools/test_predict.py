@@ -11,27 +11,34 @@ pytest.importorskip("triton", reason="the Triton kernels cannot be compiled with
 from benchmarks.cases import swin_cases
 from benchmarks.codegen import predict
 from benchmarks.codegen.aot import Code
+from benchmarks.codegen.chips import CHIPS, chip_named
 from benchmarks.codegen.plans import plans_of
-from benchmarks.codegen.predict import CHIPS, Launch, demands, programs_at_once, tables
+from benchmarks.codegen.predict import Launch, demands, programs_at_once, tables
+from benchmarks.codegen.sass import Histogram, Kind
 from benchmarks.report.rows import ResultsFile, Row
 from swin_kernels.backends.triton.config import KNOWN_GPUS
 from swin_kernels.testing import Case
 
 pytestmark = pytest.mark.slow
 
-H200 = CHIPS["sm_90"]
+H200 = CHIPS["H200"]
 CASE = swin_cases()["T1 shift 3"]
 TILES = 128 * 64 * 3  # windows, heads
 
 
+def counted(*rows: tuple) -> Histogram:
+    """Of rows (name, how often, clocks of the path to memory)."""
+    return tuple((Kind(name, *clocks), count) for name, count, *clocks in rows)
+
+
 def test_each_instruction_is_charged_to_its_unit():
-    code = (
+    code = counted(
         ("FFMA", 8),
         ("LOP3.LUT", 4),
         ("MUFU.EX2", 2),
-        ("LDS.128", 3),
-        ("LDSM.16.M88.4", 1),
-        ("HGMMA.64x64x16.F32.BF16", 1),
+        ("LDS.128", 3, 4),
+        ("LDSM.16.M88.4", 1, 4),
+        ("HGMMA.64x64x16.F32.BF16", 1, 8),
         ("UMOV", 5),
     )
     found = demands(code, 4, H200)
@@ -39,10 +46,33 @@ def test_each_instruction_is_charged_to_its_unit():
     assert found["fp32"] == 4 * 8 * 32 / 128
     assert found["arithmetic"] == 4 * 4 * 32 / 64
     assert found["exp"] == 4 * 2 * 32 / 16
-    assert found["shared"] == 4 * (3 * 4 + 4)  # 128 bytes a clock
+    assert found["shared"] == 4 * (3 * 4 + 4 + 8)
     assert found["matrix"] == 2 * 64 * 64 * 16 / 4096  # four warps share an instruction
-    assert demands((("IMAD.WIDE", 8),), 4, H200)["fp32"] == 4 * 8 * 32 / 64  # half as fast
-    assert demands((("HMMA.16816.F32.BF16", 1),), 1, H200)["matrix"] == 2 * 16 * 8 * 16 / 4096
+    assert demands(counted(("IMAD.WIDE", 8)), 4, H200)["fp32"] == 4 * 8 * 32 / 64  # half as fast
+    assert demands(counted(("HMMA.16816.F32.BF16", 1)), 1, H200)["matrix"] == 2 * 16 * 8 * 16 / 4096
+
+
+@pytest.mark.parametrize(
+    ("device", "name"),
+    [
+        ("NVIDIA H200", "H200"),
+        ("NVIDIA H100 80GB HBM3", "H100"),
+        ("NVIDIA A100-SXM4-80GB", "A100"),
+        ("NVIDIA L40S", "L40S"),
+        ("NVIDIA GeForce RTX 4090", "RTX 4090"),
+        ("NVIDIA B200", "B200"),
+        ("NVIDIA GH200 480GB", None),
+        ("NVIDIA L40", None),
+    ],
+)
+def test_a_chip_is_known_by_what_the_driver_calls_the_device(device, name):
+    assert chip_named(device) == (name and CHIPS[name])
+
+
+def test_configurations_see_the_multiprocessors_of_the_chip():
+    one, other = CHIPS["L40S"].gpu, CHIPS["RTX 4090"].gpu
+    assert (one.arch, one.multiprocessors) == ("sm_89", 142)
+    assert (other.arch, other.multiprocessors) == ("sm_89", 128)
 
 
 @pytest.mark.parametrize(
@@ -55,7 +85,7 @@ def test_programs_at_once_are_bound_by_what_runs_out_first(registers, shared, wa
     assert programs_at_once(code, warps, H200) == programs
 
 
-PRODUCT = ("HGMMA.64x64x16.F32.BF16", 1)
+(PRODUCT,) = counted(("HGMMA.64x64x16.F32.BF16", 1))
 
 
 def launch(code: Code, kernel: str = "_fwd_", case: Case = CASE, **config) -> Launch:
@@ -66,7 +96,7 @@ def launch(code: Code, kernel: str = "_fwd_", case: Case = CASE, **config) -> La
 
 
 def test_memory_is_every_tensor_once_and_seams_cut_their_share_of_windows():
-    trip = (("MUFU.EX2", 32), PRODUCT), (("MUFU.EX2", 64), PRODUCT)
+    trip = tuple((*counted(("MUFU.EX2", n)), PRODUCT) for n in (32, 64))
     found = launch(Code(128, 0, 0, 28_672, 65, 6, *trip))
     tokens = 128 * 56 * 56 * 96 * 2
     read_and_written = 4 * tokens + 169 * 3 * 2  # map and table
@@ -79,7 +109,7 @@ def test_memory_is_every_tensor_once_and_seams_cut_their_share_of_windows():
 
 
 def test_a_loop_of_two_stages_waits_for_each_of_its_loads():
-    trip = ("FADD", 1755), PRODUCT
+    trip = *counted(("FADD", 1755)), PRODUCT
     code = Code(128, 0, 0, 28_672, 1756, 6, trip, trip)
     found = {stages: launch(code, loop_stages=stages) for stages in (1, 2, 3)}
     assert found[1] == found[2]
@@ -96,26 +126,26 @@ def test_no_more_programs_are_in_flight_than_there_are():
 
 
 def test_the_bound_is_what_takes_longest():
-    trip = ("FADD", 9000), PRODUCT
+    trip = *counted(("FADD", 9000)), PRODUCT
     found = launch(Code(250, 0, 0, 28_672, 9001, 6, trip, trip), "_bwd_")
     assert found.bound == "issue"
     assert found.predicted == found.seconds["issue"] > found.seconds["memory"]
 
 
-@pytest.mark.parametrize("trip", [(), (("SYNCS", 6),)], ids=["unrolled", "a loop that waits"])
+@pytest.mark.parametrize("trip", [(), counted(("SYNCS", 6))], ids=["unrolled", "a loop that waits"])
 def test_what_no_loop_tells_is_left_out(trip):
     found = launch(Code(128, 0, 0, 28_672, 500, 6, trip, trip))
     assert found.seconds.keys() == {"memory", "issue", "latency"}
     assert (found.inside, found.border) == (0, 0)
     assert found.seconds["issue"] > 0
-    page = "\n".join(tables({("T1 shift 3", "sm_90"): {"forward": [found]}}))
+    page = "\n".join(tables({("T1 shift 3", "H200"): {"forward": [found]}}))
     assert "| – | – | – | – | – | memory |" in page
 
 
 def test_measured_medians_stand_beside_what_was_predicted(tmp_path, monkeypatch):
     monkeypatch.setattr(predict, "RESULTS", tmp_path)
     found = launch(Code(128, 0, 0, 28_672, 64, 6))
-    key = ("T1 shift 3", "sm_90")
+    key = ("T1 shift 3", "H200")
     assert "| – | – |" in "\n".join(tables({key: {"forward": [found]}}))
     results_file = ResultsFile(tmp_path / "gpu-h200.csv", {"machine": "NVIDIA H200"})
     results_file.add(Row("T1 shift 3", "ours", "forward", 500.0))
@@ -130,13 +160,13 @@ def test_measured_medians_stand_beside_what_was_predicted(tmp_path, monkeypatch)
         other = ResultsFile(tmp_path / name, {"machine": machine, "date": date})
         other.add(Row("T1 shift 3", "ours, graph", "forward", float(date[:4])))
     assert predict.measured_seconds("T1 shift 3", H200, "forward") == pytest.approx(2027e-6)
-    other = "\n".join(tables({("T1 shift 3", "sm_80"): {"forward": [found]}}))
+    other = "\n".join(tables({("T1 shift 3", "A100"): {"forward": [found]}}))
     assert "| – | – |" in other  # another GPU's
 
 
 def test_the_first_stage_is_predicted_from_compiled_code(capsys, monkeypatch):
-    monkeypatch.setattr("sys.argv", ["predict", "--arch", "sm_90", "--case", "T1 shift 3"])
+    monkeypatch.setattr("sys.argv", ["predict", "--gpu", "H200", "--case", "T1 shift 3"])
     predict.main()
     page = capsys.readouterr().out
-    assert "### sm_90: H200" in page
+    assert "### H200 (sm_90)" in page
     assert page.count("_single_tile_") == 2
