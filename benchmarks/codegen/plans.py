@@ -46,10 +46,8 @@ def plans_of(case: Case, gpu: Gpu, tf32: bool = False) -> Plans:
 
 
 def launches_in(plan: Plan) -> Iterator[tuple[LaunchSpec, dict[str, torch.dtype]]]:
-    """Every launch of a plan and of what comes after it, with the dtypes of what it names."""
-    for each in (plan, plan.after):
-        if each is not None:
-            yield from ((launch, each.dtypes) for launch in each.launches)
+    """Every launch of a plan, with the dtypes of what it names."""
+    yield from ((launch, plan.dtypes) for launch in plan.launches)
 
 
 def launches_of(

@@ -15,10 +15,11 @@ tables for every case of the speed table to build/machine-code.md.
 from __future__ import annotations
 
 import argparse
+import itertools
 import math
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 
@@ -36,7 +37,7 @@ from swin_kernels.testing import Case, make_grad_out, make_operands
 
 SCHEDULERS, WARP, RESERVED = 4, 32, 1024  # of a multiprocessor; lanes; bytes of a program's shared
 SPECIAL = 16  # lanes a clock and multiprocessor, of exp2 and the like
-LATENCY = 0.7e-6  # seconds from a load to its data, under load
+LATENCY, CACHE_LATENCY = 0.7e-6, 0.3e-6  # seconds from a load to its data, under load
 
 
 UNITS = ("memory", "latency", "issue", "fp32", "arithmetic", "exp", "shared", "matrix")
@@ -114,14 +115,23 @@ def _sizes(case: Case, plans: Iterable[Plan]) -> dict[str, int]:
     for plan in plans:
         buffers = plan.buffers.items()
         sizes |= {n: math.prod(shape) * dtype.itemsize for n, (shape, dtype) in buffers}
-    if "bias_sums" in sizes:
-        sizes["bias_grad"] = case.heads * case.grid.tokens**2 * 4
-        sizes["table_grad"] = sizes.get("bias_table", 0)
     return sizes
 
 
-def _border(numbers: Mapping[str, Any]) -> float:
-    """The share of windows that a seam of the shift cuts."""
+def _border(step: LaunchSpec) -> float:
+    """The share of trips that take the longest way.
+
+    Those are the windows that a seam of the shift cuts; of a backward that holds its bias, those
+    before which it is read again: the first of a program, and where other seams cut.
+    """
+    numbers, windows = step.scalars, step.scalars["windows"]
+    if step.config.holds_bias:
+        cut = [n if seam else 0 for n, seam in zip(numbers["counts"], numbers["REGIONS"])]
+        places = itertools.product(*map(range, numbers["counts"]))
+        seams = [tuple(map(lambda x, n: x == n - 1, place, cut)) for place in places]
+        changes = sum(a != b for a, b in itertools.pairwise(seams))
+        programs = step.grid / numbers["heads"]
+        return min(1.0, (changes + programs) / windows)
     whole = ((n - 1) / n for n, cut in zip(numbers["counts"], numbers["REGIONS"]) if cut)
     return 1 - math.prod(whole)
 
@@ -138,7 +148,10 @@ def _trips(step: LaunchSpec) -> tuple[int, int]:
         return -(-tokens // block_m), min(block_m, tokens)
     if "_dq_" in step.kernel or "_tiled_fwd_" in step.kernel:
         return -(-tokens // block_n), min(block_n, tokens)
-    return 0, 0  # bias and table: little beside the rest
+    if "_bias_grad_" in step.kernel or "_table_grad_" in step.kernel:
+        blocks = -(-tokens // block_n) if "_table" in step.kernel else 1
+        return blocks * -(-numbers["runs"] // numbers["BLOCK_RUNS"]), 0  # sums, and no tokens
+    return 0, 0  # an expanded bias, an index: little beside the rest
 
 
 def predict(
@@ -149,9 +162,9 @@ def predict(
     named = {name for name in step.pointers.values() if name is not None}
     seconds = {"memory": sum(sizes[name] for name in named) / chip.copy_rate}
     trips, tokens = _trips(step)
-    border = _border(numbers) if trips else 0.0
+    border = _border(step) if tokens else 0.0
     # where the one trip was unrolled no loop tells what the units do, least of all one that waits
-    looped = any("MMA" in kind.name for kind, _ in code.longest) or not trips
+    looped = any("MMA" in kind.name for kind, _ in code.longest) or not tokens
     ways = {way: demands(way, warps, chip) for way in (code.shortest, code.longest)}
     outside = code.instructions - looped * sum(n for _, n in code.longest)
     rounds = -(-step.grid // chip.multiprocessors)  # programs of the busiest multiprocessor
@@ -165,7 +178,10 @@ def predict(
     if any(kind.name.startswith("UTC") for kind, _ in code.longest):
         seconds.pop("matrix", None)
     programs, in_flight = min(programs_at_once(code, warps, chip), rounds), 0
-    if trips:
+    if trips and not tokens:  # sums of what was just written
+        waves = -(-step.grid // (programs * chip.multiprocessors))
+        seconds["latency"] = waves * trips * CACHE_LATENCY
+    elif tokens:
         channels = numbers["HEAD_DIM"] + numbers["VALUE_DIM"]
         if "_single_tile_fwd" in step.kernel:
             channels += numbers["HEAD_DIM"]

@@ -175,7 +175,7 @@ def poisoned_buffers() -> Iterator[None]:
         yield
 
 
-READ_ONLY = {*Operands._fields, "grad_out", "bias_grad"}
+READ_ONLY = {*Operands._fields, "grad_out"}
 
 
 @contextlib.contextmanager

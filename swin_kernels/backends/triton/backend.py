@@ -82,9 +82,8 @@ def _backward(grad_out, out, kept, *arguments) -> tuple[Tensor, ...]:
         x = getattr(operands, name)
         if x is None or not needs & bit:
             continue
-        if name == "bias_table":
-            assert run.after is not None
-            (grads[name],) = run.after((*given, sums["bias_sums"]))
+        if name in ("bias", "bias_table"):
+            grads[name] = made[f"grad_{name}"]
         elif (grad := sums.get(f"{name}_sums")) is None:  # nothing is padded
             grads[name] = torch.zeros_like(x)
         else:

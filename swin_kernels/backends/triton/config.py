@@ -57,6 +57,7 @@ def _features(call: Call, gpu: Gpu) -> frozenset[str]:
         "not_vectorizable": call.not_vectorizable,
         "unaligned": call.unaligned_head_dim,
         "two_widths": call.head_dim != call.value_dim,
+        "of_16_tokens": call.tokens <= 16,
         "over_64_tokens": call.tokens > 64,
         "over_128_tokens": call.tokens > 128,
         "over_32": call.largest_block > 32,
@@ -142,6 +143,39 @@ SINGLE_TILE: dict[str, Table] = {
         ("", (1, 2), "a window is on its way while one is worked on"),
     ),
 }
+
+# warps that a multiprocessor holds at once of kernels that hold a window, by their registers: 16
+# with up to 128 a thread, 12 with 168, 8 with 255
+WARPS_AT_ONCE: dict[str, Table] = {
+    "forward": (
+        ("over_64 consumer", 4, "104 KB of shared memory are not there twice"),
+        ("fp32|dropout|over_64_tokens|over_64|unaligned", 8, "170 to 255 registers"),
+        ("of_16_tokens", 20, "56 to 79 registers"),
+        ("over_32|mask cosine|adds -hopper", 8, "174 to 250 registers"),
+        ("over_32 cosine|adds", 8, "175 to 199 registers"),
+        ("mask cosine|pads", 8, "208 to 216 registers"),
+        ("over_32|mask|cosine|not_vectorizable hopper", 12, "126 to 168 registers"),
+        ("over_32|mask|not_vectorizable|blackwell", 8, "158 to 240 registers"),
+        ("cosine ampere", 8, "173 registers"),
+        ("ampere|consumer", 12, "137 to 168 registers"),
+        ("", 16, "up to 128 registers"),
+    ),
+    "backward": (
+        ("of_16_tokens -fp32", 16, "80 to 120 registers"),
+        ("", 8, "208 to 255 registers"),
+    ),
+}
+
+# whether a backward of whole windows keeps bias and shift mask in registers while the same seams
+# cut its windows; else it reads them for each, through shared memory
+HOLDS_BIAS: Table = (
+    ("fp32", False, "an element takes a register"),
+    ("cosine|pads|mask", False, "norms, a filler and the mask's tile take those"),
+    ("not_vectorizable", False, "offsets of channels take those"),
+    ("ampere", False, "operands are registers, and addresses take more than elsewhere"),
+    ("over_32 two_widths", False, "offsets of both widths"),
+    ("", True, "256 of some 800 wavefronts of shared memory"),
+)
 
 # of kernels that work in tiles: (queries, keys, warps)
 TILED: dict[str, Table] = {
@@ -296,8 +330,11 @@ def config_for(kernel: str, call: Call, gpu: Gpu) -> Config:
     if kernel in SINGLE_TILE:
         block = block_of(call.tokens)
         warps, stages = _first(SINGLE_TILE[kernel], features, None)
-        programs = 8 if kernel == "forward" else 4
-        config = Config(block, block, block // 16 * warps, stages, programs)
+        warps *= block // 16
+        programs = max(1, _first(WARPS_AT_ONCE[kernel], features, None) // warps)
+        config = Config(block, block, warps, stages, programs)
+        if kernel == "backward":
+            config = replace(config, holds_bias=_first(HOLDS_BIAS, features, False))
     else:
         config = _in_tiles(kernel, call, features)
     if gpu.warp_size == 64:  # half as many warps have as many lanes

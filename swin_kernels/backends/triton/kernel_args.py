@@ -20,7 +20,7 @@ from swin_kernels.backends.triton.launch_spec import (
 from swin_kernels.backends.triton.token_layout import TokenLayout, alignment, divisor, pad_to_3d
 
 # what the kernels know of every call: as arguments, and as constants
-Geometry = namedtuple("Geometry", "sizes counts factors shifts periods rolls seams")
+Geometry = namedtuple("Geometry", "sizes counts factors shifts images periods rolls seams")
 Meta = namedtuple(
     "Meta",
     "TOKENS WINDOW REGIONS ROLLED PADDED PLANES WIDE ALIGNED SHARED_STRIDES HAS_BIAS EXPANDED "
@@ -41,6 +41,7 @@ def geometry_args(call: Call) -> dict[str, Any]:
         "counts": pad_to_3d(grid.counts, 1),
         "factors": tuple(factor for factor, _ in divisors),
         "shifts": tuple(shift for _, shift in divisors),
+        "images": (call.batch, *divisor(max(1, call.batch))),
         "periods": pad_to_3d(periods, 1),
         "rolls": pad_to_3d([s % p for s, p in zip(grid.shift, periods)], 0),
         "seams": pad_to_3d([w - s for w, s in zip(grid.window, grid.shift)], 1),
@@ -147,11 +148,11 @@ def expanded_bias_args(
     return [launch], written, scalars
 
 
-def make_plan(call: Call, launches, buffers: Buffers, sums=None, after=None) -> Plan:
+def make_plan(call: Call, launches, buffers: Buffers, sums=None) -> Plan:
     dtypes = {name: facts.dtype for name, facts in call.facts.items()}
-    dtypes |= {name: dtype for name, (_, dtype) in buffers.items()} | {"bias_grad": torch.float32}
+    dtypes |= {name: dtype for name, (_, dtype) in buffers.items()}
     launches = tuple(launch for launch in launches if launch.grid > 0)
-    return Plan(launches, buffers, dtypes, sums or {}, after)
+    return Plan(launches, buffers, dtypes, sums or {})
 
 
 def tile_args(call: Call, config: Config, gpu: Gpu) -> dict[str, int]:

@@ -21,6 +21,7 @@ STRIDED = ("query", "key", "value", "grad_out")  # kernels read these as they li
 SMALLEST_BLOCK = 16  # of the matrix units
 REGISTERS = 65_536  # of a multiprocessor: CUDA programming guide, table of compute capabilities
 LARGEST_LOGIT = 1.1e38  # as in kernels/common.py
+MOST_WAVES = 4  # of programs that take runs of windows
 _WHOLE: list[tuple[str, int | None]] = [("query", None), ("key", None), ("value", None)]
 
 
@@ -133,7 +134,8 @@ class Config:
     block_n: int  # keys of a tile
     num_warps: int
     loop_stages: int  # of the software pipeline over windows or tiles
-    programs_per_multiprocessor: int = 8  # how many runs of windows to cut, where there are runs
+    programs_per_multiprocessor: int = 2  # at once, where each takes a run of windows
+    holds_bias: bool = False  # a backward of whole windows, in registers from window to window
     registers: int = 0  # a thread's limit; 0 leaves it to the assembler, which at times spills
 
     @property
@@ -149,10 +151,22 @@ class Config:
         return options
 
     def windows_per_program(self, call: Call, gpu: Gpu, tiles: int = 1) -> int:
-        """Windows a run, so that the runs of all heads and tiles fill the device."""
-        wanted = self.programs_per_multiprocessor * gpu.multiprocessors
-        runs = max(1, wanted // (call.heads * tiles))
-        return max(1, -(-call.windows // runs))
+        """Windows a run, so that the runs of all heads and tiles fill the device, and end together.
+
+        One wave of programs or a few, by which should end first: a run costs its windows, and about
+        one more for what is done once.
+        """
+        at_once, parts = self.programs_per_multiprocessor * gpu.multiprocessors, call.heads * tiles
+
+        def run_of(waves: int) -> int:
+            runs = max(1, waves * at_once // parts)
+            return max(1, -(-call.windows // runs))
+
+        def cost(run: int) -> int:
+            waves = -(-(-(-call.windows // run) * parts) // at_once)
+            return waves * (run + 1)
+
+        return min(map(run_of, range(1, MOST_WAVES + 1)), key=cost)
 
 
 @dataclass(frozen=True)
@@ -180,4 +194,3 @@ class Plan:
     buffers: Buffers  # besides the operands
     dtypes: dict[str, torch.dtype]  # of every tensor a launch names
     sums: dict[str, tuple[int, ...]] = field(default_factory=dict)  # axes of buffers, to sum over
-    after: Plan | None = None  # what is launched on the sum `bias_grad`

@@ -34,7 +34,6 @@ from swin_kernels.problem import Operands, Options
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"  # as triton reads it, when it is imported
 BESIDE = ("grad_out", "out", "stats", "tiles")  # what a backward is given beside the operands
-AFTER = ("bias_grad",)  # and what its last launches are
 NAMES = Operands._fields + BESIDE
 
 
@@ -125,7 +124,6 @@ class Run:
         self.launches: list[tuple[Launch, Callable]] = [
             (x, itemgetter(*(names.index(name) for name in x.tensors))) for x in launches
         ]
-        self.after = None if plan.after is None else Run(plan.after, (*given, *AFTER), device)
 
     def __call__(self, given: Sequence[Tensor | None]) -> list[Tensor]:
         """The plan's buffers, written."""

@@ -12,7 +12,6 @@ from swin_kernels.backends.triton.config import (
     fits_single_tile,
 )
 from swin_kernels.backends.triton.kernel_args import (
-    BIAS_KINDS,
     Meta,
     bias_args,
     expanded_bias_args,
@@ -117,8 +116,9 @@ def forward_plan(call: Call, gpu: Gpu, *, differentiable: bool = False) -> Plan:
 def backward_plan(call: Call, gpu: Gpu) -> Plan:
     """Writes `grad_query` (packed if the query is), `grad_key`, `grad_value`.
 
-    And, in fp32, the sums of what is shared by windows: `bias_sums`, `pad_key_sums`,
-    `pad_value_sums`, `logit_scale_sums`, each with axes in front to be summed, as `Plan.sums` says.
+    And `grad_bias` or `grad_bias_table`; and, in fp32, the sums of what else windows share,
+    `pad_key_sums`, `pad_value_sums`, `logit_scale_sums`, with axes to be summed, as `Plan.sums`
+    says.
     The facts are those of the operands, of grad_out, and of what the forward kept: `stats` with
     its `out`, or `tiles`.
     """
@@ -156,26 +156,25 @@ _PADS = ("pad_key", "pad_value")
 
 
 def _sums(
-    call: Call, scalars, runs: int, rows: tuple[int, ...], axes: tuple[int, ...]
+    call: Call, scalars, rows: tuple[int, ...], axes: tuple[int, ...]
 ) -> tuple[Buffers, dict[str, tuple[int, ...]]]:
-    """Buffers of sums: a bias a run; of the rest a row for each of `rows`, to sum over `axes`."""
-    pairs = (call.tokens, call.tokens)
+    """Buffers of sums that are not of a bias: a row for each of `rows`, to sum over `axes`."""
     shapes = {
-        "bias_sums": ((runs, call.heads, *pairs), (0,), call.sums_bias),
-        "pad_key_sums": ((*rows, call.head_dim), axes, scalars["NEEDS_PAD_KEY"]),
-        "pad_value_sums": ((*rows, call.value_dim), axes, scalars["NEEDS_PAD_VALUE"]),
-        "logit_scale_sums": (rows, axes, call.cosine),
+        "pad_key_sums": ((*rows, call.head_dim), scalars["NEEDS_PAD_KEY"]),
+        "pad_value_sums": ((*rows, call.value_dim), scalars["NEEDS_PAD_VALUE"]),
+        "logit_scale_sums": (rows, call.cosine),
     }
-    wanted = {name: (shape, over) for name, (shape, over, wanted) in shapes.items() if wanted}
-    buffers = {name: (shape, torch.float32) for name, (shape, _) in wanted.items()}
-    return buffers, {name: over for name, (_, over) in wanted.items()}
+    wanted = {name: shape for name, (shape, wanted) in shapes.items() if wanted}
+    buffers = {name: (shape, torch.float32) for name, shape in wanted.items()}
+    return buffers, dict.fromkeys(wanted, axes)
 
 
 def _single_tile_backward(call: Call, gpu: Gpu, pointers, scalars, buffers) -> Plan:
     config = config_for("backward", call, gpu)
     run = config.windows_per_program(call, gpu)
     runs = -(-call.windows // run)
-    extra, sums = _sums(call, scalars, runs, (runs, call.heads), (0,))
+    extra, sums = _sums(call, scalars, (runs, call.heads), (0,))
+    after, gradients = _bias_gradient(call, gpu, runs)
     has_tiles = "tiles" in call.facts
     tile_heads, tiles_per_head = call.facts["tiles"].shape[:2] if has_tiles else (0, 1)
     launch = LaunchSpec(
@@ -195,12 +194,13 @@ def _single_tile_backward(call: Call, gpu: Gpu, pointers, scalars, buffers) -> P
             "tile_heads": tile_heads,
             "windows_per_program": run,
             "NEEDS_BIAS": call.sums_bias,
+            "HOLDS_BIAS": config.holds_bias,
             "BLOCK_N": config.block_n,
             "LOOP_STAGES": config.loop_stages,
         },
         config,
     )
-    return make_plan(call, [launch], buffers | extra, sums, _table_grad(call))
+    return make_plan(call, [launch, *after], buffers | extra | gradients, sums)
 
 
 def _tiled_backward(call: Call, gpu: Gpu, pointers, scalars, buffers) -> Plan:
@@ -232,38 +232,55 @@ def _tiled_backward(call: Call, gpu: Gpu, pointers, scalars, buffers) -> Plan:
         kernel = "bwd_tiled._tiled_dbias_kernel"
         launches.append(launch(kernel, config, tiles * call.heads * runs, windows_per_program=run))
     # rows of sums are (window, head, tile)
-    extra, sums = _sums(call, scalars, runs, (call.windows, call.heads, key_tiles), (0, 2))
+    extra, sums = _sums(call, scalars, (call.windows, call.heads, key_tiles), (0, 2))
+    after, gradients = _bias_gradient(call, gpu, runs)
     if "logit_scale_sums" in extra:
         rows = (call.windows, call.heads, query_tiles)
         extra["logit_scale_sums"] = (rows, torch.float32)
-    return make_plan(call, launches, buffers | extra, sums, _table_grad(call))
+    return make_plan(call, [*launches, *after], buffers | extra | gradients, sums)
 
 
-def _table_grad(call: Call) -> Plan | None:
-    """The summed dense gradient, `bias_grad`, gathered into the table's: `table_grad`."""
-    if not call.sums_bias or call.bias == "dense":
-        return None
-    table, pairs = call.facts["bias_table"], call.tokens**2
-    rows, block = 16, 128 if call.bias == "indexed" or call.tokens > 64 else 64
-    block = min(block, block_of(pairs))
-    launch = LaunchSpec(
-        "bias._table_grad_kernel",
-        -(-table.shape[0] // rows) * call.heads,
-        {
-            "dense_ptr": "bias_grad",
-            "index_ptr": "bias_index" if call.bias == "indexed" else None,
-            "grad_ptr": "table_grad",
-        },
-        dict.fromkeys(Meta._fields)
-        | {
-            "heads": call.heads,
-            "table_rows": table.shape[0],
-            "TOKENS": call.tokens,
-            "WINDOW": pad_to_3d(call.grid.window, 1),
-            "BIAS": BIAS_KINDS[call.bias],
-            "BLOCK_ROWS": rows,
-            "BLOCK": block,
-        },
-        Config(rows, block, 4, 1),
-    )
-    return make_plan(call, [launch], {"table_grad": (table.shape, table.dtype)})
+def _bias_gradient(call: Call, gpu: Gpu, runs: int) -> tuple[list[LaunchSpec], Buffers]:
+    """The gradient of bias or table, from `bias_sums`, one of a run each: launches, and buffers."""
+    if not call.sums_bias:
+        return [], {}
+    heads, pairs = call.heads, call.tokens**2
+    launches: list[LaunchSpec] = []
+    matrix = (heads, call.tokens, call.tokens)
+    buffers: Buffers = {"bias_sums": ((runs, *matrix), torch.float32)}
+    fixed = dict.fromkeys(Meta._fields) | {"heads": heads, "TOKENS": call.tokens}
+    of_runs = {"runs": runs, "BLOCK_RUNS": 16}
+    if call.bias != "table":
+        name = "grad_bias" if call.bias == "dense" else "summed_bias"
+        dtype = call.facts["bias"].dtype if call.bias == "dense" else torch.float32
+        buffers[name] = (matrix, dtype)
+        block = 256
+        launches.append(
+            LaunchSpec(
+                "bias._bias_grad_kernel",
+                -(-pairs // block) * heads,
+                {"sums_ptr": "bias_sums", "grad_ptr": name},
+                fixed | of_runs | {"BLOCK": block},
+                Config(block, block, 4, 1),
+            )
+        )
+    if call.bias == "dense":
+        return launches, buffers
+    table = call.facts["bias_table"]
+    buffers["grad_bias_table"] = (table.shape, table.dtype)
+    # rows at once, so that programs fill the device; queries, or pairs
+    fills = (n for n in (16, 8) if -(-table.shape[0] // n) * heads >= gpu.multiprocessors)
+    rows, block = (16, 128) if call.bias == "indexed" else (next(fills, 4), 64)
+    block = min(block, block_of(pairs if call.bias == "indexed" else call.tokens))
+    fixed |= {"table_rows": table.shape[0], "BLOCK_ROWS": rows, "BLOCK": block}
+    pointers: dict[str, str | None] = {"grad_ptr": "grad_bias_table"}
+    if call.bias == "indexed":
+        kernel = "bias._indexed_grad_kernel"
+        pointers |= {"summed_ptr": "summed_bias", "index_ptr": "bias_index"}
+    else:
+        kernel = "bias._table_grad_kernel"
+        pointers |= {"sums_ptr": "bias_sums"}
+        fixed |= of_runs | {"WINDOW": pad_to_3d(call.grid.window, 1), "BLOCK_RUNS": 128 // rows}
+    config = Config(rows, block, 4, 1)
+    launches.append(LaunchSpec(kernel, -(-table.shape[0] // rows) * heads, pointers, fixed, config))
+    return launches, buffers

@@ -19,7 +19,7 @@ from swin_kernels.backends.triton.config import (
     fits_single_tile,
     tuned_key,
 )
-from swin_kernels.backends.triton.launch_spec import Call, Config, facts_of
+from swin_kernels.backends.triton.launch_spec import MOST_WAVES, Call, Config, facts_of
 from swin_kernels.backends.triton.plan import backward_plan, forward_plan
 from swin_kernels.backends.triton.token_layout import divisor, needs_wide_offsets
 from swin_kernels.problem import NEEDS, Operands, Problem
@@ -58,8 +58,7 @@ def _of_shape(*shape, window):
 
 
 def _kernels(plan):
-    after = () if plan.after is None else plan.after.launches
-    return [launch.kernel.split(".")[1] for launch in (*plan.launches, *after)]
+    return [launch.kernel.split(".")[1] for launch in plan.launches]
 
 
 @over(
@@ -83,7 +82,7 @@ sys.path[:0] = ["tests/backends/triton", "tests/support"]
 import test_triton_plan as t
 print(len(t._forward(t.PLANE).launches), len(t._backward(t.PLANE).launches))
 """
-    assert last_line_of(program) == "1 1"
+    assert last_line_of(program) == "1 2"
 
 
 # tokens of a window, channels, dtype; whether forward and backward hold it whole
@@ -209,9 +208,25 @@ def test_runs_cover_all_windows_and_no_more_programs_than_wanted(windows, heads,
     runs = math.ceil(windows / run)
     assert run >= 1
     assert (runs - 1) * run < max(1, windows)
-    assert runs * heads <= max(heads, 4 * gpu.multiprocessors)
+    assert runs * heads <= max(heads, MOST_WAVES * 4 * gpu.multiprocessors)
     if windows * heads <= 4 * gpu.multiprocessors // 2:
         assert run == 1  # a device that is not full has no reason for runs
+
+
+@pytest.mark.parametrize(
+    ("windows", "heads", "run"),
+    [
+        (8192, 3, 94),  # Swin-T at 224², batch 128: 88 runs a head
+        (2048, 6, 47),
+        (512, 12, 24),  # one wave of 264 programs
+        (128, 24, 12),
+        (128, 40, 10),  # 6 runs would leave 24 places empty; two waves of 13 fill them
+        (1, 3, 1),
+    ],
+)
+def test_runs_end_together(windows, heads, run):
+    call = call_of(49, 32, 32, torch.float16, windows, heads)
+    assert Config(64, 64, 4, 1).windows_per_program(call, H100) == run
 
 
 def test_gradients_of_packed_tokens_lie_in_one_buffer():
@@ -274,13 +289,14 @@ def test_tiles_that_a_forward_leaves_do_not_grow_with_the_map(case, shape):
 def test_only_what_is_needed_is_summed(tokens):
     case = Case(2, (150,), (tokens,), bias="table", pads=True, cosine=tokens > 64)
     always = {"logit_scale_sums"} if case.cosine else set()
-    assert set(_backward(case).sums) == {"bias_sums", "pad_key_sums", "pad_value_sums"} | always
+    assert set(_backward(case).sums) == {"pad_key_sums", "pad_value_sums"} | always
     for name in ("bias_table", "pad_key", "pad_value"):
         plan, biased = _backward(case, needed=[name]), name == "bias_table"
-        assert set(plan.sums) == {"bias_sums" if biased else f"{name}_sums"} | always
-        assert (plan.after is not None) == biased
+        assert set(plan.sums) == (always if biased else {f"{name}_sums"} | always)
+        assert ("bias_sums" in plan.buffers) == ("grad_bias_table" in plan.buffers) == biased
+        assert ("_table_grad_kernel" in _kernels(plan)) == biased
         assert ("_tiled_dbias_kernel" in _kernels(plan)) == (biased and tokens > 64)
-    assert set(_backward(case.but(size=(100 * tokens,))).sums) == {"bias_sums"} | always
+    assert set(_backward(case.but(size=(100 * tokens,))).sums) == always
     for plan in (_backward(case), _backward(case, needed=())):
         for name, axes in plan.sums.items():  # of a buffer, fp32, with its axes in front
             shape, dtype = plan.buffers[name]
@@ -288,13 +304,37 @@ def test_only_what_is_needed_is_summed(tokens):
             assert max(axes) < len(shape)
 
 
+@pytest.mark.parametrize(
+    ("bias", "kernels", "buffers"),
+    [
+        ("dense", ["_bias_grad_kernel"], {"grad_bias": torch.float16}),
+        ("table", ["_table_grad_kernel"], {"grad_bias_table": torch.float16}),
+        (
+            "table+index",
+            ["_bias_grad_kernel", "_indexed_grad_kernel"],
+            {"summed_bias": torch.float32, "grad_bias_table": torch.float16},
+        ),
+    ],
+)
+def test_a_bias_gradient_is_summed_over_runs_by_kernels_of_ours(bias, kernels, buffers):
+    case = Case(64, (28, 28), (7, 7), heads=3, head_dim=32, bias=bias, dtype=torch.float16)
+    plan = _backward(case.but(extras_dtype=torch.float16))
+    assert _kernels(plan)[-len(kernels) :] == kernels
+    runs, *shape = plan.buffers["bias_sums"][0]
+    assert shape == [3, 49, 49]
+    sums = [x for x in plan.launches if "bias_sums" in x.pointers.values()]
+    assert [x.scalars.get("runs") for x in sums[1:]] == [runs]
+    assert {name: dtype for name, (_, dtype) in plan.buffers.items() if name in buffers} == buffers
+
+
 @pytest.mark.parametrize("tokens", [16, 100], ids=["whole", "tiles"])
 def test_an_empty_batch_launches_nothing_but_the_sum_of_the_table(tokens):
     case = Case(0, (150,), (tokens,), bias="table", pads=True)
     for plan in (_forward(case), _backward(case)):
-        assert not [k for k in _kernels(plan) if "window" in k or "tiled" in k]
+        assert not set(_kernels(plan)) - {"_expand_bias_kernel", "_table_grad_kernel"}
     assert _forward(case).buffers["out"][0] == (0, 150, 2, 16)
     plan = _backward(case)
+    assert plan.launches[-1].scalars["runs"] == 0  # a sum of none: zeros
     for name, axes in plan.sums.items():
         shape, _ = plan.buffers[name]
         assert any(shape[axis] == 0 for axis in axes)  # its sum is zeros

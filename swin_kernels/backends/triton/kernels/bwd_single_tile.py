@@ -30,7 +30,7 @@ from swin_kernels.backends.triton.kernels.window import (
     seam_sides,
     seams_crossed,
     token_places,
-    window_place,
+    window_place_by_image,
 )
 
 
@@ -78,6 +78,7 @@ def _single_tile_bwd_kernel(
     NEEDS_BIAS: tl.constexpr,
     NEEDS_PAD_KEY: tl.constexpr,
     NEEDS_PAD_VALUE: tl.constexpr,
+    HOLDS_BIAS: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
     BLOCK_DV: tl.constexpr,
@@ -112,22 +113,31 @@ def _single_tile_bwd_kernel(
     logit_factor = logits_of(factor, META.LOG2)
     mask_value = logits_of(mask_value, META.LOG2)
 
+    # bias and shift mask: for each window, or until other seams cut one
+    first_tile = head % tile_heads * TILES_PER_HEAD
+    held = first_tile - 1
+    added = tl.zeros((BLOCK_N, BLOCK_N), tl.float32)
+    if HAS_TILES and HOLDS_BIAS and TILES_PER_HEAD == 1:
+        added = tl.load(tile_pointers(tiles_ptr, first_tile, BLOCK_N))
     bias_sum = tl.zeros((BLOCK_N, BLOCK_N), tl.float32)
     pad_key_sum = tl.zeros((BLOCK_D,), tl.float32)
     pad_value_sum = tl.zeros((BLOCK_DV,), tl.float32)
     radial_sum = tl.zeros((BLOCK_N,), tl.float32)
     for step in tl.range(0, last - first, num_stages=LOOP_STAGES):
         window = first + step
-        image, number, place = window_place(window, geometry, META)
+        image, number, place = window_place_by_image(window, geometry, META)
         x, rows, padding = locate(n, places, place, geometry, META)
         at = (image, head, x, rows)
-        # bias and shift mask are read again for each window: that hits L1, and leaves registers
-        s = tl.zeros((BLOCK_N, BLOCK_N), tl.float32)
         if HAS_TILES:
-            tile = head % tile_heads * TILES_PER_HEAD
+            tile = first_tile
             if TILES_PER_HEAD > 1:
                 tile += seams_crossed(place, geometry, META)
-            s = tl.load(tile_pointers(tiles_ptr, tile, BLOCK_N), cache_modifier=".ca")
+            if not HOLDS_BIAS:  # it is in the first cache
+                added = tl.load(tile_pointers(tiles_ptr, tile, BLOCK_N), cache_modifier=".ca")
+            elif TILES_PER_HEAD > 1:
+                if tile != held:
+                    added = tl.load(tile_pointers(tiles_ptr, tile, BLOCK_N))
+                held = tile
         q = load_tokens(query, at, META.HEAD_DIM, BLOCK_D, META)
         k, v = load_keys(key, value, at, BLOCK_D, BLOCK_DV, META)
         do = load_tokens(grad_out, at, META.VALUE_DIM, BLOCK_DV, META)
@@ -136,7 +146,7 @@ def _single_tile_bwd_kernel(
             q, q_norm = l2_normalize(q)
             k, k_norm = l2_normalize(k)
 
-        s = s + tl.dot(q, tl.trans(k), input_precision=PRECISION) * logit_factor
+        s = tl.dot(q, tl.trans(k), input_precision=PRECISION) * logit_factor + added
         if META.HAS_MASK:
             crossed = seams_crossed(place, geometry, META)
             s = add_masks(s, n, n, sides, None, crossed, mask_value, mask_ptr, number, META)

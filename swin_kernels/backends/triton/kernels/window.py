@@ -32,6 +32,27 @@ def window_place(window, geometry, META: tl.constexpr):
 
 
 @triton.jit
+def window_place_by_image(window, geometry, META: tl.constexpr):
+    """As `window_place`, of windows counted by place on the map, and there by image.
+
+    Neighbours are then cut by the same seams, but where one place follows on another.
+    """
+    counts, factors, shifts, images = (
+        geometry.counts,
+        geometry.factors,
+        geometry.shifts,
+        geometry.images,
+    )
+    number = _quotient(window, images[1], images[2])
+    rows = _quotient(number, factors[2], shifts[2])
+    planes = rows - rows
+    if META.PLANES:
+        planes = _quotient(rows, factors[1], shifts[1])
+    place = (planes, rows - planes * counts[1], number - rows * counts[2])
+    return window - number * images[0], number, place
+
+
+@triton.jit
 def token_places(n, META: tl.constexpr):
     """Place of token n in its window, on each axis."""
     plane: tl.constexpr = META.WINDOW[1] * META.WINDOW[2]
