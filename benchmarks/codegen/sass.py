@@ -37,7 +37,9 @@ class Instruction:
     @property
     def target(self) -> int | None:
         """Where it may jump to."""
-        found = _TARGET.search(self.operands) if self.base in _JUMPS else None
+        # @P0 CALL 0x…: a far way out of a loop; plain calls are of subroutines, which return
+        jumps = self.base in _JUMPS or (self.base == "CALL" and self.guard)
+        found = _TARGET.search(self.operands) if jumps else None
         return int(found[1], 16) if found else None
 
     @property

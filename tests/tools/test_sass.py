@@ -104,3 +104,17 @@ def test_the_costlier_of_two_loops_is_the_main_one():
 
 def test_code_without_a_loop_has_no_trip():
     assert sass.main_loop(parse("FADD R1, R1, R2", "EXIT")) is None
+
+
+def test_a_call_under_a_predicate_leads_out_of_a_loop():
+    code = parse(
+        "FADD R1, R1, R2",  # 0x00: a trip begins
+        "@!P0 CALL.REL.NOINC 0x30",
+        "BRA 0x00",
+        "FMUL R1, R1, R3",  # 0x30: behind the loop
+        "CALL.REL.NOINC 0x60",  # a subroutine, which returns
+        "EXIT",
+        "RET.REL.NODEC R4 0x50",
+    )
+    assert names(sass.main_loop(code)[1]) == ["FADD", "CALL", "BRA"]
+    assert sorted(sass.Graph(code).order) == [0x00, 0x20, 0x30]
