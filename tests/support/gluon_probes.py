@@ -1,4 +1,4 @@
-"""A kernel in which an operand of HGMMA is written anew while another warp group may read it."""
+"""Kernels that show a fault or a cost of machine code on purpose, compiled without a GPU."""
 
 from __future__ import annotations
 
@@ -45,3 +45,33 @@ def compiled_reuse(warps: int) -> Any:
     aligned = {(place,): [["tt.divisibility", 16]] for place in range(4)}
     source = GluonASTSource(reused_operand_kernel, signature, {(5,): warps}, aligned)
     return triton.compile(source, GPUTarget("cuda", 90, 32), {"num_warps": warps})
+
+
+@gluon.jit
+def transposed_kernel(x_ptr, out_ptr, PHASES: gl.constexpr, CONFLICTS: gl.constexpr):
+    """Transposes 32 by 32 numbers: a warp writes rows of shared memory, and reads columns."""
+    rows: gl.constexpr = gl.BlockedLayout([1, 1], [1, 32], [4, 1], [1, 0])
+    columns: gl.constexpr = gl.BlockedLayout([1, 1], [32, 1], [1, 4], [0, 1])
+    shared: gl.constexpr = gl.SwizzledSharedLayout(1, 1, PHASES, [1, 0])
+    i = gl.arange(0, 32, gl.SliceLayout(1, rows))[:, None]
+    j = gl.arange(0, 32, gl.SliceLayout(0, rows))[None, :]
+    tile = gl.allocate_shared_memory(gl.float32, [32, 32], shared)
+    written = gl.load(x_ptr + i * 32 + j)
+    tile.store(written)
+    read = tile.load(columns)
+    if CONFLICTS is not None:  # Triton from 3.7 on counts them itself
+        gl.static_assert(gl.bank_conflicts(written.type, tile.type) == 0)
+        gl.static_assert(gl.bank_conflicts(read.type, tile.type) == CONFLICTS)
+    i = gl.arange(0, 32, gl.SliceLayout(1, columns))[:, None]
+    j = gl.arange(0, 32, gl.SliceLayout(0, columns))[None, :]
+    gl.store(out_ptr + j * 32 + i, read)
+
+
+def compiled_transpose(arch: int, phases: int, conflicts: int) -> Any:
+    """It, with `phases` ways to turn a row's columns; Triton asserts that it has `conflicts`."""
+    signature = {"x_ptr": "*fp32", "out_ptr": "*fp32", "PHASES": "constexpr"}
+    signature["CONFLICTS"] = "constexpr"
+    aligned = {(place,): [["tt.divisibility", 16]] for place in range(2)}
+    constants = {(2,): phases, (3,): conflicts if hasattr(gl, "bank_conflicts") else None}
+    source = GluonASTSource(transposed_kernel, signature, constants, aligned)
+    return triton.compile(source, GPUTarget("cuda", arch, 32), {"num_warps": 4})
