@@ -130,7 +130,9 @@ def _read_cuda(compiled: Any) -> Code:
     code = sass.parse(listing_of(compiled))
     instructions, matrix, spills = counts_of([x.base for x in code if x.base != "NOP"])
     registers, stack = map(int, found.groups())
-    clocks = memory_path.clocks_of(code)
+    clocks = memory_path.clocks_of(
+        code, f"sm_{compiled.metadata.target.arch}", compiled.metadata.num_warps
+    )
     trips = (trip.histogram(clocks) for trip in sass.main_loop(code) or ())
     return Code(registers, stack, spills, compiled.metadata.shared, instructions, matrix, *trips)
 

@@ -43,7 +43,7 @@ LATENCY, CACHE_LATENCY = 0.7e-6, 0.3e-6  # seconds from a load to its data, unde
 UNITS = ("memory", "latency", "issue", "fp32", "arithmetic", "exp", "shared", "matrix")
 _FP32 = re.compile(r"^(FFMA|FADD|FMUL|HFMA2|HADD2|HMUL2)")
 _UNIFORM = re.compile(
-    r"^(U[A-Z]|BRA|BSYNC|BSSY|BAR|WARPSYNC|DEPBAR|LDGDEPBAR|SYNCS|LDC|S2|CS2|R2UR)"
+    r"^(U[A-Z]|BRA|BSYNC|BSSY|BAR|WARPSYNC|DEPBAR|LDGDEPBAR|SYNCS|LDC|S2|CS2|R2UR|LDS$)"
 )
 
 

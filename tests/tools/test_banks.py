@@ -12,7 +12,7 @@ pytest.importorskip("triton", reason="what is read are Triton's kernels")
 
 from gluon_probes import compiled_transpose
 
-from benchmarks.codegen import aot, banks, sass
+from benchmarks.codegen import aot, banks, conflicts, sass
 from benchmarks.codegen import lane_values as lv
 
 THREAD = "S2R R0, SR_TID.X"
@@ -221,8 +221,8 @@ def test_a_compiled_transpose_has_the_conflicts_that_triton_counts(arch, phases)
 
 @pytest.mark.slow
 def test_every_access_of_the_first_stage_is_known(capsys, monkeypatch):
-    monkeypatch.setattr("sys.argv", ["banks", "--arch", "sm_90", "--case", "T1 shift 3"])
-    banks.main()
+    monkeypatch.setattr("sys.argv", ["conflicts", "--arch", "sm_90", "--case", "T1 shift 3"])
+    conflicts.main()
     lines = [x for x in capsys.readouterr().out.splitlines() if x.startswith("| `_single_tile_")]
     assert len(lines) == 2
     for line in lines:

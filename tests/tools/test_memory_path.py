@@ -28,4 +28,17 @@ from benchmarks.codegen.sass import Instruction
 )
 def test_loads_stores_and_products_take_their_share_of_the_path(line, clocks):
     name, _, operands = line.partition(" ")
-    assert clocks_of([Instruction(0x10, "", name, operands)]) == {0x10: clocks}
+    assert clocks_of([Instruction(0x10, "", name, operands)], "sm_100", 4) == {0x10: clocks}
+
+
+def test_conflicts_count_where_they_are_known():
+    lines = (
+        ("S2R", "R0, SR_TID.X"),
+        ("SHF.L.U32", "R2, R0, 0x3, RZ"),  # every second word
+        ("LDS", "R4, [R2]"),
+        ("LDS", "R4, [R9]"),
+        ("EXIT", ""),
+    )
+    code = [Instruction(16 * i, "", *line) for i, line in enumerate(lines)]
+    assert clocks_of(code, "sm_90", 4) == {0: 0, 0x10: 0, 0x20: 2, 0x30: 1, 0x40: 0}
+    assert clocks_of(code, "sm_100", 4)[0x20] == 1  # whose instructions were not gone through
