@@ -147,6 +147,24 @@ def test_enough_bytes_are_in_flight_to_keep_memory_busy(arch):
         assert launches[0].in_flight >= least
 
 
+WHOLE = ("swin", "swin, padded", "swin v2, window 8", "swin ir", "head dim 64", "dropout")
+
+
+@counted
+@pytest.mark.parametrize("arch", BUDGETS)
+@pytest.mark.parametrize("case", WHOLE)
+def test_runs_of_windows_are_cut_for_the_programs_that_fit(case, arch):
+    gpu, found = KNOWN_GPUS[arch], []
+    inference, _, backward = plans_of(CASES[case].but(dtype=DTYPES["bf16"]), gpu)
+    for plan in (inference, backward):
+        for step in (s for s in plan.launches if "_single_tile_" in s.kernel):
+            code = aot.read(aot.compile_launch(step, plan.dtypes, gpu))
+            fit = predict.programs_at_once(code, step.config.num_warps, of_arch(arch))
+            found.append((fit, step.config.programs_per_multiprocessor))
+    assert found
+    assert all(fit - 1 <= cut <= fit for fit, cut in found), found
+
+
 CODE = aot.Code(168, 0, 0, 28672, 1000, 6, ((Kind("FFMA"), 300),), ((Kind("FFMA"), 400),))
 
 

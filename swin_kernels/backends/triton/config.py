@@ -58,6 +58,7 @@ def _features(call: Call, gpu: Gpu) -> frozenset[str]:
         "unaligned": call.unaligned_head_dim,
         "two_widths": call.head_dim != call.value_dim,
         "of_16_tokens": call.tokens <= 16,
+        "full_block": call.tokens == block_of(call.tokens),
         "over_64_tokens": call.tokens > 64,
         "over_128_tokens": call.tokens > 128,
         "over_32": call.largest_block > 32,
@@ -102,7 +103,10 @@ WHY_TILED: dict[str, Table] = {
         ("over_64_tokens|over_64", True, "four tiles of tokens and three of logits"),
         ("over_32 cosine|adds|fp32", True, "each takes as much as the channels beyond 32"),
         ("over_32 -from_shared -warps_of_64", True, "operands are registers"),
-        ("dropout|unaligned", True, "random numbers; an offset for each channel"),
+        ("dropout", True, "random numbers"),
+        ("unaligned over_32|fp32|cosine|adds", True, "an offset for each channel, and beside it"),
+        ("unaligned ampere -full_block", True, "an offset for each channel, and what is no token"),
+        ("unaligned warps_of_64", True, "an offset for each channel"),
         ("cosine adds", True, "norms, and what is added"),
         ("mask pads|fp32", True, "two things that are added; four bytes"),
         ("mask -from_shared", True, "operands are registers, and so is the mask"),
@@ -135,6 +139,7 @@ SINGLE_TILE: dict[str, Table] = {
         ("fp32", (2, 1), "an element takes a register"),
         ("not_vectorizable mask|over_32", (2, 1), "an offset for each channel"),
         ("mask", (1, 1), "the mask's tile"),
+        ("unaligned", (1, 1), "an offset for each channel, of two windows with two stages"),
         ("over_32 two_widths", (1, 1), "offsets of both widths"),
         ("hopper -over_32 -not_vectorizable", (1, 3), "with two, a tile is waited for at once"),
         ("not_vectorizable from_shared|ampere|cosine|pads", (2, 2), "an offset for each channel"),
@@ -149,6 +154,8 @@ SINGLE_TILE: dict[str, Table] = {
 WARPS_AT_ONCE: dict[str, Table] = {
     "forward": (
         ("over_64 consumer", 4, "104 KB of shared memory are not there twice"),
+        ("unaligned full_block hopper", 12, "148 registers"),
+        ("unaligned full_block blackwell", 16, "122 registers"),
         ("fp32|dropout|over_64_tokens|over_64|unaligned", 8, "170 to 255 registers"),
         ("of_16_tokens", 20, "56 to 79 registers"),
         ("over_32|mask cosine|adds -hopper", 8, "174 to 250 registers"),
@@ -170,6 +177,7 @@ WARPS_AT_ONCE: dict[str, Table] = {
 # cut its windows; else it reads them for each, through shared memory
 HOLDS_BIAS: Table = (
     ("fp32", False, "an element takes a register"),
+    ("unaligned full_block hopper|blackwell", True, "there is room without a second stage"),
     ("cosine|pads|mask", False, "norms, a filler and the mask's tile take those"),
     ("not_vectorizable", False, "offsets of channels take those"),
     ("ampere", False, "operands are registers, and addresses take more than elsewhere"),

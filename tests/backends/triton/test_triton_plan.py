@@ -100,7 +100,8 @@ REGIMES = (
     (576, 32, torch.float16, False, False),
     (64, 32, torch.float32, True, True),
     (64, 33, torch.float32, False, False),
-    (49, 30, torch.float16, True, False),  # narrow loads
+    (49, 30, torch.float16, True, True),  # narrow loads
+    (49, 34, torch.float16, True, False),
     (64, 65, torch.float32, False, False),
     (65, 32, torch.float32, False, False),
 )
@@ -138,6 +139,18 @@ def test_128_tokens_are_held_whole_only_where_channels_lie_together_and_no_mask_
     for changes in ({"layout": "strided"}, {"layout": "contiguous", "mask": "soft"}):
         for gpu in (H100, INTERPRETER):
             assert "_tiled_fwd_kernel" in _kernels(_forward(case.but(**changes), gpu))
+
+
+def test_heads_of_30_channels_are_held_whole_where_registers_allow():
+    case = Case(1, (64, 64), (8, 8), head_dim=30, dtype=torch.float16, layout="contiguous")
+    for gpu, smaller in ((H100, True), (KNOWN_GPUS["sm_80"], False), (KNOWN_GPUS["gfx942"], None)):
+        whole = "_single_tile_bwd_kernel" in _kernels(_backward(case, gpu))
+        assert whole == (smaller is not None)
+        # what of a tile is no token takes registers as well
+        whole = "_single_tile_bwd_kernel" in _kernels(_backward(case.but(window=(7, 7)), gpu))
+        assert whole == bool(smaller)
+    for changes in ({"cosine": True}, {"mask": "soft"}, {"dropout_p": 0.1}, {"head_dim": 40}):
+        assert "_tiled_dq_kernel" in _kernels(_backward(case.but(**changes)))
 
 
 def test_the_wider_of_keys_and_values_decides():
