@@ -204,8 +204,8 @@ def predict(
 def launches_of(case: Case, chip: Chip) -> dict[str, list[Launch]]:
     """The launches of the attention by direction, as `benchmarks.gpu` times it.
 
-    That is an inference's forward and a training step's backward, which sums its partial sums by
-    torch, so that they are read once more.
+    That is an inference's forward and a training step's backward. Partial sums of what is no bias
+    are summed by torch, which reads them once more.
     """
     gpu = chip.gpu
     plans = plans_of(case, gpu)

@@ -39,7 +39,7 @@ ROUNDS = 7
 GAIN = 0.99  # of the best so far that a change must reach: less is noise
 
 WARPS_AND_STAGES = {"num_warps": (1, 2, 4, 8), "loop_stages": (1, 2, 3)}
-PROGRAMS = {"programs_per_multiprocessor": (2, 4, 8, 16, 32)}
+PROGRAMS = {"programs_per_multiprocessor": (1, 2, 3, 4, 8)}
 # an expanded bias is padded to LARGEST_BLOCK, of a forward to its queries: tiles must divide it
 BLOCKS = {
     side: tuple(b for b in (16, 32, 64, 128) if b <= config.LARGEST_BLOCK)
@@ -49,7 +49,7 @@ Groups = dict[str, tuple[dict[str, tuple[int, ...]], ...]]
 # what is varied together, in this order
 GROUPS: Groups = {
     "forward": (WARPS_AND_STAGES, PROGRAMS),
-    "backward": (WARPS_AND_STAGES, PROGRAMS),
+    "backward": (WARPS_AND_STAGES, PROGRAMS, {"holds_bias": (False, True)}),
     "tiled_forward": (BLOCKS | {"block_m": (32, 64, config.MOST_QUERIES)}, WARPS_AND_STAGES),
     "dq": (BLOCKS, WARPS_AND_STAGES),
     "dkv": (BLOCKS, WARPS_AND_STAGES),
