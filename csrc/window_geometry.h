@@ -42,10 +42,8 @@ struct Axis {
     const int64_t period = roll_then_pad ? size : padded();
     if (rolled >= period) return -1;
     int64_t position = rolled + shift;
-    if (position >= period) {
-      position -= period;  // shift < window <= padded, but a map can be smaller than its shift
-      if (position >= period) position %= period;
-    }
+    // mostly once, as a map is seldom smaller than its shift: a division costs more
+    while (position >= period) position -= period;
     return position < size ? position : -1;
   }
 

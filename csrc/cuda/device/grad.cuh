@@ -92,11 +92,13 @@ struct PaddingSum {
     for (int n = 0; n < Tiles; ++n) columns[n][0] = columns[n][1] = 0;
   }
 
-  SWIN_DEVICE void add(const Sum (&grad)[Tiles][4], const int64_t* offsets, int lane) {
+  template <class Offsets>
+  SWIN_DEVICE void add(const Sum (&grad)[Tiles][4], const Offsets& offsets, int first_row,
+                       int lane) {
     const Lane own(lane);
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
-      if (offsets[own.row(2 * r)] != kPadding) continue;
+      if (offsets[first_row + own.row(2 * r)] != kPadding) continue;
 #pragma unroll
       for (int n = 0; n < Tiles; ++n)
 #pragma unroll

@@ -3,12 +3,9 @@
 
 #include "cuda/device/mma.cuh"
 #include "cuda/device/params.cuh"
-#include "cuda/device/window.cuh"
+#include "cuda/device/token_places.cuh"
 
 namespace swin_kernels::cuda {
-
-constexpr int64_t kPadding = -1;  // in place of an offset: a token that padding added
-constexpr int64_t kNoToken = -2;  // beyond the window
 
 // Lines of `Channels` numbers and 16 bytes, so that eight lines are in eight groups of banks.
 template <class T, int Channels>
@@ -53,43 +50,36 @@ SWIN_DEVICE T padding(const FloatView* pad, int64_t head, int64_t c) {
   return rounded<T>(read<Sum>(*pad, head, c));
 }
 
-// The offsets of kTile tokens of a window from token `first` on in each of some views.
-template <int Views>
-SWIN_DEVICE void place_tokens(int64_t (&offsets)[Views][kTile],
-                              const TokenView* const (&views)[Views], const Problem& p,
-                              const WindowPlace& window, int64_t head, int first) {
-  for (int row = thread_index(); row < kTile; row += block_threads()) {
-    const int token = first + row;
-    if (token >= int(p.tokens())) {
-#pragma unroll
-      for (int v = 0; v < Views; ++v) offsets[v][row] = kNoToken;
-      continue;
-    }
-    int64_t source[kAxes];
-    const bool real = source_of(p, window, TokenPlace(p, token), source);
-#pragma unroll
-    for (int v = 0; v < Views; ++v)
-      offsets[v][row] = real ? offset_of(*views[v], window.image, head, source) : kPadding;
-  }
-}
-
-// Channels [begin, begin + Channels) of the tokens at `offsets`: those that `view` has and `lines`
-// of them, the rest 0. By copies that `wait_for_copies` ends where `by_16_bytes`.
-template <class T, class Sum, int Channels>
-SWIN_DEVICE void load_tile(T* tile, const TokenView& view, const int64_t (&offsets)[kTile],
-                           int lines, int begin, int dim, const FloatView* pad, int64_t head,
-                           bool by_16_bytes) {
+// Channels [begin, begin + Channels) of the tokens at `offsets`: those that `view` has, the rest 0.
+// Each warp loads its own 16 rows, so that rows which no other warp reads need no barrier of the
+// block before. By copies that `wait_for_copies` ends where `by_16_bytes`.
+template <class T, class Sum, int Channels, class Offsets>
+SWIN_DEVICE void load_tile(T* tile, const TokenView& view, const Offsets& offsets, int begin,
+                           int dim, const FloatView* pad, int64_t head, bool by_16_bytes) {
   constexpr int kPitch = TokenTile<T, Channels>::kPitch;
   constexpr int kPiece = 16 / int(sizeof(T)), kPieces = Channels / kPiece;
   const T* data = static_cast<const T*>(view.data);
-  for (int i = thread_index(); i < lines * kPieces; i += block_threads()) {
-    const int row = i / kPieces, c = begin + i % kPieces * kPiece;
+  const int lane = thread_index() % kWarp, first = thread_index() / kWarp * kRows;
+  bool single = false;  // whether the lane has pieces that no copy brings
+#pragma unroll(sizeof(T) == 8 ? 1 : 2)
+  for (int i = 0; i < kRows * kPieces; i += kWarp) {
+    const int row = first + (i + lane) / kPieces, piece = (i + lane) % kPieces * kPiece;
     const int64_t offset = offsets[row];
+    T* to = tile + row * kPitch + piece;
+    if (offset == kNoToken || begin + piece >= dim)
+      *reinterpret_cast<Piece*>(to) = Piece{};
+    else if (by_16_bytes && offset >= 0)
+      copy_async(to, data + offset + begin + piece);
+    else
+      single = true;
+  }
+  if (!single) return;
+#pragma unroll 1
+  for (int i = lane; i < kRows * kPieces; i += kWarp) {
+    const int row = first + i / kPieces, c = begin + i % kPieces * kPiece;
+    const int64_t offset = offsets[row];
+    if (offset == kNoToken || c >= dim || (by_16_bytes && offset >= 0)) continue;
     T* to = tile + row * kPitch + i % kPieces * kPiece;
-    if (by_16_bytes && offset >= 0 && c < dim) {
-      copy_async(to, data + offset + c);
-      continue;
-    }
 #pragma unroll
     for (int e = 0; e < kPiece; ++e) {
       T x = rounded<T>(Sum(0));
@@ -101,21 +91,29 @@ SWIN_DEVICE void load_tile(T* tile, const TokenView& view, const int64_t (&offse
 }
 
 // A warp's rows of a tile, from `first` on, to the tokens at `offsets`.
-template <class T, int Channels>
-SWIN_DEVICE void store_rows(const T* tile, const TokenView& view, const int64_t (&offsets)[kTile],
-                            int first, int begin, int dim, bool by_16_bytes, int lane) {
+template <class T, int Channels, class Offsets>
+SWIN_DEVICE void store_rows(const T* tile, const TokenView& view, const Offsets& offsets, int first,
+                            int begin, int dim, bool by_16_bytes, int lane) {
   constexpr int kPitch = TokenTile<T, Channels>::kPitch;
   constexpr int kPiece = 16 / int(sizeof(T)), kPieces = Channels / kPiece;
   T* data = static_cast<T*>(view.data);
+  if (by_16_bytes) {
+#pragma unroll(sizeof(T) == 8 ? 1 : 2)
+    for (int i = 0; i < kRows * kPieces; i += kWarp) {
+      const int row = first + (i + lane) / kPieces, piece = (i + lane) % kPieces * kPiece;
+      const int64_t offset = offsets[row];
+      if (offset >= 0 && begin + piece < dim)
+        *reinterpret_cast<Piece*>(data + offset + begin + piece) =
+            *reinterpret_cast<const Piece*>(tile + row * kPitch + piece);
+    }
+    return;
+  }
+#pragma unroll 1
   for (int i = lane; i < kRows * kPieces; i += kWarp) {
     const int row = first + i / kPieces, c = begin + i % kPieces * kPiece;
     const int64_t offset = offsets[row];
     const T* from = tile + row * kPitch + i % kPieces * kPiece;
     if (offset < 0) continue;
-    if (by_16_bytes && c < dim) {
-      *reinterpret_cast<Piece*>(data + offset + c) = *reinterpret_cast<const Piece*>(from);
-      continue;
-    }
 #pragma unroll
     for (int e = 0; e < kPiece; ++e)
       if (c + e < dim) data[offset + (c + e) * view.channel] = from[e];
@@ -124,10 +122,10 @@ SWIN_DEVICE void store_rows(const T* tile, const TokenView& view, const int64_t 
 
 // A warp's sums to the tokens at `offsets`: through its rows of a tile, which nobody reads any
 // more.
-template <int Channels, class Sum, int Tiles, class T>
+template <int Channels, class Sum, int Tiles, class T, class Offsets>
 SWIN_DEVICE void store_sums(const Sum (&sums)[Tiles][4], int tiles, T* tile, const TokenView& view,
-                            const int64_t (&offsets)[kTile], int first, int begin, int dim,
-                            bool by_16_bytes, int lane) {
+                            const Offsets& offsets, int first, int begin, int dim, bool by_16_bytes,
+                            int lane) {
   constexpr int kPitch = TokenTile<T, Channels>::kPitch;
   put(tile + first * kPitch, kPitch, sums, tiles, lane);
   warp_barrier();

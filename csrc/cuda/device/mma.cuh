@@ -79,13 +79,16 @@ SWIN_DEVICE void load_right(uint32_t (&right)[4], const Operand<T>& x, int depth
 
 // sums (16, 8·tiles) += left (16, depth) · right (depth, 8·tiles), by one warp. `depth` is rounded
 // up to 16 numbers of 2 bytes, or to 8 of TF32, and tiles to an even number: what is there is
-// finite, 0 in the left operand. `tiles` <= Tiles is the same for the whole warp.
-template <class P, Order L, Order R, int Tiles, class T>
+// finite, 0 in the left operand. `tiles` <= Tiles and depth <= MostDepth are the same for the whole
+// warp.
+template <class P, Order L, Order R, int MostDepth, int Tiles, class T>
 SWIN_DEVICE void multiply(typename P::Sum (&sums)[Tiles][4], const Operand<T>& left,
                           const Operand<T>& right, int depth, int tiles, int lane) {
   static_assert(Tiles % 2 == 0);
   if constexpr (P::kUnit == Unit::kHalf) {
-    for (int k = 0; k < depth; k += 16) {
+#pragma unroll
+    for (int k = 0; k < MostDepth; k += 16) {
+      if (k >= depth) break;
       uint32_t a[4];
       if constexpr (L == kDepthLast) {
         const BlockPlace at = rows_first(lane);
@@ -224,8 +227,8 @@ SWIN_DEVICE void multiply_by_weights(typename P::Sum (&sums)[Tiles][4],
     warp_barrier();  // the warp read what was there
     put(own, kPitch, weights, depth_tiles, lane);
     warp_barrier();
-    multiply<P, kDepthLast, kDepthFirst>(sums, {own, kPitch}, right, depth_tiles * kColumns, tiles,
-                                         lane);
+    multiply<P, kDepthLast, kDepthFirst, kTile>(sums, {own, kPitch}, right, depth_tiles * kColumns,
+                                                tiles, lane);
   }
 }
 

@@ -62,7 +62,7 @@ struct Side {
 
   // Copies that `wait_for_copies` ends.
   SWIN_DEVICE void load(int begin, int64_t head, bool by_16_bytes) {
-    load_tile<T, Sum, Channels>(tile, view, offsets, kTile, begin, dim, pad, head, by_16_bytes);
+    load_tile<T, Sum, Channels>(tile, view, offsets, begin, dim, pad, head, by_16_bytes);
     held = begin;
   }
 
@@ -109,8 +109,8 @@ SWIN_DEVICE void multiply_sides(typename P::Sum (&sums)[Tiles][4], Side<P, Chann
     if (right_moves) right.divide();
     if (left.norms != nullptr) block_barrier();
     const int depth = left.dim - begin < Channels ? left.dim - begin : Channels;
-    multiply<P, kDepthLast, kDepthLast>(sums, left.from(first_row), right.from(0), depth, tiles,
-                                        lane);
+    multiply<P, kDepthLast, kDepthLast, Channels>(sums, left.from(first_row), right.from(0), depth,
+                                                  tiles, lane);
   }
 }
 

@@ -135,7 +135,7 @@ tiled_grad_key_value(SWIN_PARAMETER Backward call) {
       pass.tile_gradients(weights, ds, tiles);
       if (begin < value_dim) {
         bring(pass.grad_out, begin, own.head, call.in.by_16_bytes);
-        pass.add_weighted(grad_value, weights, pass.grad_out, tiles, tiles_out);
+        pass.add_kept(grad_value, weights, pass.grad_out, tiles, tiles_out);
       }
       if (begin < head_dim) {
         bring(pass.query, begin, own.head, call.in.by_16_bytes);
@@ -148,7 +148,7 @@ tiled_grad_key_value(SWIN_PARAMETER Backward call) {
     if (begin < head_dim) {
       if (call.partial_pad_key != nullptr) {
         padding.clear();
-        padding.add(grad_key, memory.row_offsets[0] + warp_row, lane);
+        padding.add(grad_key, memory.row_offsets[0], warp_row, lane);
         padding.write(static_cast<WideSum<P>*>(call.partial_pad_key) + partial * head_dim + begin,
                       memory.sums, head_dim - begin, lane);
       }
@@ -159,7 +159,7 @@ tiled_grad_key_value(SWIN_PARAMETER Backward call) {
     if (begin < value_dim) {
       if (call.partial_pad_value != nullptr) {
         padding.clear();
-        padding.add(grad_value, memory.row_offsets[1] + warp_row, lane);
+        padding.add(grad_value, memory.row_offsets[1], warp_row, lane);
         padding.write(
             static_cast<WideSum<P>*>(call.partial_pad_value) + partial * value_dim + begin,
             memory.sums, value_dim - begin, lane);
@@ -193,9 +193,10 @@ tiled_grad_bias(SWIN_PARAMETER Backward call) {
   int64_t window = run * call.windows_per_program;
   const int64_t last =
       window + call.windows_per_program < windows ? window + call.windows_per_program : windows;
-  for (WindowPlace at(p, window); window < last; ++window, at.next(p)) {
+  bool again = false;
+  for (WindowPlace at(p, window); window < last; ++window, at.next(p), again = true) {
     pass.load_row_tile(at, window, first_row, call.grad.query, call.grad.query);
-    pass.go_to_columns(at, first_column);
+    pass.go_to_columns(at, first_column, again);
     Sum weights[kKeyTiles][4], ds[kKeyTiles][4];
     pass.tile_gradients(weights, ds, tiles);
     for_each_sum(ds, tiles, [&](Sum x, int n, int e) { sum[n][e] += x; });

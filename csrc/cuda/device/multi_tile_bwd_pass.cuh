@@ -58,6 +58,9 @@ struct BackwardTile {
   using T = typename P::Element;
   using Sum = typename P::Sum;
   using Memory = TiledBackwardMemory<P, Channels>;
+  // registers do not hold two tiles of fp64 and what is multiplied: the weights are where the
+  // warp's rows of the bias were
+  static constexpr bool kAside = sizeof(Sum) == 8;
 
   const Backward& call;
   const Problem& p;
@@ -135,24 +138,23 @@ struct BackwardTile {
     seams = at.seams(p);
     place = TilePlace{first, 0, &memory.rows, &memory.columns};
     const TokenView* const views[4] = {&rows(false).view, &rows(true).view, &grad, &other_grad};
-    place_tokens(memory.row_offsets, views, p, at, head, first);
-    note_tokens(memory.rows, p, first);
+    note_and_place_tokens(memory.rows, memory.row_offsets, views, p, at, head, first);
     if (!Transposed && has_statistics) load_statistics(first);
     block_barrier();
     rows(false).held = rows(true).held = -1;
     divide_by_norms(rows(false));
   }
 
-  // To tokens [first, first + kTile) of the same window, as columns.
-  SWIN_DEVICE void go_to_columns(const WindowPlace& at, int first) {
+  // To tokens [first, first + kTile) of the same window, as columns; `again`: the bias of its tile
+  // is there.
+  SWIN_DEVICE void go_to_columns(const WindowPlace& at, int first, bool again = false) {
     block_barrier();  // the columns before were read
     place.first_column = first;
     const TokenView* const views[2] = {&columns(false).view, &columns(true).view};
-    place_tokens(memory.column_offsets, views, p, at, head, first);
-    note_tokens(memory.columns, p, first);
+    note_and_place_tokens(memory.columns, memory.column_offsets, views, p, at, head, first);
     if (Transposed) load_statistics(first);
     block_barrier();
-    fill_bias<Transposed>(memory.logits, bias, place, tokens);
+    if (!again || kAside) fill_bias<Transposed>(memory.logits, bias, place, tokens);
     columns(false).held = columns(true).held = -1;
     divide_by_norms(columns(false));
   }
@@ -162,8 +164,7 @@ struct BackwardTile {
     multiply_sides(s, rows(false), columns(false), call.in, head, warp_row, tiles, lane);
     add_logits(s, memory.logits, factor, warp_row, tiles, lane);
     add_shift_mask(s, Sum(call.in.mask_value), place, seams, warp_row, tiles, lane);
-    add_mask<Transposed>(s, call.in.mask, window_number, memory.logits, place, tokens, warp_row,
-                         tiles, lane);
+    add_mask<Transposed>(s, call.in.mask, window_number, place, tokens, warp_row, tiles, lane);
   }
 
   // The gradient of what dropout keeps of the probabilities.
@@ -181,13 +182,11 @@ struct BackwardTile {
                : Sum(0);
   }
 
-  // What dropout keeps of the probabilities of a tile, and the gradient of its logits.
+  // What dropout keeps of the probabilities of a tile (aside where kAside), and the gradient of its
+  // logits.
   SWIN_DEVICE void tile_gradients(Sum (&weights)[kKeyTiles][4], Sum (&ds)[kKeyTiles][4],
                                   int tiles) {
     logits(weights, tiles);
-    // registers do not hold two tiles of fp64 and what is multiplied: to where the warp's rows of
-    // the bias were
-    constexpr bool kAside = sizeof(Sum) == 8;
     Sum* const aside = memory.logits.numbers + warp_row * memory.logits.kPitch;
     if (kAside) put(aside, memory.logits.kPitch, weights, tiles, lane);
     probability_gradients(ds, tiles);
@@ -195,14 +194,15 @@ struct BackwardTile {
     for_each_sum(weights, tiles, [&](Sum& weight, int n, int e) {
       const int row = warp_row + own.row(e), column = n * kColumns + own.column(e);
       const int i = Transposed ? column : row;
-      if (kAside) weight = aside[own.row(e) * memory.logits.kPitch + n * kColumns + own.column(e)];
-      const Sum prob = divided<P>(exponential<P>(weight - memory.statistics[kRowMax][i]),
+      Sum& x =
+          kAside ? aside[own.row(e) * memory.logits.kPitch + n * kColumns + own.column(e)] : weight;
+      const Sum prob = divided<P>(exponential<P>(x - memory.statistics[kRowMax][i]),
                                   memory.statistics[kRowSum][i]);
       const Sum kept = kept_factor(row, column);
       Sum dp = ds[n][e] * kept;
       if (kRelative<P>) dp -= memory.statistics[kDpAtMax][i];
       ds[n][e] = prob * (dp - memory.statistics[kDelta][i]);
-      weight = prob * kept;
+      x = prob * kept;
     });
   }
 
@@ -212,6 +212,21 @@ struct BackwardTile {
                                 const Side<P, Channels>& side, int tiles, int channel_tiles) {
     multiply_by_weights<P>(grad, weights, reinterpret_cast<T*>(memory.logits.numbers), warp_row,
                            side.from(0), tiles, channel_tiles, lane);
+  }
+
+  // The same with the weights of `tile_gradients`.
+  template <int Tiles>
+  SWIN_DEVICE void add_kept(Sum (&grad)[Tiles][4], const Sum (&weights)[kKeyTiles][4],
+                            const Side<P, Channels>& side, int tiles, int channel_tiles) {
+    if constexpr (kAside) {
+      warp_barrier();  // the warp's rows are there
+      const Operand<T> aside{memory.logits.numbers + warp_row * memory.logits.kPitch,
+                             memory.logits.kPitch};
+      multiply<P, kDepthLast, kDepthFirst, kTile>(grad, aside, side.from(0), tiles * kColumns,
+                                                  channel_tiles, lane);
+    } else {
+      add_weighted(grad, weights, side, tiles, channel_tiles);
+    }
   }
 
   // From sums of ds times tokens to a gradient of queries or keys; false while x̂·dx̂ is not known.

@@ -42,8 +42,7 @@ tiled_forward(SWIN_PARAMETER Forward call) {
   const Sum* column = stage_column(reinterpret_cast<Sum*>(memory.table_column), call.in.bias, head);
   const TokenView* const row_views[2] = {&call.in.tokens.query, &call.out};
   const TokenView* const column_views[2] = {&call.in.tokens.key, &call.in.tokens.value};
-  place_tokens(memory.row_offsets, row_views, p, at, head, first_row);
-  note_tokens(memory.rows, p, first_row);
+  note_and_place_tokens(memory.rows, memory.row_offsets, row_views, p, at, head, first_row);
   Side<P, Channels> query{memory.tokens[0],
                           call.in.tokens.query,
                           memory.row_offsets[0],
@@ -68,8 +67,8 @@ tiled_forward(SWIN_PARAMETER Forward call) {
     for (int first_column = 0; first_column < tokens; first_column += kTile) {
       const int tiles = groups_in(tokens, first_column, kColumns);
       block_barrier();  // the keys before were read
-      place_tokens(memory.column_offsets, column_views, p, at, head, first_column);
-      note_tokens(memory.columns, p, first_column);
+      note_and_place_tokens(memory.columns, memory.column_offsets, column_views, p, at, head,
+                            first_column);
       block_barrier();
       const TilePlace place{first_row, first_column, &memory.rows, &memory.columns};
       fill_bias<false>(memory.logits, bias, place, tokens);
@@ -82,8 +81,7 @@ tiled_forward(SWIN_PARAMETER Forward call) {
       multiply_sides(s, query, key, call.in, head, warp_row, tiles, lane);
       add_logits(s, memory.logits, factor, warp_row, tiles, lane);
       add_shift_mask(s, Sum(call.in.mask_value), place, seams, warp_row, tiles, lane);
-      add_mask<false>(s, call.in.mask, at.number(p), memory.logits, place, tokens, warp_row, tiles,
-                      lane);
+      add_mask<false>(s, call.in.mask, at.number(p), place, tokens, warp_row, tiles, lane);
       softmax.take(s, alpha, tiles);
       drop(s, call.in, window, head, first_row + warp_row, first_column, tiles, lane);
       for_each_sum(out, kChannelTiles, [&](Sum& x, int, int e) { x *= alpha[e / 2]; });

@@ -12,6 +12,12 @@
 
 // A kernel of at most so many threads, so many blocks of which share a multiprocessor.
 #define SWIN_KERNEL(threads, blocks) __global__ void __launch_bounds__(threads, blocks)
+// Where a multiprocessor has 228 KB of shared memory; elsewhere it has 164, or 100.
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900 && __CUDA_ARCH__ < 1200
+#define SWIN_LARGE_SHARED true
+#else
+#define SWIN_LARGE_SHARED false
+#endif
 #define SWIN_PARAMETER const __grid_constant__
 #define SWIN_DEVICE __device__ __forceinline__
 

@@ -1,6 +1,6 @@
 // Backward of windows of up to 64 tokens: a program takes one head through a run of windows,
 // computes their probabilities anew, and sums the gradient of the bias in registers. A warp has 16
-// queries, and then 16 keys.
+// queries, and then 16 keys. The tokens of the next window come while one is computed.
 #pragma once
 
 #include "cuda/device/grad.cuh"
@@ -12,18 +12,27 @@ struct SingleTileBackwardMemory {
   using T = typename P::Element;
   using Sum = typename P::Sum;
 
-  alignas(16) T tokens[4][kTile * TokenTile<T, Channels>::kPitch];  // query, key, value, grad_out
+  using Tile = T[kTile * TokenTile<T, Channels>::kPitch];
+
+  // Queries and keys are read until the end of a trip: the next window's go beside them where as
+  // many programs still share a multiprocessor. Values and gradients are read before, and their
+  // tiles are free.
+  static constexpr int kHalves = Channels * sizeof(T) > 64 ? 1 : 2;
+
+  alignas(16) Tile query_key[kHalves][2];
+  alignas(16) Tile value, grad_out;
   // what dropout keeps of the probabilities, and the gradient of the logits: (queries, keys)
-  alignas(16) T weights[2][kTile * WeightTile<P>::kPitch];
-  LogitTile<Sum> logits;          // bias, and an explicit mask
-  int64_t offsets[7][kTile];      // in those of `tokens`, then in their gradients
-  Sum norms[2][kTile];            // of queries and keys
-  WideSum<P> sums[4 * Channels];  // of warps
-  TokenFacts facts;
+  alignas(16) T weights[2][kTile * WeightTile<P>::kPitch];  // after the last window, sums of warps
+  LogitTile<Sum> bias;
+  // of this window and the next: in query, key, value, grad_out and the gradients of the first
+  // three
+  WindowOffsets<7> offsets[2];
+  WindowTokens<7> places;
+  Sum norms[2][kTile];  // of queries and keys
 };
 
 template <class P, int Channels>
-SWIN_KERNEL(128, 2)
+SWIN_KERNEL(128, SWIN_LARGE_SHARED && Channels * sizeof(typename P::Element) <= 64 ? 3 : 2)
 single_tile_backward(SWIN_PARAMETER Backward call) {
   using T = typename P::Element;
   using Sum = typename P::Sum;
@@ -38,30 +47,35 @@ single_tile_backward(SWIN_PARAMETER Backward call) {
   const int head_dim = int(p.head_dim), value_dim = int(p.value_dim);
   const int head_tiles = (head_dim + kColumns - 1) / kColumns;
   const int value_tiles = (value_dim + kColumns - 1) / kColumns;
-  const bool cosine = call.in.logit_scale.data != nullptr, masked = call.in.mask.data != nullptr;
+  const bool cosine = call.in.logit_scale.data != nullptr;
   const WindowRun run(p, block_index(), call.windows_per_program);
   const int64_t head = run.head;
-
-  note_tokens(memory.facts, p, 0);
-  for (int i = thread_index(); i < 2 * kTile * kWeightPitch; i += block_threads())
-    memory.weights[0][i] = rounded<T>(Sum(0));  // so that keys beyond the window add nothing
-  block_barrier();
-  const TilePlace place{0, 0, &memory.facts, &memory.facts};
-  const HeadBias<Sum> bias{call.in.bias, head, table_middle(p), nullptr};
-  if (!masked) fill_bias<false>(memory.logits, bias, place, tokens);
-  const Sum factor = logit_factor<Sum>(call.in, head);
 
   const TokenView* const views[7] = {
       &call.in.tokens.query, &call.in.tokens.key, &call.in.tokens.value, &call.grad_out,
       &call.grad.query,      &call.grad.key,      &call.grad.value};
+  memory.places.note(views, p, head);
+  for (int i = thread_index(); i < 2 * kTile * kWeightPitch; i += block_threads())
+    memory.weights[0][i] = rounded<T>(Sum(0));  // so that keys beyond the window add nothing
+  block_barrier();
+  const TilePlace place{0, 0, &memory.places.facts, &memory.places.facts};
+  const HeadBias<Sum> bias{call.in.bias, head, table_middle(p), nullptr};
+  fill_bias<false>(memory.bias, bias, place, tokens);
+  const Sum factor = logit_factor<Sum>(call.in, head);
+
   const FloatView* const pads[4] = {nullptr, &call.in.pad_key, &call.in.pad_value, nullptr};
   const int dims[4] = {head_dim, head_dim, value_dim, value_dim};
-  T *query = memory.tokens[0], *key = memory.tokens[1], *value = memory.tokens[2];
-  const T* grad_out = memory.tokens[3];
-  const Operand<T> queries{query, kPitch}, keys{key, kPitch}, values{value, kPitch},
-      grads{grad_out, kPitch};
-  const Operand<T> own_queries{query + first_row * kPitch, kPitch},
-      own_keys{key + first_row * kPitch, kPitch}, own_grads{grad_out + first_row * kPitch, kPitch};
+  const auto load = [&](T* tile, int x, int step) {
+    load_tile<T, Sum, Channels>(tile, *views[x],
+                                TokenOffsets(memory.places, memory.offsets[step % 2], x), 0,
+                                dims[x], pads[x], head, call.in.by_16_bytes);
+  };
+  const auto load_query_key = [&](int step) {
+    for (int x = 0; x < 2; ++x) load(memory.query_key[step % Memory::kHalves][x], x, step);
+    commit_copies();
+  };
+  const Operand<T> values{memory.value, kPitch}, grads{memory.grad_out, kPitch},
+      own_grads{memory.grad_out + first_row * kPitch, kPitch};
   T* const kept_rows = memory.weights[0] + first_row * kWeightPitch;
   T* const grad_rows = memory.weights[1] + first_row * kWeightPitch;
 
@@ -73,19 +87,31 @@ single_tile_backward(SWIN_PARAMETER Backward call) {
   pad_value_sum.clear();
 
   int64_t window = run.first;
-  WindowPlace at(p, window);
+  WindowPlace at(p, window), ahead = at;
+  memory.places.place(memory.offsets[0], p, at);
+  block_barrier();
+  load_query_key(0);
+  load(memory.value, 2, 0);
+  load(memory.grad_out, 3, 0);
+  commit_copies();
   for (int step = 0; step < run.count; ++step, ++window, at.next(p)) {
-    block_barrier();  // the window before was read and stored
-    place_tokens(memory.offsets, views, p, at, head, 0);
-    if (masked) fill_bias<false>(memory.logits, bias, place, tokens);  // the mask takes its place
-    block_barrier();
-#pragma unroll
-    for (int x = 0; x < 4; ++x)
-      load_tile<T, Sum, Channels>(memory.tokens[x], *views[x], memory.offsets[x], lines, 0, dims[x],
-                                  pads[x], head, call.in.by_16_bytes);
-    commit_copies();
-    wait_for_copies<0>();
-    block_barrier();
+    const bool more = step + 1 < run.count;
+    const auto offsets = [&](int x) {
+      return TokenOffsets(memory.places, memory.offsets[step % 2], x);
+    };
+    T *query = memory.query_key[step % Memory::kHalves][0],
+      *key = memory.query_key[step % Memory::kHalves][1];
+    const Operand<T> queries{query, kPitch}, keys{key, kPitch},
+        own_queries{query + first_row * kPitch, kPitch}, own_keys{key + first_row * kPitch, kPitch};
+    if (Memory::kHalves == 2)
+      wait_for_copies<1>();  // for queries and keys
+    else
+      wait_for_copies<0>();
+    block_barrier();  // and the window before was stored
+    if (more) {
+      ahead.next(p);
+      memory.places.place(memory.offsets[(step + 1) % 2], p, ahead);
+    }
     if (cosine) {
       l2_normalize<P, Channels>(query, memory.norms[0], first_row, head_dim, lane);
       l2_normalize<P, Channels>(key, memory.norms[1], first_row, head_dim, lane);
@@ -94,16 +120,19 @@ single_tile_backward(SWIN_PARAMETER Backward call) {
 
     Sum s[kKeyTiles][4], ds[kKeyTiles][4];  // (16, 8·tiles)
     clear(s);
-    multiply<P, kDepthLast, kDepthLast>(s, own_queries, keys, head_dim, tiles, lane);
-    add_logits(s, memory.logits, factor, first_row, tiles, lane);
+    multiply<P, kDepthLast, kDepthLast, Channels>(s, own_queries, keys, head_dim, tiles, lane);
+    add_logits(s, memory.bias, factor, first_row, tiles, lane);
     add_shift_mask(s, Sum(call.in.mask_value), place, at.seams(p), first_row, tiles, lane);
-    add_mask<false>(s, call.in.mask, at.number(p), memory.logits, place, tokens, first_row, tiles,
-                    lane);
+    add_mask<false>(s, call.in.mask, at.number(p), place, tokens, first_row, tiles, lane);
     Sum row_sum[2];
     to_exponentials<P>(s, row_sum, tiles);
     divide_rows<P>(s, row_sum, tiles);
+    if (Memory::kHalves == 2) {
+      wait_for_copies<0>();  // for values and gradients
+      block_barrier();
+    }
     clear(ds);
-    multiply<P, kDepthLast, kDepthLast>(ds, own_grads, values, value_dim, tiles, lane);
+    multiply<P, kDepthLast, kDepthLast, Channels>(ds, own_grads, values, value_dim, tiles, lane);
 #pragma unroll
     for (int n = 0; n < kKeyTiles; ++n) {
       if (n >= tiles) break;
@@ -137,25 +166,27 @@ single_tile_backward(SWIN_PARAMETER Backward call) {
       put_fragment(grad_rows, kWeightPitch, ds[n], n, lane);
     }
     block_barrier();  // weights and gradients of every query are there; values were read
+    if (Memory::kHalves == 2 && more) load_query_key(step + 1);
 
     Sum grad[kChannelTiles][4];  // (16, 8·value_tiles), of the warp's keys
     clear(grad);
-    multiply<P, kDepthFirst, kDepthFirst>(grad,
-                                          Operand<T>{memory.weights[0] + first_row, kWeightPitch},
-                                          grads, lines, value_tiles, lane);
-    if (call.partial_pad_value != nullptr)
-      pad_value_sum.add(grad, memory.offsets[2] + first_row, lane);
-    store_sums<Channels>(grad, value_tiles, value, call.grad.value, memory.offsets[6], first_row, 0,
+    multiply<P, kDepthFirst, kDepthFirst, kTile>(
+        grad, Operand<T>{memory.weights[0] + first_row, kWeightPitch}, grads, lines, value_tiles,
+        lane);
+    if (call.partial_pad_value != nullptr) pad_value_sum.add(grad, offsets(2), first_row, lane);
+    store_sums<Channels>(grad, value_tiles, memory.value, call.grad.value, offsets(6), first_row, 0,
                          value_dim, call.in.by_16_bytes, lane);
+    warp_barrier();  // the warp's rows were stored
+    if (more) load(memory.value, 2, step + 1);
 
     Sum grad_query[kChannelTiles][4];  // (16, 8·head_tiles), of the warp's queries
     clear(grad_query);
-    multiply<P, kDepthLast, kDepthFirst>(grad_query, Operand<T>{grad_rows, kWeightPitch}, keys,
-                                         tiles * kColumns, head_tiles, lane);
+    multiply<P, kDepthLast, kDepthFirst, kTile>(grad_query, Operand<T>{grad_rows, kWeightPitch},
+                                                keys, tiles * kColumns, head_tiles, lane);
     clear(grad);  // of its keys
-    multiply<P, kDepthFirst, kDepthFirst>(grad,
-                                          Operand<T>{memory.weights[1] + first_row, kWeightPitch},
-                                          queries, lines, head_tiles, lane);
+    multiply<P, kDepthFirst, kDepthFirst, kTile>(
+        grad, Operand<T>{memory.weights[1] + first_row, kWeightPitch}, queries, lines, head_tiles,
+        lane);
     if (cosine) {
       WideSum<P> radial[2];
       radial_of<P>(radial, grad_query, own_queries, head_tiles, lane);
@@ -169,16 +200,26 @@ single_tile_backward(SWIN_PARAMETER Backward call) {
       scale(grad_query, factor);
       scale(grad, factor);
     }
-    if (call.partial_pad_key != nullptr) pad_key_sum.add(grad, memory.offsets[1] + first_row, lane);
-    block_barrier();  // queries and keys were read: the warp's rows of their tiles are free
+    if (call.partial_pad_key != nullptr) pad_key_sum.add(grad, offsets(1), first_row, lane);
+    block_barrier();  // all were read: the warp's rows of the tiles are free
+    if (more) {
+      load(memory.grad_out, 3, step + 1);
+      commit_copies();
+    }
     put(query + first_row * kPitch, kPitch, grad_query, head_tiles, lane);
     put(key + first_row * kPitch, kPitch, grad, head_tiles, lane);
     warp_barrier();
-    store_rows<T, Channels>(query, call.grad.query, memory.offsets[4], first_row, 0, head_dim,
+    store_rows<T, Channels>(query, call.grad.query, offsets(4), first_row, 0, head_dim,
                             call.in.by_16_bytes, lane);
-    store_rows<T, Channels>(key, call.grad.key, memory.offsets[5], first_row, 0, head_dim,
+    store_rows<T, Channels>(key, call.grad.key, offsets(5), first_row, 0, head_dim,
                             call.in.by_16_bytes, lane);
+    if (Memory::kHalves == 1 && more) {
+      warp_barrier();  // the warp's rows were stored
+      load_query_key(step + 1);
+    }
   }
+  auto* const sums = reinterpret_cast<WideSum<P>*>(memory.weights);
+  static_assert(4 * Channels * sizeof(WideSum<P>) <= sizeof(memory.weights));
 
   // a program is (run of windows, head), row-major
   const int64_t program = block_index();
@@ -186,14 +227,14 @@ single_tile_backward(SWIN_PARAMETER Backward call) {
     write_bias(static_cast<Sum*>(call.partial_bias) + program * tokens * tokens, bias_sum, tokens,
                first_row, 0, lane);
   if (call.partial_pad_key != nullptr)
-    pad_key_sum.write(static_cast<WideSum<P>*>(call.partial_pad_key) + program * head_dim,
-                      memory.sums, head_dim, lane);
+    pad_key_sum.write(static_cast<WideSum<P>*>(call.partial_pad_key) + program * head_dim, sums,
+                      head_dim, lane);
   if (call.partial_pad_value != nullptr)
     pad_value_sum.write(static_cast<WideSum<P>*>(call.partial_pad_value) + program * value_dim,
-                        memory.sums, value_dim, lane);
+                        sums, value_dim, lane);
   if (call.partial_logit_scale != nullptr)
-    write_row_sum(static_cast<WideSum<P>*>(call.partial_logit_scale) + program, memory.sums,
-                  scale_sum, lane);
+    write_row_sum(static_cast<WideSum<P>*>(call.partial_logit_scale) + program, sums, scale_sum,
+                  lane);
 }
 
 }  // namespace swin_kernels::cuda

@@ -13,16 +13,9 @@ struct SingleTileForwardMemory {
 
   alignas(16) T tokens[2][3][kTile * TokenTile<T, Channels>::kPitch];  // of query, key, value
   alignas(16) T weights[WeightTile<P>::kNumbers];
-  // of three windows: that stored, that computed, that on its way
-  int64_t offsets[3][4][kTile];  // in query, key, value and output
+  WindowTokens<4> places;       // in query, key, value and output
+  WindowOffsets<4> offsets[3];  // of the window that is stored, computed, on its way
   typename P::Sum norms[2][kTile];
-  TokenFacts facts;
-
-  // With an explicit mask a tile of it comes after.
-  static int64_t bytes(bool mask) {
-    return int64_t(sizeof(SingleTileForwardMemory) +
-                   (mask ? sizeof(LogitTile<typename P::Sum>) : 0));
-  }
 };
 
 template <class P, int Channels>
@@ -33,20 +26,20 @@ single_tile_forward(SWIN_PARAMETER Forward call) {
   using Memory = SingleTileForwardMemory<P, Channels>;
   constexpr int kPitch = TokenTile<T, Channels>::kPitch, kChannelTiles = Channels / kColumns;
   Memory& memory = *reinterpret_cast<Memory*>(shared_memory());
-  auto& mask = *reinterpret_cast<LogitTile<Sum>*>(&memory + 1);  // only with an explicit mask
   const Problem& p = call.in.problem;
   const int lane = thread_index() % kWarp, first_row = thread_index() / kWarp * kRows;
   const int tokens = int(p.tokens()), tiles = (tokens + kColumns - 1) / kColumns;
-  const int lines = (tokens + kRows - 1) / kRows * kRows;
   const int head_dim = int(p.head_dim), value_dim = int(p.value_dim);
   const int value_tiles = (value_dim + kColumns - 1) / kColumns;
   const bool cosine = call.in.logit_scale.data != nullptr;
   const WindowRun run(p, block_index(), call.windows_per_program);
   const int64_t head = run.head;
 
-  note_tokens(memory.facts, p, 0);
+  const TokenView* const views[4] = {&call.in.tokens.query, &call.in.tokens.key,
+                                     &call.in.tokens.value, &call.out};
+  memory.places.note(views, p, head);
   block_barrier();
-  const TilePlace place{0, 0, &memory.facts, &memory.facts};
+  const TilePlace place{0, 0, &memory.places.facts, &memory.places.facts};
   const HeadBias<Sum> head_bias{call.in.bias, head, table_middle(p), nullptr};
   Sum bias[kKeyTiles][4];
   {
@@ -62,21 +55,19 @@ single_tile_forward(SWIN_PARAMETER Forward call) {
   }
   const Sum factor = logit_factor<Sum>(call.in, head);
 
-  const TokenView* const views[4] = {&call.in.tokens.query, &call.in.tokens.key,
-                                     &call.in.tokens.value, &call.out};
   const FloatView* const pads[3] = {nullptr, &call.in.pad_key, &call.in.pad_value};
   const int dims[3] = {head_dim, head_dim, value_dim};
   const auto load = [&](int step) {
 #pragma unroll
     for (int x = 0; x < 3; ++x)
       load_tile<T, Sum, Channels>(memory.tokens[step % 2][x], *views[x],
-                                  memory.offsets[step % 3][x], lines, 0, dims[x], pads[x], head,
-                                  call.in.by_16_bytes);
+                                  TokenOffsets(memory.places, memory.offsets[step % 3], x), 0,
+                                  dims[x], pads[x], head, call.in.by_16_bytes);
     commit_copies();
   };
   int64_t window = run.first;
   WindowPlace at(p, window), ahead = at;
-  place_tokens(memory.offsets[0], views, p, at, head, 0);
+  memory.places.place(memory.offsets[0], p, at);
   block_barrier();
   load(0);
 
@@ -84,7 +75,7 @@ single_tile_forward(SWIN_PARAMETER Forward call) {
     const bool more = step + 1 < run.count;
     if (more) {
       ahead.next(p);
-      place_tokens(memory.offsets[(step + 1) % 3], views, p, ahead, head, 0);
+      memory.places.place(memory.offsets[(step + 1) % 3], p, ahead);
     }
     block_barrier();  // the other half of `tokens` was read, the offsets are there
     if (more) {
@@ -104,11 +95,11 @@ single_tile_forward(SWIN_PARAMETER Forward call) {
 
     Sum s[kKeyTiles][4];  // (16, 8·tiles)
     clear(s);
-    multiply<P, kDepthLast, kDepthLast>(s, Operand<T>{query + first_row * kPitch, kPitch},
-                                        Operand<T>{key, kPitch}, head_dim, tiles, lane);
+    multiply<P, kDepthLast, kDepthLast, Channels>(s, Operand<T>{query + first_row * kPitch, kPitch},
+                                                  Operand<T>{key, kPitch}, head_dim, tiles, lane);
     for_each_sum(s, tiles, [&](Sum& x, int n, int e) { x = x * factor + bias[n][e]; });
     add_shift_mask(s, Sum(call.in.mask_value), place, at.seams(p), first_row, tiles, lane);
-    add_mask<false>(s, call.in.mask, at.number(p), mask, place, tokens, first_row, tiles, lane);
+    add_mask<false>(s, call.in.mask, at.number(p), place, tokens, first_row, tiles, lane);
 
     Sum row_sum[2];
     to_exponentials<P>(s, row_sum, tiles);
@@ -120,8 +111,9 @@ single_tile_forward(SWIN_PARAMETER Forward call) {
                            value_tiles, lane);
     divide_rows<P>(out, row_sum, kChannelTiles, Sum(call.in.kept_factor));
     warp_barrier();  // the warp's own queries were read
-    store_sums<Channels>(out, value_tiles, query, call.out, memory.offsets[step % 3][3], first_row,
-                         0, value_dim, call.in.by_16_bytes, lane);
+    store_sums<Channels>(out, value_tiles, query, call.out,
+                         TokenOffsets(memory.places, memory.offsets[step % 3], 3), first_row, 0,
+                         value_dim, call.in.by_16_bytes, lane);
   }
 }
 

@@ -8,20 +8,6 @@
 
 namespace swin_kernels::cuda {
 
-// What the logits of a tile ask of its tokens, in shared memory.
-struct TokenFacts {
-  int table_number[kTile], sides[kTile];
-};
-
-SWIN_DEVICE void note_tokens(TokenFacts& facts, const Problem& p, int first) {
-  const int last = int(p.tokens()) - 1;
-  for (int row = thread_index(); row < kTile; row += block_threads()) {
-    const TokenPlace token(p, first + row < last ? first + row : last);
-    facts.table_number[row] = token.table_number(p);
-    facts.sides[row] = token.sides(p);
-  }
-}
-
 // Where a tile of logits lies: its rows' and columns' first tokens; rows are queries, or with
 // `Transposed` keys.
 struct TilePlace {
@@ -77,11 +63,10 @@ struct LogitTile {
   Sum numbers[kTile * kPitch];
 };
 
-// Fills what a tile of logits needs by f(query, key, the difference of their table numbers): a
-// block.
-template <bool Transposed, class Sum, class F>
-SWIN_DEVICE void fill_logits(LogitTile<Sum>& tile, const TilePlace& place, int tokens,
-                             Sum beyond_keys, const F& f) {
+// Fills a tile of the bias, −∞ for keys beyond the window: a block.
+template <bool Transposed, class Sum>
+SWIN_DEVICE void fill_bias(LogitTile<Sum>& tile, const HeadBias<Sum>& bias, const TilePlace& place,
+                           int tokens) {
 #pragma unroll 1
   for (int at = thread_index(); at < kTile * kTile; at += block_threads()) {
     const int row = at / kTile, column = at % kTile;
@@ -90,18 +75,11 @@ SWIN_DEVICE void fill_logits(LogitTile<Sum>& tile, const TilePlace& place, int t
     const int difference = place.rows->table_number[row] - place.columns->table_number[column];
     Sum x = 0;  // for queries beyond the window
     if (j >= tokens)
-      x = beyond_keys;
+      x = -INFINITY;
     else if (i < tokens)
-      x = f(i, j, Transposed ? -difference : difference);
+      x = bias.at(i, j, Transposed ? -difference : difference);
     tile.numbers[row * LogitTile<Sum>::kPitch + column] = x;
   }
-}
-
-template <bool Transposed, class Sum>
-SWIN_DEVICE void fill_bias(LogitTile<Sum>& tile, const HeadBias<Sum>& bias, const TilePlace& place,
-                           int tokens) {
-  fill_logits<Transposed>(tile, place, tokens, Sum(-INFINITY),
-                          [&](int i, int j, int difference) { return bias.at(i, j, difference); });
 }
 
 template <int Tiles, class Sum>
@@ -122,20 +100,31 @@ SWIN_DEVICE void add_shift_mask(Sum (&logits)[Tiles][4], Sum mask_value, const T
   });
 }
 
-// An explicit mask, through a tile of which every warp has read its rows: a block. Last of all, and
+// An explicit mask, read where it is added: a warp asks for whole sectors of it. Last of all, and
 // not with the bias, since a sum near −100 is rounded more than the logits before.
 template <bool Transposed, int Tiles, class Sum>
 SWIN_DEVICE void add_mask(Sum (&logits)[Tiles][4], const FloatView& mask, int64_t window,
-                          LogitTile<Sum>& tile, const TilePlace& place, int tokens, int first_row,
-                          int tiles, int lane) {
+                          const TilePlace& place, int tokens, int first_row, int tiles, int lane) {
   if (mask.data == nullptr) return;
-  block_barrier();
-  fill_logits<Transposed>(tile, place, tokens, Sum(0),
-                          [&](int i, int j, int) { return read<Sum>(mask, window, i, j); });
-  block_barrier();
-  for_each_logit(logits, first_row, tiles, lane, [&](Sum& s, int row, int column) {
-    s += tile.numbers[row * tile.kPitch + column];
-  });
+  const Lane own(lane);
+  const int row = place.first_row + first_row + own.row(0);
+  const int column = place.first_column + own.column(0);
+  const int64_t down = mask.stride[Transposed ? 2 : 1], right = mask.stride[Transposed ? 1 : 2];
+#pragma unroll
+  for (int n = 0; n < Tiles; ++n) {
+    if (n >= tiles) break;
+    // a branch for each fragment: so no more of it is under way than registers hold
+    as_element(mask.element, [&](auto type) {
+      const auto* from = static_cast<const decltype(type)*>(mask.data) + window * mask.stride[0] +
+                         row * down + column * right;
+#pragma unroll
+      for (int e = 0; e < 4; ++e) {
+        const int rows = own.row(e) - own.row(0), columns = n * kColumns + e % 2;
+        if (row + rows < tokens && column + columns < tokens)
+          logits[n][e] += Sum(to_float(from[rows * down + columns * right]));
+      }
+    });
+  }
 }
 
 // Of each of a lane's two rows: over its columns, then over the four lanes that share the row.

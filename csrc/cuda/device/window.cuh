@@ -85,6 +85,22 @@ SWIN_HOST_DEVICE inline int table_middle(const Problem& p) {
   return TokenPlace(p, int(p.tokens()) - 1).table_number(p);
 }
 
+// The roll of one axis as a rotation: by less than its period.
+struct Rotation {
+  int64_t period, by, size;  // size: tokens of the map, the others are padding
+
+  SWIN_HOST_DEVICE Rotation(const Axis& axis, bool roll_then_pad)
+      : period(roll_then_pad ? axis.size : axis.padded()),
+        by(axis.shift < period ? axis.shift : axis.shift % period),
+        size(axis.size) {}
+
+  // Whether the token at `rolled` comes from around the end of the map.
+  SWIN_HOST_DEVICE bool around(int64_t rolled) const { return rolled + by >= period; }
+  SWIN_HOST_DEVICE bool real(int64_t rolled) const {
+    return rolled < period && rolled + by - (around(rolled) ? period : 0) < size;
+  }
+};
+
 // The position on the map of a window's token; false if padding added it.
 SWIN_HOST_DEVICE inline bool source_of(const Problem& p, const WindowPlace& window,
                                        const TokenPlace& token, int64_t (&source)[kAxes]) {

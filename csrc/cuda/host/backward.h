@@ -7,6 +7,33 @@
 
 namespace swin_kernels::cuda {
 
+// Whether a whole window's backward fits the shared memory: that of fp64 does not.
+template <class P>
+constexpr bool kWholeBackward =
+    sizeof(SingleTileBackwardMemory<P, kWholeChannels<P>>) <= kSharedBytes;
+
+// A run of windows for each program that sums the gradient of a bias.
+template <class P>
+int64_t backward_run(const Device& device, const Problem& p, bool whole, int64_t channels) {
+  int64_t length = 1;
+  if constexpr (kWholeBackward<P>) {
+    if (whole)
+      choose_channels<P>(channels, [&](auto chosen) {
+        constexpr int kChannels = decltype(chosen)::value;
+        length = windows_per_program(p, device, single_tile_backward<P, kChannels>, p.heads,
+                                     threads_for(p.tokens()),
+                                     sizeof(SingleTileBackwardMemory<P, kChannels>));
+      });
+  }
+  if (!whole) {
+    constexpr int kChannels = kTiledChannels<P>;
+    length = windows_per_program(p, device, tiled_grad_bias<P, kChannels>,
+                                 p.heads * tiles_of(p) * tiles_of(p), threads_for(kTile),
+                                 sizeof(TiledBackwardMemory<P, kChannels>));
+  }
+  return length;
+}
+
 template <class P, int Channels>
 void launch_tiled(const Device& device, const Backward& call, bool wants_bias,
                   int64_t bias_programs) {
@@ -37,16 +64,15 @@ Gradients run_backward(const Device& device, const Arguments& a, const Problem& 
   call.grad = grad.views;
   call.in.by_16_bytes = call.in.by_16_bytes && by_16_bytes<T>(call.grad_out, p.value_dim) &&
                         by_16_bytes<T>(call.grad, p);
-  call.windows_per_program = windows_per_program(p, device);
-  const int64_t runs = runs_of(p, call.windows_per_program);
   const int64_t channels = std::max(p.head_dim, p.value_dim);
-  constexpr bool kFits = sizeof(SingleTileBackwardMemory<P, kWholeChannels<P>>) <= kSharedBytes;
-  const bool whole = kFits && p.tokens() <= kTile && channels <= kWholeChannels<P>;
+  const bool whole = kWholeBackward<P> && p.tokens() <= kTile && channels <= kWholeChannels<P>;
+  call.windows_per_program = backward_run<P>(device, p, whole, channels);
+  const int64_t runs = runs_of(p, call.windows_per_program);
   const int64_t other_rows = whole ? runs : p.batch * p.windows() * tiles_of(p);
   Partials<Sum, Wide> partials(a, p, needs, runs, other_rows);
   partials.hand_to(call);
   MaybeTensor statistics;  // lives until the kernels are launched
-  if constexpr (kFits) {   // fp64 does not
+  if constexpr (kWholeBackward<P>) {
     if (whole)
       choose_channels<P>(channels, [&](auto chosen) {
         constexpr int kChannels = decltype(chosen)::value;

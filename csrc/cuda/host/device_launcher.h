@@ -38,24 +38,35 @@ class Device {
     return found;
   }
 
-  int multiprocessors() const {
-    int count = 0;
-    STD_CUDA_CHECK(cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, index_));
-    return count;
+  // How many programs of a kernel the device works on at once.
+  template <class A>
+  int64_t programs_at_once(void (*kernel)(A), int threads, int64_t shared_bytes) const {
+    allow_shared_memory(kernel, shared_bytes);
+    int multiprocessors = 0, programs = 0;
+    STD_CUDA_CHECK(
+        cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, index_));
+    STD_CUDA_CHECK(cudaOccupancyMaxActiveBlocksPerMultiprocessor(&programs, kernel, threads,
+                                                                 size_t(shared_bytes)));
+    return int64_t(multiprocessors) * (programs > 0 ? programs : 1);  // 0: the launch will say why
   }
 
   template <class A>
   void launch(void (*kernel)(A), const A& arguments, int64_t blocks, int threads,
               int64_t shared_bytes) const {
     if (blocks == 0) return;
-    if (shared_bytes > 48 << 10)
-      STD_CUDA_CHECK(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                                          int(shared_bytes)));
+    allow_shared_memory(kernel, shared_bytes);
     kernel<<<unsigned(blocks), threads, size_t(shared_bytes), stream_>>>(arguments);
     STD_CUDA_KERNEL_LAUNCH_CHECK();
   }
 
  private:
+  template <class A>
+  static void allow_shared_memory(void (*kernel)(A), int64_t bytes) {
+    if (bytes > 48 << 10)
+      STD_CUDA_CHECK(
+          cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, int(bytes)));
+  }
+
   int32_t index_;
   torch::stable::accelerator::DeviceGuard guard_;
   cudaStream_t stream_ = nullptr;
@@ -72,7 +83,11 @@ class Device {
     return true;
   }
 
-  int multiprocessors() const { return 1; }
+  // Few, and no multiple of most numbers of heads: runs of several windows, the last a short one.
+  template <class A>
+  int64_t programs_at_once(void (*)(A), int, int64_t) const {
+    return 5;
+  }
 
   template <class A>
   void launch(void (*kernel)(A), const A& arguments, int64_t blocks, int threads,

@@ -20,12 +20,14 @@ void run_forward(const Device& device, const Arguments& a, const Problem& p, con
   static_assert(sizeof(Tiled) <= kSharedBytes);
   choose_channels<P>(channels, [&](auto chosen) {
     constexpr int kChannels = decltype(chosen)::value;
-    const int64_t whole_bytes = SingleTileForwardMemory<P, kChannels>::bytes(a.mask.has_value());
-    if (tokens <= kTile && channels <= kChannels && whole_bytes <= kSharedBytes) {
-      call.windows_per_program = windows_per_program(p, device);
+    constexpr int64_t bytes = sizeof(SingleTileForwardMemory<P, kChannels>);
+    static_assert(bytes <= kSharedBytes);
+    if (tokens <= kTile && channels <= kChannels) {
+      constexpr auto kernel = single_tile_forward<P, kChannels>;
+      const int threads = threads_for(tokens);
+      call.windows_per_program = windows_per_program(p, device, kernel, p.heads, threads, bytes);
       const int64_t blocks = checked_blocks(runs_of(p, call.windows_per_program) * p.heads);
-      device.launch(single_tile_forward<P, kChannels>, call, blocks, threads_for(tokens),
-                    whole_bytes);
+      device.launch(kernel, call, blocks, threads, bytes);
     } else {
       const int64_t blocks = checked_blocks(p.batch * p.windows() * p.heads * tiles_of(p));
       device.launch(tiled_forward<P, kTiledChannels<P>>, call, blocks, threads_for(kTile),

@@ -10,6 +10,7 @@
 #include "arguments.h"
 #include "cuda/device/params.cuh"
 #include "cuda/host/device_launcher.h"
+#include "cuda/host/run_length.h"
 #include "cuda/host/tile_widths.h"
 
 namespace swin_kernels::cuda {
@@ -62,11 +63,13 @@ Call call_of(const Arguments& a, const Problem& p) {
   return call;
 }
 
-// A run of windows for each program: some for every multiprocessor, so that none is left over.
-inline int64_t windows_per_program(const Problem& p, const Device& device) {
-  constexpr int64_t kProgramsOfMultiprocessor = 12;
-  const int64_t programs = device.multiprocessors() * kProgramsOfMultiprocessor;
-  return std::max<int64_t>(1, p.batch * p.windows() * p.heads / programs);
+// A run of windows for each program of a kernel that has `programs` for every run. The same on one
+// device always, as sums over runs are to be.
+template <class A>
+int64_t windows_per_program(const Problem& p, const Device& device, void (*kernel)(A),
+                            int64_t programs, int threads, int64_t shared_bytes) {
+  const int64_t at_once = device.programs_at_once(kernel, threads, shared_bytes);
+  return run_length(p.batch * p.windows(), programs, at_once);
 }
 
 inline int64_t runs_of(const Problem& p, int64_t windows_per_program) {

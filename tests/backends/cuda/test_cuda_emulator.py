@@ -6,6 +6,9 @@ find what a GPU would punish. Index arithmetic and products are held against pla
 
 from __future__ import annotations
 
+import subprocess
+from random import Random
+
 import pytest
 from command_lines import run
 from cuda_emulator import build_checks
@@ -57,3 +60,46 @@ def test_products_by_the_layouts_of_the_matrix_units_are_exact(check, precision)
 
 def test_index_arithmetic_is_that_of_pad_roll_and_partition(check):
     assert check("geometry") == "0 of 300 problems differ"
+
+
+def run_lengths(*problems: tuple[int, int, int]) -> list[int]:
+    """What the launcher chooses for (windows, programs of a run, programs at once)."""
+    given = "\n".join(" ".join(map(str, problem)) for problem in problems)
+    told = subprocess.check_output([build_checks(), "run lengths"], input=given, text=True)
+    return [int(line) for line in told.split()]
+
+
+@pytest.mark.parametrize(
+    ("problem", "length"),
+    [
+        ((8192, 3, 396), 63),  # Swin-T's stages on 132 multiprocessors of 3 programs: one round
+        ((512, 12, 396), 16),
+        ((128, 24, 396), 8),
+        ((128, 48, 216), 32),
+        ((1, 3, 396), 1),
+        ((64, 3, 396), 1),  # as many programs as windows
+        ((0, 3, 396), 1),
+        ((100, 500, 396), 50),  # more heads than programs at once: 3 rounds of 2 runs
+    ],
+)
+def test_runs_fill_the_device_a_whole_number_of_times(problem, length):
+    assert run_lengths(problem) == [length]
+
+
+def test_no_run_is_empty_and_none_costs_more_than_one_round_would():
+    random = Random(5)
+    problems = [
+        (random.randint(1, 5000), random.randint(1, 64), random.randint(1, 600)) for _ in range(200)
+    ]
+    for (windows, programs, at_once), length in zip(problems, run_lengths(*problems)):
+        runs = -(-windows // length)
+        assert 1 <= length <= windows
+        assert (runs - 1) * length < windows
+
+        def cost(length, windows=windows, programs=programs, at_once=at_once):
+            rounds = -(-(-(-windows // length) * programs) // at_once)
+            return rounds * (length + 1)
+
+        fewest = -(-programs // at_once)
+        one_round = -(-windows // min(windows, fewest * at_once // programs))
+        assert cost(length) <= cost(one_round)

@@ -1,6 +1,7 @@
 // Checks of the emulator and of what the kernels are built from, by name: `checks NAME` prints what
 // it found; tests/backends/cuda/test_cuda_emulator.py says what it should be.
 #include <cstdio>
+#include <iostream>
 #include <map>
 #include <random>
 #include <string>
@@ -10,6 +11,7 @@
 #include "cuda/device/multi_tile_fwd.cuh"
 #include "cuda/device/single_tile_bwd.cuh"
 #include "cuda/device/single_tile_fwd.cuh"
+#include "cuda/host/run_length.h"
 #include "cuda/host/tile_widths.h"
 
 namespace swin_kernels::cuda {
@@ -122,7 +124,8 @@ double product_difference(int tiles, bool weights) {
       }
     }
     if (!weights)
-      multiply<P, L, R>(sums, Operand<T>{a, kPitch}, Operand<T>{b, kPitch}, kDepth, tiles, lane);
+      multiply<P, L, R, kDepth>(sums, Operand<T>{a, kPitch}, Operand<T>{b, kPitch}, kDepth, tiles,
+                                lane);
     for_each_logit(sums, 0, kMost, lane, [&](typename P::Sum x, int row, int column) {
       double exact = 0;
       for (int k = 0; k < kDepth && column < 8 * tiles; ++k)
@@ -238,13 +241,23 @@ std::string shared_bytes(const std::string& precision) {
   for (int64_t channels : {1, 64})
     choose_channels<P>(channels, [&](auto chosen) {
       constexpr int kWhole = decltype(chosen)::value;
-      say("single_tile_forward", kWhole, SingleTileForwardMemory<P, kWhole>::bytes(false));
+      say("single_tile_forward", kWhole, sizeof(SingleTileForwardMemory<P, kWhole>));
       say("single_tile_backward", kWhole, sizeof(SingleTileBackwardMemory<P, kWhole>));
     });
   say("tiled_forward", kTiled, sizeof(TiledForwardMemory<P, kTiled>));
   for (const char* kernel :
        {"tiled_statistics", "tiled_grad_query", "tiled_grad_key_value", "tiled_grad_bias"})
     say(kernel, kTiled, sizeof(TiledBackwardMemory<P, kTiled>));
+  return lines;
+}
+
+// A line for each problem of standard input, (windows, programs of a run, programs at once): the
+// length of its runs.
+std::string run_lengths() {
+  std::string lines;
+  int64_t windows, programs, at_once;
+  while (std::cin >> windows >> programs >> at_once)
+    lines += std::to_string(run_length(windows, programs, at_once)) + "\n";
   return lines;
 }
 
@@ -287,6 +300,7 @@ const std::map<std::string, std::function<std::string()>> kChecks = {
     {"products fp32", products<Fp32>},
     {"products fp64", products<Fp64>},
     {"geometry", geometry},
+    {"run lengths", run_lengths},
     {"shared memory",
      [] {
        return shared_bytes<Fp16>("fp16") + shared_bytes<Bf16>("bf16") + shared_bytes<Tf32>("tf32") +
