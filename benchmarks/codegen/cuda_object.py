@@ -14,6 +14,7 @@ import sys
 from collections import defaultdict
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
 import torch
@@ -36,7 +37,7 @@ ON_MATRIX_UNITS = ("fp16", "bf16", "tf32")
 SHARED = 99 << 10  # bytes that every GPU from sm_80 on lets a program have
 THREADS = 128
 _FUNCTION = re.compile(r"^\s*Function\s?:?\s?(\S+?):?$")
-_NAME = re.compile(
+NAME = re.compile(
     r"cuda\d+([a-z_]+?)INS0_9PrecisionI(6__half|13__nv_bfloat16|f|d)[fd]LNS0_4UnitE(\d)EEELi(\d+)E"
 )
 _INSTRUCTION = re.compile(r"^\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z]\w*)")
@@ -79,7 +80,7 @@ class Kernel:
         return found
 
 
-def _dump(path: Path, flag: str) -> Iterator[tuple[str, str, str]]:
+def dump(path: Path, flag: str) -> Iterator[tuple[str, str, str]]:
     """(architecture, function, line) of what cuobjdump prints."""
     command = [aot.CUOBJDUMP, flag, path]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
@@ -98,16 +99,16 @@ def _dump(path: Path, flag: str) -> Iterator[tuple[str, str, str]]:
 def kernels_of(path: Path) -> list[Kernel]:
     """Every kernel of the object that multiplies."""
     usage: dict[tuple[str, str], tuple[int, int]] = {}
-    for arch, function, line in _dump(path, "--dump-resource-usage"):
+    for arch, function, line in dump(path, "--dump-resource-usage"):
         if found := re.search(r"REG:(\d+) STACK:(\d+)", line):
             usage[arch, function] = int(found[1]), int(found[2])
     names: dict[tuple[str, str], list[str]] = defaultdict(list)
-    for arch, function, line in _dump(path, "--dump-sass"):
+    for arch, function, line in dump(path, "--dump-sass"):
         if (found := _INSTRUCTION.match(line)) and found[1] != "NOP":
             names[arch, function].append(found[1])
     kernels = []
     for (arch, function), cost in usage.items():
-        if name := _NAME.search(function):
+        if name := NAME.search(function):
             kernel, element, unit, channels = name.groups()
             of = (arch, kernel, PRECISIONS[unit, element], int(channels), *cost)
             kernels.append(Kernel(*of, *aot.counts_of(names[arch, function])))
@@ -115,13 +116,18 @@ def kernels_of(path: Path) -> list[Kernel]:
     return sorted(kernels, key=lambda k: (k.arch, order.index(k.precision), k.name, k.channels))
 
 
-def shared_memory() -> dict[tuple[str, str, int], int]:
-    """Bytes of each (kernel, precision, channels), by the headers that the kernels include."""
+def check(name: str, given: str = "") -> str:
+    """What the program of the tests, which has the headers of the kernels, prints for `name`."""
     sys.path.insert(0, str(ROOT / "tests" / "support"))
     from cuda_emulator import build_checks
 
-    told = subprocess.check_output([build_checks(), "shared memory"], text=True)
-    rows = (line.split() for line in told.splitlines() if line)
+    return subprocess.check_output([build_checks(), name], input=given, text=True)
+
+
+@cache
+def shared_memory() -> dict[tuple[str, str, int], int]:
+    """Bytes of each (kernel, precision, channels), by the headers that the kernels include."""
+    rows = (line.split() for line in check("shared memory").splitlines() if line)
     return {(kernel, precision, int(ch)): int(size) for kernel, precision, ch, size in rows}
 
 

@@ -7,6 +7,7 @@ it, and a trip has a shortest and a longest way, where the code branches.
 
 from __future__ import annotations
 
+import copy
 import itertools
 import re
 from collections import Counter
@@ -122,6 +123,14 @@ class Graph:
                 inside = {block} | networkx.ancestors(others, block) if block != head else set()
                 found.setdefault(head, {head}).update(inside)
         return found
+
+    def without(self, blocks: set[int]) -> Graph:
+        """The graph of what is reached when these blocks are never entered."""
+        left = copy.copy(self)
+        ways = self.ways.subgraph(self.ways.nodes - blocks)
+        left.order = list(networkx.dfs_postorder_nodes(ways, self.order[0]))[::-1]
+        left.ways = ways.subgraph(left.order)
+        return left
 
     def trip(self, head: int, body: set[int], choose: Callable[..., Trip]) -> Trip:
         """The shortest or longest way from `head` back to it; of loops inside, one trip."""
