@@ -59,9 +59,8 @@ class Body:
         code = [x.base for x in self.inside.instructions] * 3
         names = [f"{x.name} {x.operands}" for x in self.inside.instructions] * 3
         asked = max(i for i, x in enumerate(code[: len(code) // 3]) if x == "LDGSTS")
-        groups = 0
         for i in range(asked, len(code)):
-            groups += code[i] == "LDGDEPBAR"
+            groups = code[asked : i + 1].count("LDGDEPBAR")
             wait = re.match(r"DEPBAR\.LE SB0, 0x(\d)", names[i])
             if wait and groups > int(wait[1]):
                 return max(0.0, 1 - (i - asked) * 3 / len(code))
@@ -135,8 +134,8 @@ def predict(case: Case, kernel: str, chip: Chip, path: Path) -> dict[str, object
     shared = cuda_object.shared_memory()[kernel, "bf16", CHANNELS]
     resident = programs_at_once(Code(body.registers, 0, 0, shared, 0, 0), WARPS, chip)
     tokens, windows = case.grid.tokens, case.batch * case.grid.windows
-    problem = f"{windows} {case.heads} {resident * chip.multiprocessors}"
-    length = int(cuda_object.check("run lengths", problem))
+    problem = windows, case.heads, resident * chip.multiprocessors
+    length = int(cuda_object.check("run lengths", " ".join(map(str, problem))))
     runs = -(-windows // length)
     rounds = -(-runs * case.heads // chip.multiprocessors)  # programs of the busiest multiprocessor
     cut = 1 - math.prod((n - 1) / n for n, s in zip(case.grid.counts, case.shift) if s)
@@ -146,8 +145,7 @@ def predict(case: Case, kernel: str, chip: Chip, path: Path) -> dict[str, object
     for unit in UNITS[2:]:
         trip = (1 - cut) * ways[0][unit] + cut * ways[1][unit]
         seconds[unit] = rounds * (once[unit] + length * trip) / chip.clock
-    one = tokens * case.head_dim * case.dtype.itemsize  # of one tensor, window and head
-    backward = "backward" in kernel
+    one, backward = tokens * case.head_dim * case.dtype.itemsize, "backward" in kernel
     bytes_moved = windows * case.heads * one * (7 if backward else 4)
     if backward:  # partial sums, written and read
         bytes_moved += 2 * runs * case.heads * tokens**2 * 4
@@ -155,7 +153,6 @@ def predict(case: Case, kernel: str, chip: Chip, path: Path) -> dict[str, object
     trip = LATENCY + body.held * ways[1]["issue"] / chip.clock
     at_once = min(resident, rounds)
     seconds["latency"] = rounds / at_once * length * trip
-    in_flight = at_once * one * (4 if backward else 3)
     sizes = [len(way) * WARPS for way in (body.inside, body.border)[: 1 + (cut > 0)]]
     return {
         "windows a run": length,
@@ -165,7 +162,7 @@ def predict(case: Case, kernel: str, chip: Chip, path: Path) -> dict[str, object
         "a window": " to ".join(f"{n:,}" for n in sizes),
         "registers": body.registers,
         "shared": f"{shared / 1024:.1f} KB",
-        "in flight": f"{in_flight / 1024:.1f} KB",
+        "in flight": f"{at_once * one * (4 if backward else 3) / 1024:.1f} KB",
         "held": f"{body.held:.0%}",
         **{f"{unit} µs": f"{seconds[unit] * 1e6:.1f}" for unit in UNITS},
         "bound": max(seconds, key=lambda unit: seconds[unit]),
@@ -188,9 +185,10 @@ def table(cases: Sequence[str], archs: Sequence[str], path: Path) -> Iterator[st
 
 
 def main() -> None:
-    swin = [name for name in speed_cases() if re.match(r"T[1-4] ", name)]
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--case", action="append", choices=swin)
+    parser.add_argument(
+        "--case", action="append", choices=[n for n in speed_cases() if n[0] == "T"]
+    )
     parser.add_argument("--arch", action="append", choices=("sm_80", "sm_90"))
     options = parser.parse_args()
     if native.CUDA_OBJECT.path is None:

@@ -6,7 +6,7 @@ import pytest
 
 pytest.importorskip("triton", reason="the tool that reads machine code comes with Triton")
 
-from test_sass import parse
+from sass_listing import parse
 
 from benchmarks.codegen import predict_cuda
 from swin_kernels.backends import native

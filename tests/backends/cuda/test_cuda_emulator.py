@@ -75,11 +75,11 @@ def run_lengths(*problems: tuple[int, int, int]) -> list[int]:
         ((8192, 3, 396), 63),  # Swin-T's stages on 132 multiprocessors of 3 programs: one round
         ((512, 12, 396), 16),
         ((128, 24, 396), 8),
-        ((128, 48, 216), 32),
+        ((128, 48, 216), 15),  # 4 runs would leave a ninth idle: 2 rounds of 9
         ((1, 3, 396), 1),
         ((64, 3, 396), 1),  # as many programs as windows
         ((0, 3, 396), 1),
-        ((100, 500, 396), 50),  # more heads than programs at once: 3 rounds of 2 runs
+        ((100, 500, 396), 34),  # more heads than programs at once: 4 rounds of 3 runs
     ],
 )
 def test_runs_fill_the_device_a_whole_number_of_times(problem, length):
