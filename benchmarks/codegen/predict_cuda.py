@@ -140,8 +140,8 @@ def predict(case: Case, kernel: str, chip: Chip, path: Path) -> dict[str, object
     rounds = -(-runs * case.heads // chip.multiprocessors)  # programs of the busiest multiprocessor
     cut = 1 - math.prod((n - 1) / n for n, s in zip(case.grid.counts, case.shift) if s)
     seconds = {}
-    ways = [demands(t.histogram, WARPS, chip) for t in (body.inside, body.border)]
-    once = demands(body.once, WARPS, chip)
+    codes = body.once, body.inside.histogram, body.border.histogram
+    once, *ways = (demands(code, WARPS, chip) for code in codes)
     for unit in UNITS[2:]:
         trip = (1 - cut) * ways[0][unit] + cut * ways[1][unit]
         seconds[unit] = rounds * (once[unit] + length * trip) / chip.clock
