@@ -1,6 +1,6 @@
 """What the CUDA C++ kernels of whole windows should take on a GPU, from the built object.
 
-    python -m benchmarks.codegen.predict_cuda --case "T1 shift 3" --arch sm_90
+    python -m benchmarks.codegen.predict_cuda --case "T1 shift 3" --gpu H200
 
 As `predict` does for Triton's kernels, in bf16 and 32 channels. These kernels branch on the options
 of a call, so a trip is the longest way that leaves out what a plain call skips: single elements,
@@ -16,18 +16,17 @@ import math
 import re
 import sys
 from collections import Counter, defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
-from benchmarks.codegen import cuda_object, sass
-from benchmarks.codegen.aot import Code, Histogram
+from benchmarks.codegen import cuda_object, memory_path, sass
+from benchmarks.codegen.aot import Code
+from benchmarks.codegen.chips import CHIPS, Chip
 from benchmarks.codegen.predict import (
-    CHIPS,
     LATENCY,
     UNITS,
-    Chip,
     demands,
     programs_at_once,
     speed_cases,
@@ -51,7 +50,8 @@ class Body:
     registers: int
     inside: sass.Trip  # a window that no seam cuts
     border: sass.Trip
-    once: Histogram
+    once: sass.Histogram
+    clocks: Mapping[int, float]  # of the path to memory, by address
 
     @property
     def held(self) -> float:
@@ -90,22 +90,23 @@ def _way(graph: sass.Graph, head: int, border: bool) -> sass.Trip:
     return graph.without(skipped).trip(head, loops[head] - skipped, max)
 
 
-def body_of(code: list[sass.Instruction], registers: int) -> Body:
+def body_of(code: list[sass.Instruction], registers: int, arch: str) -> Body:
     """The ways through one kernel."""
     graph = sass.Graph(code)
     loops = graph.loops()
     head = max(loops, key=lambda x: len(graph.trip(x, loops[x], max)))
     before = set(graph.order[: graph.order.index(head)])
-    once: Counter[str] = Counter()
+    clocks = memory_path.clocks_of(code, arch, WARPS)
+    once: Counter[sass.Kind] = Counter()
     for first, body in loops.items():
         names = Counter(x.base for b in body for x in graph.blocks[b])
         if body <= before and names["LDG"]:  # the bias is gathered, or single elements are loaded
             before -= body
-            gathers = graph.trip(first, body, max).histogram if names["STS"] == 1 else ()
-            once.update({name: n * BIAS_TRIPS for name, n in gathers})
-    once.update(x.name for b in before for x in graph.blocks[b])
+            gathers = graph.trip(first, body, max).histogram(clocks) if names["STS"] == 1 else ()
+            once.update({kind: n * BIAS_TRIPS for kind, n in gathers})
+    once.update(x.kind(clocks) for b in before for x in graph.blocks[b])
     ways = (_way(graph, head, border) for border in (False, True))
-    return Body(registers, *ways, tuple(once.items()))
+    return Body(registers, *ways, tuple(once.items()), clocks)
 
 
 @cache
@@ -124,7 +125,7 @@ def bodies(path: Path) -> dict[tuple[str, str], Body]:
         name = cuda_object.NAME.search(function)
         if name and name[1].startswith("single_tile") and name.group(2, 4) == BF16:
             code = sass.parse("\n".join(lines))
-            found[name[1], arch] = body_of(code, registers[arch, function])
+            found[name[1], arch] = body_of(code, registers[arch, function], arch)
     return found
 
 
@@ -140,7 +141,7 @@ def predict(case: Case, kernel: str, chip: Chip, path: Path) -> dict[str, object
     rounds = -(-runs * case.heads // chip.multiprocessors)  # programs of the busiest multiprocessor
     cut = 1 - math.prod((n - 1) / n for n, s in zip(case.grid.counts, case.shift) if s)
     seconds = {}
-    codes = body.once, body.inside.histogram, body.border.histogram
+    codes = body.once, *(way.histogram(body.clocks) for way in (body.inside, body.border))
     once, *ways = (demands(code, WARPS, chip) for code in codes)
     for unit in UNITS[2:]:
         trip = (1 - cut) * ways[0][unit] + cut * ways[1][unit]
@@ -169,12 +170,12 @@ def predict(case: Case, kernel: str, chip: Chip, path: Path) -> dict[str, object
     }
 
 
-def table(cases: Sequence[str], archs: Sequence[str], path: Path) -> Iterator[str]:
+def table(cases: Sequence[str], gpus: Sequence[str], path: Path) -> Iterator[str]:
     """Markdown, a line for each launch."""
     rows = [
-        {"arch": arch, "case": case, "kernel": kernel.removeprefix("single_tile_")}
-        | predict(speed_cases()[case], kernel, CHIPS[arch], path)
-        for arch in archs
+        {"GPU": name, "case": case, "kernel": kernel.removeprefix("single_tile_")}
+        | predict(speed_cases()[case], kernel, CHIPS[name], path)
+        for name in gpus
         for case in cases
         for kernel in ("single_tile_forward", "single_tile_backward")
     ]
@@ -189,12 +190,13 @@ def main() -> None:
     parser.add_argument(
         "--case", action="append", choices=[n for n in speed_cases() if n[0] == "T"]
     )
-    parser.add_argument("--arch", action="append", choices=("sm_80", "sm_90"))
+    gpus = [name for name, chip in CHIPS.items() if chip.arch in ("sm_80", "sm_90")]
+    parser.add_argument("--gpu", action="append", choices=gpus)
     options = parser.parse_args()
     if native.CUDA_OBJECT.path is None:
         sys.exit(f"predict_cuda: {native.CUDA_OBJECT.error}")
     cases = options.case or ["T1 shift 3", "T3 shift 3", "T4 shift 0"]
-    print("\n".join(table(cases, options.arch or ["sm_80", "sm_90"], native.CUDA_OBJECT.path)))
+    print("\n".join(table(cases, options.gpu or gpus, native.CUDA_OBJECT.path)))
 
 
 if __name__ == "__main__":

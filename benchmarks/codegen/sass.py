@@ -23,6 +23,16 @@ _JUMPS = ("BRA", "JMP", "UBRA")
 _ENDS = ("EXIT", "RET", "BRX", "JMX", "BPT", "KILL")
 
 
+class Kind(NamedTuple):
+    """What instructions that cost the same have in common."""
+
+    name: str  # with its suffixes
+    clocks: float = 0.0  # of the path to a multiprocessor's memory, a warp
+
+
+Histogram = tuple[tuple[Kind, int], ...]  # how often each kind occurs
+
+
 @dataclass(frozen=True)
 class Instruction:
     address: int
@@ -34,6 +44,10 @@ class Instruction:
     def base(self) -> str:
         """Its name without suffixes."""
         return self.name.split(".")[0]
+
+    def kind(self, clocks: Mapping[int, float]) -> Kind:
+        """What it has in common with others, with the `clocks` of its address."""
+        return Kind(self.name, clocks[self.address])
 
     @property
     def target(self) -> int | None:
@@ -51,16 +65,6 @@ class Instruction:
         return (self.base in _JUMPS or self.base in _ENDS) and not conditional
 
 
-class Kind(NamedTuple):
-    """What instructions that cost the same have in common."""
-
-    name: str  # with its suffixes
-    clocks: float = 0.0  # of the path to a multiprocessor's memory, a warp
-
-
-Histogram = tuple[tuple[Kind, int], ...]  # how often each kind occurs
-
-
 @dataclass(frozen=True)
 class Trip:
     """One way through a loop's body."""
@@ -72,7 +76,7 @@ class Trip:
 
     def histogram(self, clocks: Mapping[int, float]) -> Histogram:
         """How often each kind occurs, the most frequent first; `clocks` of each address."""
-        kinds = (Kind(x.name, clocks[x.address]) for x in self.instructions if x.base != "NOP")
+        kinds = (x.kind(clocks) for x in self.instructions if x.base != "NOP")
         return tuple(Counter(kinds).most_common())
 
 

@@ -33,18 +33,18 @@ KERNEL = (
 
 
 def test_a_trip_skips_what_the_options_of_a_call_leave_out():
-    body = predict_cuda.body_of(parse(*KERNEL), 100)
+    body = predict_cuda.body_of(parse(*KERNEL), 100, "sm_90")
     inside, border = ([x.address for x in t.instructions] for t in (body.inside, body.border))
     assert inside == [0x40, 0x50, 0x60, 0x70, 0xA0, 0xD0, 0xE0, 0xF0]
     assert border == [0x40, 0x50, 0x60, 0x70, 0x80, 0x90, 0xA0, 0xD0, 0xE0, 0xF0]
-    assert dict(body.once)["STS"] == predict_cuda.BIAS_TRIPS
+    assert dict(body.once)["STS", 1] == predict_cuda.BIAS_TRIPS
 
 
 @pytest.mark.parametrize(("place", "pending", "held"), [(2, 0, 6 / 8), (6, 0, 2 / 8), (2, 1, 0)])
 def test_tokens_are_held_from_their_wait_to_where_the_next_are_asked_for(place, pending, held):
     trip = ["LDGSTS.E.128 [R4], [R6.64]", "LDGDEPBAR", *["FMUL R0, R0, R0"] * 4, "@P0 BRA 0x10"]
     trip.insert(place, f"DEPBAR.LE SB0, 0x{pending}")
-    body = predict_cuda.body_of(parse("S2R R0, SR_TID.X", *trip, "EXIT"), 100)
+    body = predict_cuda.body_of(parse("S2R R0, SR_TID.X", *trip, "EXIT"), 100, "sm_90")
     assert len(body.inside) == 8
     assert body.held == held
 
@@ -55,7 +55,7 @@ def test_swins_stages_are_predicted_from_the_built_object():
     path = native.CUDA_OBJECT.path
     for kernel, products in (("single_tile_forward", 32), ("single_tile_backward", 80)):
         body = predict_cuda.bodies(path)[kernel, "sm_90"]
-        names = dict(body.border.histogram)
-        assert names["HMMA.16816.F32.BF16"] == products  # of 64 keys and 32 channels
-    page = "\n".join(predict_cuda.table(["T4 shift 0"], ["sm_90"], path))
-    assert "| sm_90 | T4 shift 0 | forward | 8 | 384 |" in page
+        names = [x.name for x in body.border.instructions]
+        assert names.count("HMMA.16816.F32.BF16") == products  # of 64 keys and 32 channels
+    page = "\n".join(predict_cuda.table(["T4 shift 0"], ["H200"], path))
+    assert "| H200 | T4 shift 0 | forward | 8 | 384 |" in page
