@@ -132,11 +132,14 @@ def store_partial(ptr, row, x, DIM: tl.constexpr, BLOCK_DIM: tl.constexpr):
 def l2_normalize(x):
     """x/max(‖x‖, ε) in the dtype of x, and the clamped norm: (BLOCK, BLOCK_DIM) and (BLOCK,)."""
     wide = x.to(tl.float32)
-    norm = tl.maximum(tl.sqrt_rn(tl.sum(wide * wide, 1)), NORM_CLAMP)
+    square = tl.sum(wide * wide, 1)
     if x.dtype == tl.float32:
+        norm = tl.maximum(tl.sqrt_rn(square), NORM_CLAMP)
         unit = wide / norm[:, None]
-    else:  # a division for each row, and not for each channel: far below what is rounded then
-        unit = (wide * (1.0 / norm)[:, None]).to(x.dtype)
+    else:  # by an approximate reciprocal for each row: its error is far below what is rounded then
+        inverse = tl.rsqrt(tl.maximum(square, NORM_CLAMP * NORM_CLAMP))
+        norm = tl.maximum(square * inverse, NORM_CLAMP)
+        unit = (wide * inverse[:, None]).to(x.dtype)
     return unit, norm
 
 
