@@ -23,7 +23,10 @@ def atomic_kernel(x_ptr):
 def tile_gradients_kernel(
     q_ptr, k_ptr, v_ptr, do_ptr, stats_ptr, delta_ptr, out_ptr, scale, row, META: tl.constexpr
 ):
-    """Writes what `tile_gradients` gives of a tile of 16 × 16, four times that, one by one."""
+    """Writes what `tile_gradients` gives of a tile of 16 × 16, four times that, one by one.
+
+    A row of each is a query, also of what is TRANSPOSED.
+    """
     i = tl.arange(0, 16)
     at = i[:, None] * 16 + i[None, :]
     q = tl.load(q_ptr + at)
@@ -34,10 +37,12 @@ def tile_gradients_kernel(
     delta = tl.load(delta_ptr + i)
     window, head = (row, row, 0), tl.program_id(0)
     added, scalars = (None, None, None, None), (scale, 0.0, 1.0)
-    weights, ds, p, products = tile_gradients(
-        q, k, v, do, stats, delta, window, head, i, i, added, scalars, META
+    weights, ds, e, products = tile_gradients(
+        q, k, v, do, stats, delta, window, head, i, i, None, added, scalars, META
     )
+    if META.TRANSPOSED:
+        at = i[:, None] + i[None, :] * 16
     tl.store(out_ptr + at, weights)
     tl.store(out_ptr + 256 + at, ds)
-    tl.store(out_ptr + 512 + at, p)
+    tl.store(out_ptr + 512 + at, e)
     tl.store(out_ptr + 768 + at, products)

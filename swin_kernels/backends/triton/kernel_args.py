@@ -24,7 +24,8 @@ Geometry = namedtuple("Geometry", "sizes counts factors shifts images periods ro
 Meta = namedtuple(
     "Meta",
     "TOKENS WINDOW REGIONS ROLLED PADDED PLANES WIDE ALIGNED SHARED_STRIDES HAS_BIAS EXPANDED "
-    "HAS_MASK HAS_PAD_KEY HAS_PAD_VALUE COSINE DROPOUT_THRESHOLD LOG2 PRECISION HEAD_DIM VALUE_DIM",
+    "HAS_MASK HAS_PAD_KEY HAS_PAD_VALUE COSINE DROPOUT_THRESHOLD LOG2 PRECISION HEAD_DIM VALUE_DIM "
+    "TRANSPOSED",
 )
 
 # the values of the kernels' BIAS
@@ -86,6 +87,7 @@ def scalar_args(call: Call, *more: TokenLayout) -> dict[str, Any]:
         "BLOCK_D": block_of(call.head_dim),
         "BLOCK_DV": block_of(call.value_dim),
         "SHARED_STRIDES": query.strides == key.strides == value.strides,
+        "TRANSPOSED": False,  # whether keys are the rows of a tile of logits
         "HAS_BIAS": None,  # of tiled kernels: see expanded_bias_args
         "EXPANDED": None,
         "windows": call.windows,
@@ -112,11 +114,12 @@ def bias_args(call: Call) -> tuple[dict[str, str | None], dict[str, Any]]:
 
 
 def expanded_bias_args(
-    call: Call, buffers: Buffers, block: int
+    call: Call, buffers: Buffers, block: int, transposed: bool = False
 ) -> tuple[list[LaunchSpec], dict[str, str | None], dict[str, Any]]:
     """Lays out bias and seams for kernels that load tiles: the launch, pointers, scalars.
 
-    `block` is a multiple of the sides of all tiles.
+    `block` is a multiple of the sides of all tiles. The buffer `transposed_bias`, if `transposed`,
+    is the same bias with keys as rows.
     """
     geometry = geometry_args(call)
     side = -(-call.tokens // block) * block
@@ -127,7 +130,8 @@ def expanded_bias_args(
         "sides_ptr": "sides" if regions else None,
     }
     if biased:
-        buffers["expanded_bias"] = ((call.heads, side, side), torch.float32)
+        for name in ("expanded_bias", *(("transposed_bias",) if transposed else ())):
+            buffers[name] = ((call.heads, side, side), torch.float32)
     if regions:
         buffers["sides"] = ((side,), torch.int32)
     if not (biased or regions):
@@ -137,7 +141,12 @@ def expanded_bias_args(
     launch = LaunchSpec(
         "bias._expand_bias_kernel",
         -(-(side**2 if biased else side) // pairs) * heads,
-        pointers | {"expanded_ptr": written["bias_ptr"], "sides_ptr": written["sides_ptr"]},
+        pointers
+        | {
+            "expanded_ptr": written["bias_ptr"],
+            "transposed_ptr": "transposed_bias" if biased and transposed else None,
+            "sides_ptr": written["sides_ptr"],
+        },
         # what it does not read is the same for all calls, so that it is compiled once
         dict.fromkeys(Meta._fields)
         | {name: geometry[name] for name in ("TOKENS", "WINDOW", "REGIONS", "seams")}

@@ -206,23 +206,36 @@ def _single_tile_backward(call: Call, gpu: Gpu, pointers, scalars, buffers) -> P
 def _tiled_backward(call: Call, gpu: Gpu, pointers, scalars, buffers) -> Plan:
     tokens = call.tokens
     buffers["delta"] = ((call.windows, call.heads, tokens), torch.float32)
-    expand, bias_pointers, bias_scalars = expanded_bias_args(call, buffers, LARGEST_BLOCK)
+    expand, bias_pointers, bias_scalars = expanded_bias_args(
+        call, buffers, LARGEST_BLOCK, transposed=True
+    )
     shape = (call.batch, *call.grid.size, call.heads, call.value_dim)
     out = TokenLayout.contiguous("out", shape)
+    biased = call.bias != "none"
+    # normalised once, by the pass that goes first through them
+    units = {"unit_query": call.cosine, "unit_key": call.cosine and call.sums_bias}
+    rows = (call.windows, call.heads, tokens)
+    buffers |= {n: ((*rows, call.head_dim), call.dtype) for n, kept in units.items() if kept}
+    pointers |= {f"{name}_ptr": name if kept else None for name, kept in units.items()}
     pointers |= bias_pointers | {"out_ptr": "out", "stats_ptr": "stats", "delta_ptr": "delta"}
     scalars |= bias_scalars | {"out_strides": out.strides}
 
-    def launch(kernel: str, config: Config, programs: int, **more: int) -> LaunchSpec:
-        args = scalars | tile_args(call, config, gpu) | more
-        return LaunchSpec(kernel, programs, pointers, args, config)
+    def launch(
+        kernel: str, config: Config, programs: int, transposed: bool = False, **more: int
+    ) -> LaunchSpec:
+        args = scalars | tile_args(call, config, gpu) | {"TRANSPOSED": transposed} | more
+        bias = {"bias_ptr": "transposed_bias"} if transposed and biased else {}
+        return LaunchSpec(kernel, programs, pointers | bias, args, config)
 
     programs = call.heads * call.windows
     config = config_for("dq", call, gpu)
     query_tiles = -(-tokens // config.block_m)
-    dq = launch("bwd_tiled._tiled_dq_kernel", config, query_tiles * programs)
+    # a product more, where its operands are not loaded to registers
+    sums_keys = gpu.multiplies_from_shared
+    dq = launch("bwd_tiled._tiled_dq_kernel", config, query_tiles * programs, SUMS_KEYS=sums_keys)
     config = config_for("dkv", call, gpu)
     key_tiles = -(-tokens // config.block_n)
-    dkv = launch("bwd_tiled._tiled_dkv_kernel", config, key_tiles * programs)
+    dkv = launch("bwd_tiled._tiled_dkv_kernel", config, key_tiles * programs, transposed=True)
     launches, runs = [*expand, dq, dkv], 0
     if call.sums_bias:
         config = config_for("dbias", call, gpu)

@@ -30,13 +30,15 @@ def exact(tokens: int) -> tuple[list[Tensor], Tensor, Tensor, dict[str, Tensor]]
     stats = torch.cat([row_max, 1 / (s - row_max[:, None]).exp().sum(1)]).detach()
     delta = torch.zeros(16, dtype=torch.float64)
     delta[:tokens] = (do * (p @ v)).sum(1).detach()
-    expected = {"weights": p.detach(), "ds": ds, "p": p.detach(), "products": products}
+    e = (s - row_max[:, None]).exp().detach()
+    expected = {"weights": p.detach(), "ds": ds, "e": e, "products": products}
     return tensors, stats, delta, expected
 
 
+@pytest.mark.parametrize("transposed", [False, True], ids=["", "transposed"])
 @pytest.mark.parametrize("log2", [False, True], ids=["e", "2"])
 @pytest.mark.parametrize("tokens", [16, 13, 1])
-def test_tile_gradients_are_those_of_softmax(tokens, log2):
+def test_tile_gradients_are_those_of_softmax(tokens, log2, transposed):
     tensors, stats, delta, expected = exact(tokens)
     if log2:  # the forward keeps logits in these units, and its statistics with them
         stats[:tokens] /= torch.log(torch.tensor(2.0))
@@ -49,6 +51,7 @@ def test_tile_gradients_are_those_of_softmax(tokens, log2):
         DROPOUT_THRESHOLD=0,
         LOG2=log2,
         PRECISION="ieee",
+        TRANSPOSED=transposed,
     )
     before = torch.full((2 * ROW,), float("nan"))  # of other rows
     saved = torch.cat([before, stats.float()])
@@ -64,9 +67,10 @@ def test_tile_gradients_are_those_of_softmax(tokens, log2):
             atol=1e-6,
             msg=lambda text, name=name: f"{name}: {text}",
         )
-    weights, ds, p, _ = out
-    for x in (weights, ds, p):  # no probability beyond the window: nothing is added to its sums
+    weights, ds, e, _ = out
+    for x in (weights, ds):  # no probability beyond the window: nothing is added to its sums
         assert not x[tokens:].any()
         assert not x[:, tokens:].any()
+    assert not e[:, tokens:].any()
     if tokens == 1:
         assert not ds.any()

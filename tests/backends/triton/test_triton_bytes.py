@@ -160,7 +160,9 @@ def test_tiles_read_the_other_side_once_a_tile(shift):
 
     # each tile of keys reads all queries, and what is saved of their rows
     dkv, t = traffic["_tiled_dkv_kernel"], tiles["dkv"]
-    assert dkv.loaded == added | {
+    transposed = {name: size for name, size in added.items() if name != "expanded_bias"}
+    transposed["transposed_bias"] = added["expanded_bias"]
+    assert dkv.loaded == transposed | {
         **dict.fromkeys(("key", "value"), a_pass),
         **dict.fromkeys(("query", "grad_out"), t * a_pass),
         "stats": 2 * t * rows,
@@ -172,6 +174,9 @@ def test_tiles_read_the_other_side_once_a_tile(shift):
     dbias, t = traffic["_tiled_dbias_kernel"], tiles["dbias"]
     for name in ("query", "key", "value", "grad_out"):
         assert dbias.loaded[name] == t * a_pass
+    # and that tile of the bias once, for all windows of a run
+    runs = dbias.stored["bias_sums"] // (HEADS * n * n * 4)
+    assert dbias.loaded["expanded_bias"] == runs * HEADS * 192 * 192 * 4
     assert dbias.loaded["stats"] == 2 * t * rows
     assert dbias.loaded["delta"] == t * rows
     assert dbias.stored["bias_sums"] == dbias.distinct_stored["bias_sums"]
@@ -181,3 +186,17 @@ def test_tiles_read_the_other_side_once_a_tile(shift):
         for name in counted.loaded.keys() & {"query", "key", "value", "grad_out", "out"}:
             assert counted.distinct_loaded[name] == a_pass
         assert counted.stored == counted.distinct_stored
+
+
+def test_cosine_attention_normalises_queries_and_keys_once():
+    case = Case(1, (24, 12), (12, 12), heads=HEADS, head_dim=DIM, dtype=torch.float16)
+    case = case.but(bias="dense", layout="contiguous", cosine=True)
+    a_pass = PASS * math.prod(case.size)
+    traffic = _traffic(case)
+    dq, dkv, dbias = (traffic[f"_tiled_{name}_kernel"] for name in ("dq", "dkv", "dbias"))
+    # 3 tiles of either side, as above
+    assert dq.stored["unit_query"] == dkv.stored["unit_key"] == a_pass
+    assert dkv.loaded["unit_query"] == 3 * a_pass
+    assert "query" not in dkv.loaded
+    assert dbias.loaded["unit_query"] == dbias.loaded["unit_key"] == 3 * a_pass
+    assert not {"query", "key"} & set(dbias.loaded)

@@ -340,6 +340,27 @@ def test_a_bias_gradient_is_summed_over_runs_by_kernels_of_ours(bias, kernels, b
     assert {name: dtype for name, (_, dtype) in plan.buffers.items() if name in buffers} == buffers
 
 
+def test_normalised_tokens_are_left_to_passes_that_follow_and_only_keys_as_rows_turn_the_bias():
+    case = Case(1, (100,), (100,), bias="dense", cosine=True)
+    plan, shape = _backward(case), (1, 2, 100, 16)
+    for name in ("unit_query", "unit_key"):
+        assert plan.buffers[name] == (shape, torch.float32)
+        assert name not in _backward(case.but(cosine=False)).buffers
+    unbiased = _backward(case, needed=()).buffers
+    assert "unit_query" in unbiased
+    assert "unit_key" not in unbiased  # which the gradient of the bias alone would read
+    turned = {
+        launch.kernel: (launch.scalars["TRANSPOSED"], launch.pointers["bias_ptr"])
+        for launch in plan.launches
+        if "_tiled_" in launch.kernel
+    }
+    assert turned == {
+        "bwd_tiled._tiled_dq_kernel": (False, "expanded_bias"),
+        "bwd_tiled._tiled_dkv_kernel": (True, "transposed_bias"),
+        "bwd_tiled._tiled_dbias_kernel": (False, "expanded_bias"),
+    }
+
+
 @pytest.mark.parametrize("tokens", [16, 100], ids=["whole", "tiles"])
 def test_an_empty_batch_launches_nothing_but_the_sum_of_the_table(tokens):
     case = Case(0, (150,), (tokens,), bias="table", pads=True)

@@ -20,6 +20,7 @@ def _expand_bias_kernel(
     bias_ptr,
     index_ptr,
     expanded_ptr,
+    transposed_ptr,
     sides_ptr,
     seams,
     heads,
@@ -31,7 +32,8 @@ def _expand_bias_kernel(
     """Bias of any kind as tiles want it: (H, EXPANDED, EXPANDED) fp32, for blocks of all sizes.
 
     In the units of logits, −inf for keys beyond the window. A program has BLOCK pairs of one head.
-    With it the sides of the seams on which tokens lie, (EXPANDED,), if any axis has two regions.
+    At `transposed_ptr`, if any, once more with keys as rows. With it the sides of the seams on
+    which tokens lie, (EXPANDED,), if any axis has two regions.
     """
     N: tl.constexpr = META.TOKENS
     EXPANDED: tl.constexpr = META.EXPANDED
@@ -58,8 +60,10 @@ def _expand_bias_kernel(
             # only the device sees an index that the table lacks: let the user see it too
             value = tl.where(inside & ~known, float("nan"), value.to(tl.float32))
         value = tl.where(j < N, bias_logits(value, META.LOG2), float("-inf"))
-        start = expanded_ptr + head.to(tl.int64) * (EXPANDED * EXPANDED)
-        tl.store(start + pair, value, mask=pair < EXPANDED * EXPANDED)
+        start, within = head.to(tl.int64) * (EXPANDED * EXPANDED), pair < EXPANDED * EXPANDED
+        tl.store(expanded_ptr + start + pair, value, mask=within)
+        if transposed_ptr is not None:
+            tl.store(transposed_ptr + start + j * EXPANDED + i, value, mask=within)
 
 
 @triton.jit

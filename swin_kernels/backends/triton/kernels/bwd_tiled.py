@@ -2,7 +2,8 @@
 
 `_tiled_dq_kernel` takes BLOCK_M queries of a window through its keys, and leaves Δ = rowsum(dO∘O)
 for the other passes; `_tiled_dkv_kernel` takes BLOCK_N keys through the queries; and
-`_tiled_dbias_kernel` a tile of a head's bias through a run of windows. (Dao et al.,
+`_tiled_dbias_kernel` a tile of a head's bias through a run of windows. What cosine attention
+normalises, the first two leave to those behind them. (Dao et al.,
 "FlashAttention", 2022, section 3.2, split so that every sum has one owner: no atomics, and two runs
 give the same bits.)
 """
@@ -10,10 +11,16 @@ give the same bits.)
 import triton
 import triton.language as tl
 
-from swin_kernels.backends.triton.kernels.bwd_common import load_stats, tile_gradients
+from swin_kernels.backends.triton.kernels.bwd_common import (
+    load_stats,
+    load_units,
+    store_units,
+    tile_gradients,
+)
 from swin_kernels.backends.triton.kernels.common import (
     l2_normalize,
     l2_normalize_bwd,
+    load_bias,
     load_keys,
     load_tokens,
     pad_keys,
@@ -47,6 +54,7 @@ def _tiled_dq_kernel(
     sides_ptr,
     grad_query_ptr,
     delta_ptr,
+    unit_query_ptr,
     logit_scale_sums_ptr,
     grad_out_strides,
     out_strides,
@@ -69,6 +77,7 @@ def _tiled_dq_kernel(
     BLOCK_D: tl.constexpr,
     BLOCK_DV: tl.constexpr,
     LOOP_STAGES: tl.constexpr,
+    SUMS_KEYS: tl.constexpr,
 ):
     N: tl.constexpr = META.TOKENS
     TILES: tl.constexpr = (N + BLOCK_M - 1) // BLOCK_M
@@ -91,16 +100,19 @@ def _tiled_dq_kernel(
     out = load_tokens((out_ptr, 0, out_strides), at_i, META.VALUE_DIM, BLOCK_DV, META)
     delta = tl.sum(do.to(tl.float32) * out.to(tl.float32), 1)
     row = (window.to(tl.int64) * heads + head) * N
-    tl.store(delta_ptr + row + i, delta, mask=i < N)
     stats = load_stats(stats_ptr, row, i, N)
     factor = scale
     if META.COSINE:
         q, q_norm = l2_normalize(q)
+        store_units(unit_query_ptr, row, i, q, BLOCK_D, META)
         factor = tl.load(logit_scale_ptr + head).to(tl.float32)
 
     dq = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
+    # rows of dS sum to zero but for the rounding of `out` in Δ, which a large scale would show
+    CORRECTS: tl.constexpr = META.COSINE and query_ptr.dtype.element_ty != tl.float32
     left = tl.zeros((BLOCK_M,), tl.float32)
-    cosines = tl.zeros((BLOCK_M,), tl.float32)
+    mean_key = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)  # P·k̂
+    cosines = tl.zeros((BLOCK_M,), tl.float32)  # its product with q̂, if that is all that is summed
     for start in tl.range(0, N, BLOCK_N, num_stages=LOOP_STAGES):
         j = start + tl.arange(0, BLOCK_N)
         x_j, keys, padding = locate(j, token_places(j, META), place, geometry, META)
@@ -110,17 +122,24 @@ def _tiled_dq_kernel(
         if META.COSINE:
             k = l2_normalize(k)[0]
         scalars = (factor, mask_value, kept_factor)
-        _, ds, p, products = tile_gradients(
-            q, k, v, do, stats, delta, here, head, i, j, added, scalars, META
+        _, ds, e, products = tile_gradients(
+            q, k, v, do, stats, delta, here, head, i, j, None, added, scalars, META
         )
         dq += tl.dot(ds.to(k.dtype), k, input_precision=META.PRECISION)
-        if META.COSINE:
+        if CORRECTS:
             left += tl.sum(ds, 1)
-            cosines += tl.sum(p * products, 1)
+            if SUMS_KEYS:
+                mean_key += tl.dot(e.to(k.dtype), k, input_precision=META.PRECISION)
+            else:
+                cosines += tl.sum(e * products, 1)
 
+    if CORRECTS:
+        delta += left
+        left *= stats[1]
+        dq -= left[:, None] * mean_key
+    tl.store(delta_ptr + row + i, delta, mask=i < N)
     if META.COSINE:
         dq, radial = l2_normalize_bwd(dq, factor, q, q_norm, query_ptr.dtype.element_ty)
-        # rows of dS sum to zero but for the rounding of `out` in Δ, which a large scale would show
         radial -= left * cosines
         tl.store(logit_scale_sums_ptr + (window * heads + head) * TILES + tile, tl.sum(radial, 0))
     else:
@@ -133,6 +152,7 @@ def _tiled_dkv_kernel(
     grad_out_ptr,
     stats_ptr,
     delta_ptr,
+    unit_query_ptr,
     query_ptr,
     key_ptr,
     value_ptr,
@@ -145,6 +165,7 @@ def _tiled_dkv_kernel(
     sides_ptr,
     grad_key_ptr,
     grad_value_ptr,
+    unit_key_ptr,
     pad_key_sums_ptr,
     pad_value_sums_ptr,
     grad_out_strides,
@@ -194,29 +215,32 @@ def _tiled_dkv_kernel(
     k, v = load_keys(key, value, at_j, BLOCK_D, BLOCK_DV, META)
     k, v = pad_keys(k, v, pads, padding, head, BLOCK_D, BLOCK_DV, META)
     factor = scale
+    row = (window.to(tl.int64) * heads + head) * N
     if META.COSINE:
         k, k_norm = l2_normalize(k)
+        if unit_key_ptr is not None:
+            store_units(unit_key_ptr, row, j, k, BLOCK_D, META)
         factor = tl.load(logit_scale_ptr + head).to(tl.float32)
 
-    row = (window.to(tl.int64) * heads + head) * N
     dk = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
     dv = tl.zeros((BLOCK_N, BLOCK_DV), tl.float32)
     for start in tl.range(0, N, BLOCK_M, num_stages=LOOP_STAGES):
         i = start + tl.arange(0, BLOCK_M)
         x_i, rows, _padding_i = locate(i, token_places(i, META), place, geometry, META)
         at_i = (image, head, x_i, rows)
-        q = load_tokens(query, at_i, META.HEAD_DIM, BLOCK_D, META)
+        if META.COSINE:
+            q = load_units(unit_query_ptr, row, i, BLOCK_D, META)
+        else:
+            q = load_tokens(query, at_i, META.HEAD_DIM, BLOCK_D, META)
         do = load_tokens(grad_out, at_i, META.VALUE_DIM, BLOCK_DV, META)
         stats = load_stats(stats_ptr, row, i, N)
         delta = tl.load(delta_ptr + row + i, mask=i < N, other=0.0)
-        if META.COSINE:
-            q = l2_normalize(q)[0]
         scalars = (factor, mask_value, kept_factor)
         weights, ds, _, _ = tile_gradients(
-            q, k, v, do, stats, delta, here, head, i, j, added, scalars, META
+            q, k, v, do, stats, delta, here, head, i, j, None, added, scalars, META
         )
-        dv += tl.dot(tl.trans(weights.to(do.dtype)), do, input_precision=META.PRECISION)
-        dk += tl.dot(tl.trans(ds.to(q.dtype)), q, input_precision=META.PRECISION)
+        dv += tl.dot(weights.to(do.dtype), do, input_precision=META.PRECISION)
+        dk += tl.dot(ds.to(q.dtype), q, input_precision=META.PRECISION)
 
     if META.COSINE:
         dk = l2_normalize_bwd(dk, factor, k, k_norm, query_ptr.dtype.element_ty)[0]
@@ -236,6 +260,8 @@ def _tiled_dbias_kernel(
     grad_out_ptr,
     stats_ptr,
     delta_ptr,
+    unit_query_ptr,
+    unit_key_ptr,
     query_ptr,
     key_ptr,
     value_ptr,
@@ -292,6 +318,7 @@ def _tiled_dbias_kernel(
     if META.COSINE:
         factor = tl.load(logit_scale_ptr + head).to(tl.float32)
 
+    bias = load_bias(bias_ptr, head, i, j, META)
     bias_sum = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     for step in tl.range(0, last - first, num_stages=LOOP_STAGES):
         window = first + step
@@ -300,19 +327,23 @@ def _tiled_dbias_kernel(
         x_i, rows, _padding_i = locate(i, places_i, place, geometry, META)
         x_j, keys, padding = locate(j, places_j, place, geometry, META)
         at_i, at_j = (image, head, x_i, rows), (image, head, x_j, keys)
-        q = load_tokens(query, at_i, META.HEAD_DIM, BLOCK_D, META)
-        k, v = load_keys(key, value, at_j, BLOCK_D, BLOCK_DV, META)
-        do = load_tokens(grad_out, at_i, META.VALUE_DIM, BLOCK_DV, META)
         row = (window.to(tl.int64) * heads + head) * N
+        if META.COSINE:
+            q = load_units(unit_query_ptr, row, i, BLOCK_D, META)
+            k = load_units(unit_key_ptr, row, j, BLOCK_D, META)
+            v = load_tokens(value, at_j, META.VALUE_DIM, BLOCK_DV, META)
+        else:
+            q = load_tokens(query, at_i, META.HEAD_DIM, BLOCK_D, META)
+            k, v = load_keys(key, value, at_j, BLOCK_D, BLOCK_DV, META)
+        do = load_tokens(grad_out, at_i, META.VALUE_DIM, BLOCK_DV, META)
         stats = load_stats(stats_ptr, row, i, N)
         delta = tl.load(delta_ptr + row + i, mask=i < N, other=0.0)
-        k, v = pad_keys(k, v, pads, padding, head, BLOCK_D, BLOCK_DV, META)
-        if META.COSINE:
-            q = l2_normalize(q)[0]
-            k = l2_normalize(k)[0]
+        filled, v = pad_keys(k, v, pads, padding, head, BLOCK_D, BLOCK_DV, META)
+        if not META.COSINE:  # whose keys are as the pass before left them, filled
+            k = filled
         scalars = (factor, mask_value, kept_factor)
         _, ds, _, _ = tile_gradients(
-            q, k, v, do, stats, delta, here, head, i, j, added, scalars, META
+            q, k, v, do, stats, delta, here, head, i, j, bias, added, scalars, META
         )
         bias_sum += ds
 

@@ -197,16 +197,37 @@ def bias_tile(
 
 
 @triton.jit
-def add_bias(s, expanded_ptr, head, i, j, META: tl.constexpr):
-    """Logits plus a bias (H, EXPANDED, EXPANDED) that was expanded before; −inf beyond the window.
+def along_queries(x, META: tl.constexpr):
+    """What belongs to the queries of a tile of logits, to be broadcast along its keys."""
+    return x[None, :] if META.TRANSPOSED else x[:, None]
 
-    It goes through the first cache, where the programs beside this one find it too.
+
+@triton.jit
+def along_keys(x, META: tl.constexpr):
+    """What belongs to the keys of a tile of logits, to be broadcast along its queries."""
+    return x[:, None] if META.TRANSPOSED else x[None, :]
+
+
+@triton.jit
+def load_bias(expanded_ptr, head, i, j, META: tl.constexpr):
+    """A tile of a bias (H, EXPANDED, EXPANDED) that was expanded before; −inf beyond the window.
+
+    Its rows are those of the tile: keys, if TRANSPOSED. It goes through the first cache, where the
+    programs beside this one find it too.
     """
+    start = expanded_ptr + head.to(tl.int64) * (META.EXPANDED * META.EXPANDED)
+    rows, columns = (j, i) if META.TRANSPOSED else (i, j)
+    pairs = rows[:, None] * META.EXPANDED + columns[None, :]
+    return tl.load(start + pairs, cache_modifier=".ca")
+
+
+@triton.jit
+def add_bias(s, expanded_ptr, head, i, j, META: tl.constexpr):
+    """Logits plus a tile of bias, if there is one; −inf beyond the window."""
     if META.HAS_BIAS:
-        start = expanded_ptr + head.to(tl.int64) * (META.EXPANDED * META.EXPANDED)
-        s += tl.load(start + i[:, None] * META.EXPANDED + j[None, :], cache_modifier=".ca")
+        s += load_bias(expanded_ptr, head, i, j, META)
     elif META.TOKENS != META.EXPANDED:
-        s = tl.where((j < META.TOKENS)[None, :], s, float("-inf"))
+        s = tl.where(along_keys(j < META.TOKENS, META), s, float("-inf"))
     return s
 
 
@@ -219,18 +240,19 @@ def tile_pointers(ptr, tile, BLOCK_N: tl.constexpr):
 
 
 @triton.jit
-def mask_tile(mask_ptr, number, i, j, N: tl.constexpr):
-    """(BLOCK_M, BLOCK_N) of an explicit mask (nW, N, N); zeros outside the window."""
-    inside = (i < N)[:, None] & (j < N)[None, :]
+def mask_tile(mask_ptr, number, i, j, META: tl.constexpr):
+    """A tile of an explicit mask (nW, N, N); zeros outside the window."""
+    N: tl.constexpr = META.TOKENS
+    inside = along_queries(i < N, META) & along_keys(j < N, META)
     start = mask_ptr + number.to(tl.int64) * (N * N)
-    mask = tl.load(start + i[:, None] * N + j[None, :], mask=inside, other=0.0)
-    return mask.to(tl.float32)
+    pairs = along_queries(i, META) * N + along_keys(j, META)
+    return tl.load(start + pairs, mask=inside, other=0.0).to(tl.float32)
 
 
 @triton.jit
-def shift_mask_tile(sides_i, sides_j, crossed, mask_value):
-    """(BLOCK_M, BLOCK_N) of the shift mask, where the seams of `crossed` cut."""
-    apart = (sides_i[:, None] ^ sides_j[None, :]) & crossed
+def shift_mask_tile(sides_i, sides_j, crossed, mask_value, META: tl.constexpr):
+    """A tile of the shift mask, where the seams of `crossed` cut."""
+    apart = (along_queries(sides_i, META) ^ along_keys(sides_j, META)) & crossed
     return tl.where(apart != 0, mask_value, 0.0)
 
 
@@ -242,16 +264,16 @@ def add_masks(s, i, j, sides, sides_ptr, crossed, mask_value, mask_ptr, number, 
     What is masked by −100 twice is summed first: a row that is masked whole is rounded there.
     """
     if META.HAS_MASK:
-        mask = mask_tile(mask_ptr, number, i, j, META.TOKENS)
+        mask = mask_tile(mask_ptr, number, i, j, META)
         if META.REGIONS[0] or META.REGIONS[1] or META.REGIONS[2]:
             if crossed != 0:
                 sides_i, sides_j = _sides_of(i, j, sides, sides_ptr)
-                mask += shift_mask_tile(sides_i, sides_j, crossed, mask_value)
+                mask += shift_mask_tile(sides_i, sides_j, crossed, mask_value, META)
         s += mask
     elif META.REGIONS[0] or META.REGIONS[1] or META.REGIONS[2]:
         if crossed != 0:
             sides_i, sides_j = _sides_of(i, j, sides, sides_ptr)
-            s += shift_mask_tile(sides_i, sides_j, crossed, mask_value)
+            s += shift_mask_tile(sides_i, sides_j, crossed, mask_value, META)
     return s
 
 
@@ -266,7 +288,7 @@ def _sides_of(i, j, sides, sides_ptr):
 @triton.jit
 def dropout_keep_mask(seed_ptr, window, head, i, j, META: tl.constexpr):
     """Which probabilities dropout keeps: Philox4x32-10, one word each (docs/contract.md)."""
-    pair = (i[:, None] * META.TOKENS + j[None, :]).to(tl.uint32)
+    pair = (along_queries(i, META) * META.TOKENS + along_keys(j, META)).to(tl.uint32)
     zero = pair & 0
     word, _, _, _ = tl.philox(
         tl.load(seed_ptr), pair, zero + head.to(tl.uint32), zero + window.to(tl.uint32), zero

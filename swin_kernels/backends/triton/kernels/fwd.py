@@ -109,7 +109,7 @@ def _single_tile_fwd_kernel(
     if KEEP_TILES:
         if (first == 0) & (head < tile_heads):
             for crossed in tl.static_range(TILES_PER_HEAD):
-                tile = bias + shift_mask_tile(sides, sides, crossed, mask_value)
+                tile = bias + shift_mask_tile(sides, sides, crossed, mask_value, META)
                 number = head * TILES_PER_HEAD + crossed
                 tl.store(tile_pointers(tiles_ptr, number, BLOCK_N), tile)
     factor = scale
