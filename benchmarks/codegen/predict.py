@@ -31,6 +31,7 @@ from benchmarks.codegen.plans import launches_in, plans_of
 from benchmarks.codegen.sass import Histogram
 from benchmarks.report.rows import RESULTS, markdown_table, read
 from swin_kernels.backends.triton.launch_spec import REGISTERS, LaunchSpec, Plan
+from swin_kernels.backends.triton.launcher import kernel_of
 from swin_kernels.cli.command import positive
 from swin_kernels.problem import Operands
 from swin_kernels.testing import Case, make_grad_out, make_operands
@@ -118,6 +119,23 @@ def _sizes(case: Case, plans: Iterable[Plan]) -> dict[str, int]:
     return sizes
 
 
+def bytes_of(step: LaunchSpec, sizes: Mapping[str, int]) -> int:
+    """What a launch reads and writes, each tensor once; of packed ones the parts that it takes."""
+    names = kernel_of(step).arg_names
+    pointers = {name: x for name, x in step.pointers.items() if name in names and x is not None}
+    # what an earlier pass left normalised is read instead
+    if "unit_query_ptr" in pointers and "_dq_" not in step.kernel:
+        del pointers["query_ptr"]
+    if "unit_key_ptr" in pointers and "_dkv_" not in step.kernel:
+        del pointers["key_ptr"]
+    parts = {
+        name: x for name, x in pointers.items() if re.match(r"(grad_)?(query|key|value)_ptr", name)
+    }
+    third = 1 if "key" in sizes else 3
+    whole = {x for name, x in pointers.items() if name not in parts}
+    return sum(sizes[x] // third for x in parts.values()) + sum(map(sizes.__getitem__, whole))
+
+
 def _border(step: LaunchSpec) -> float:
     """The share of trips that take the longest way.
 
@@ -159,8 +177,7 @@ def predict(
 ) -> Launch:
     """What one launch takes, by everything that may bound it."""
     numbers, warps = step.scalars, step.config.num_warps
-    named = {name for name in step.pointers.values() if name is not None}
-    seconds = {"memory": sum(sizes[name] for name in named) / chip.copy_rate}
+    seconds = {"memory": bytes_of(step, sizes) / chip.copy_rate}
     trips, tokens = _trips(step)
     border = _border(step) if tokens else 0.0
     # where the one trip was unrolled no loop tells what the units do, least of all one that waits
