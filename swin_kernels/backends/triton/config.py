@@ -218,7 +218,7 @@ TILED: dict[str, Table] = {
             (32, 32, 4),
             "two sums of 64 channels, or what is beside the logits",
         ),
-        ("ampere mask", (32, 64, 4), "operands are registers, and so is the mask"),
+        ("ampere|consumer mask", (32, 64, 4), "operands are registers, and so is the mask"),
         ("", (64, 64, 4), "the largest tile of a warp group"),
     ),
     "dbias": (
