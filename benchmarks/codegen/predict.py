@@ -156,7 +156,7 @@ def _border(step: LaunchSpec) -> float:
 
 def _trips(step: LaunchSpec) -> tuple[int, int]:
     """Trips of a program through its loop, and the tokens of each kind that one loads."""
-    numbers, tokens = step.scalars, math.prod(step.scalars["WINDOW"])
+    numbers, tokens = step.scalars, step.scalars["TOKENS"]
     block_m, block_n = step.config.block_m, step.config.block_n
     if "_single_tile" in step.kernel:
         return numbers["windows_per_program"], tokens
@@ -166,10 +166,12 @@ def _trips(step: LaunchSpec) -> tuple[int, int]:
         return -(-tokens // block_m), min(block_m, tokens)
     if "_dq_" in step.kernel or "_tiled_fwd_" in step.kernel:
         return -(-tokens // block_n), min(block_n, tokens)
+    if "_indexed_grad_" in step.kernel:
+        return -(-(tokens**2) // block_n), 0
     if "_bias_grad_" in step.kernel or "_table_grad_" in step.kernel:
         blocks = -(-tokens // block_n) if "_table" in step.kernel else 1
         return blocks * -(-numbers["runs"] // numbers["BLOCK_RUNS"]), 0  # sums, and no tokens
-    return 0, 0  # an expanded bias, an index: little beside the rest
+    return 0, 0  # an expanded bias: little beside the rest
 
 
 def predict(
@@ -211,7 +213,11 @@ def predict(
         in_flight = programs * one * (1 if waits else step.config.loop_stages - 1)
         trip = LATENCY
         if waits:
-            trip += sum(n for _, n in code.longest) * warps / SCHEDULERS / chip.clock
+            average = sum(
+                share * sum(n for _, n in way)
+                for share, way in ((1 - border, code.shortest), (border, code.longest))
+            )
+            trip += average * warps / SCHEDULERS / chip.clock
         seconds["latency"] = step.grid * trips * one * trip / in_flight / chip.multiprocessors
     inside, cut = (looped * sum(n for _, n in w) * warps for w in (code.shortest, code.longest))
     costs = code.registers, code.shared, programs, in_flight

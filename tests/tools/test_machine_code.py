@@ -76,7 +76,9 @@ def test_every_layout_fits_and_spills_nothing(job):
 # than before. What keeps an H200 below what its schedulers issue while the bytes move is 2,703
 # forward and 4,731 backward
 BUDGETS = {"sm_80": (1_750, 2_150, 3_400, 3_400), "sm_90": (1_750, 2_150, 3_400, 3_400)}
-# what was reached elsewhere: to be lowered, never raised
+# what was reached elsewhere: to be lowered, not raised. (Raised once, by 4 to 24 forward: 16 does
+# not divide the number of windows a program any more. What a backward costs where other seams cut
+# stands beside what every window costs)
 REACHED = {
     "3.8": {"sm_100": (1_344, 1_792, 2_348, 3_164), "sm_120": (1_596, 2_004, 3_088, 3_320)},
     "3.9": {"sm_100": (1_304, 1_720, 2_416, 3_216), "sm_120": (1_596, 2_004, 3_104, 3_336)},
@@ -229,7 +231,8 @@ def test_the_summary_is_short_and_tells_what_spills():
     page = machine_code.summary([_row("sm_90", spills=2)], [], predicted)
     assert "but for: swin (bf16, sm_90)." in " ".join(page.split())
     assert "| sm_90 | swin | `_single_tile_fwd_kernel` |" in page
-    assert "| H200 | T1 shift 3 | forward | 3 µs | 2 µs |" in page
+    assert "| case | direction | H200 |" in page
+    assert "| T1 shift 3 | forward | 3 (2) |" in page
     shown = machine_code.SUMMARY.read_text()
     assert len(shown.splitlines()) <= 80
     assert shown.startswith(machine_code.SUMMARY_HEADER.partition("{")[0])

@@ -118,6 +118,37 @@ def test_a_loop_of_two_stages_waits_for_each_of_its_loads():
     assert waits == pytest.approx(2 * (0.7e-6 + 1756 / 1.755e9) / 0.7e-6)
 
 
+def test_packed_tokens_are_counted_by_the_parts_that_a_pass_takes():
+    case = CASE.but(size=(48, 48), window=(16, 16), cosine=True)
+    plans = plans_of(case, KNOWN_GPUS["sm_90"])
+    sizes = predict._sizes(case, plans)
+    part = 128 * 48 * 48 * 96 * 2  # of queries, keys or values, in bytes
+    stats, delta, bias = (sizes[name] for name in ("stats", "delta", "expanded_bias"))
+    small = sizes["logit_scale"] + sizes["sides"]
+    passes = {s.kernel.split("_")[-2]: s for s in plans.backward.launches if "_tiled_" in s.kernel}
+    found = {name: predict.bytes_of(step, sizes) for name, step in passes.items()}
+    # q, k, v, dO, out; dq, and normalised queries
+    assert found["dq"] == 7 * part + stats + delta + bias + small + sizes["logit_scale_sums"]
+    # normalised queries, k, v, dO; dk, dv, and normalised keys
+    assert found["dkv"] == 7 * part + stats + delta + bias + small
+    # both normalised, v, dO
+    assert found["dbias"] == 4 * part + stats + delta + bias + small + sizes["bias_sums"]
+
+
+@pytest.mark.parametrize(
+    ("bias", "kernels"),
+    [
+        ("dense", ["_bias_grad_kernel"]),
+        ("table+index", ["_bias_grad_kernel", "_indexed_grad_kernel"]),
+    ],
+)
+def test_sums_of_a_bias_wait_for_their_loads(bias, kernels):
+    case = CASE.but(batch=8, bias=bias)
+    sums = [x for x in predict.launches_of(case, H200)["backward"] if x.kernel in kernels]
+    assert [x.kernel for x in sums] == kernels
+    assert all(x.seconds["latency"] >= 0.3e-6 for x in sums)
+
+
 def test_no_more_programs_are_in_flight_than_there_are():
     few = CASE.but(batch=1, size=(7, 7), shift=(0, 0))
     found = launch(Code(128, 0, 0, 28_672, 65, 6, (PRODUCT,), (PRODUCT,)), case=few)

@@ -124,6 +124,7 @@ SINGLE_TILE: dict[str, Table] = {
         ("over_64 cosine|adds", (2, 2), "128 channels, and what is beside the logits"),
         ("blackwell|consumer not_vectorizable|unaligned", (2, 1), "an offset for each channel"),
         ("blackwell -over_64 -adds", (1, 1), "a second stage takes the registers of a tile"),
+        ("consumer pads -mask", (1, 1), "a second stage spills, or leaves one program less"),
         ("", (1, 2), "a window is on its way while one is worked on"),
     ),
     "backward": (
@@ -141,6 +142,7 @@ SINGLE_TILE: dict[str, Table] = {
         ("mask", (1, 1), "the mask's tile"),
         ("unaligned", (1, 1), "an offset for each channel, of two windows with two stages"),
         ("over_32 two_widths", (1, 1), "offsets of both widths"),
+        ("blackwell pads -not_vectorizable", (1, 1), "a second stage spills more"),
         ("hopper -over_32 -not_vectorizable", (1, 3), "with two, a tile is waited for at once"),
         ("not_vectorizable from_shared|ampere|cosine|pads", (2, 2), "an offset for each channel"),
         ("not_vectorizable", (2, 1), "an offset for each channel, and operands are registers"),
@@ -162,9 +164,9 @@ WARPS_AT_ONCE: dict[str, Table] = {
         ("over_32 cosine|adds", 8, "175 to 199 registers"),
         ("mask cosine|pads", 8, "208 to 216 registers"),
         ("over_32|mask|cosine|not_vectorizable hopper", 12, "126 to 168 registers"),
-        ("over_32|mask|not_vectorizable|blackwell", 8, "158 to 240 registers"),
+        ("over_32|mask|not_vectorizable", 8, "158 to 240 registers"),
         ("cosine ampere", 8, "173 registers"),
-        ("ampere|consumer", 12, "137 to 168 registers"),
+        ("ampere|consumer|blackwell", 12, "106 to 168 registers"),
         ("", 16, "up to 128 registers"),
     ),
     "backward": (
@@ -179,7 +181,7 @@ HOLDS_BIAS: Table = (
     ("fp32", False, "an element takes a register"),
     ("unaligned full_block hopper|blackwell", True, "there is room without a second stage"),
     ("cosine|pads|mask", False, "norms, a filler and the mask's tile take those"),
-    ("not_vectorizable", False, "offsets of channels take those"),
+    ("not_vectorizable|unaligned", False, "offsets of channels take those"),
     ("ampere", False, "operands are registers, and addresses take more than elsewhere"),
     ("over_32 two_widths", False, "offsets of both widths"),
     ("", True, "256 of some 800 wavefronts of shared memory"),
@@ -219,6 +221,7 @@ TILED: dict[str, Table] = {
             "two sums of 64 channels, or what is beside the logits",
         ),
         ("ampere|consumer mask", (32, 64, 4), "operands are registers, and so is the mask"),
+        ("cosine small_shared", (32, 64, 4), "operands are registers, and norms beside them"),
         ("", (64, 64, 4), "the largest tile of a warp group"),
     ),
     "dbias": (
@@ -243,7 +246,7 @@ TILED_STAGES: Table = (
     ("tiled_forward of_64 ampere", 2, "there is room, in fp32 too"),
     ("dq mask -from_shared", 1, "operands are registers, and so is the mask"),
     (
-        "dkv|dbias hopper|ampere -fp32 -over_32 -high_register_pressure -adds",
+        "dkv|dbias hopper|ampere -small_shared -fp32 -over_32 -high_register_pressure -adds",
         3,
         "with two, a tile is waited for at once",
     ),
@@ -254,6 +257,13 @@ TILED_STAGES: Table = (
     ("", 2, "a tile is on its way while one is worked on"),
 )
 
+# whether the passes of a tiled backward leave normalised queries and keys to those behind
+LEAVES_UNITS: Table = (
+    ("-cosine", False, "nothing is normalised"),
+    ("small_shared", False, "GPUs whose memory binds: norms cost less than the bytes"),
+    ("", True, "each pass would normalise a tile as often as it is read"),
+)
+
 # A thread's limit of registers where the assembler, left alone, spills a few to fit one program
 # more: with 255 one of 8 warps, 168 three of 4 warps, 128 four of 4 warps; 0 leaves it alone.
 REGISTERS_FP32: dict[str, Table] = {
@@ -262,7 +272,7 @@ REGISTERS_FP32: dict[str, Table] = {
         ("tf32 -cosine -pads", 0, "fits"),
         ("tf32", 255, "spills"),
         ("pads|not_vectorizable", 0, "has twice the warps"),
-        ("cosine consumer|hopper", 0, "fits, or has twice the warps"),
+        ("cosine consumer", 0, "fits"),
         ("", 255, "spills"),
     ),
     "tiled_forward": (("tf32", 0, "fits"), ("ampere of_64", 0, "fits"), ("", 168, "spills")),
@@ -282,7 +292,10 @@ REGISTERS_HALF: dict[str, Table] = {
         ("cosine -mask", 0, "fits"),
         ("blackwell", 224, "spills"),
     ),
-    "backward": (("blackwell|not_vectorizable", 255, "spills"),),
+    "backward": (
+        ("blackwell pads -not_vectorizable", 0, "spills less"),
+        ("blackwell|not_vectorizable", 255, "spills"),
+    ),
     "tiled_forward": (("blackwell cosine", 168, "spills"), ("ampere of_64", 255, "spills")),
     "dq": (("blackwell unaligned", 255, "spills"),),
     "dkv": (
@@ -300,6 +313,11 @@ REGISTERS_HALF: dict[str, Table] = {
 def fits_single_tile(kernel: str, call: Call, gpu: Gpu) -> bool:
     """Whether forward or backward holds a window in one tile."""
     return not _first(WHY_TILED[kernel], _features(call, gpu), False)
+
+
+def leaves_units(call: Call, gpu: Gpu) -> bool:
+    """Whether a backward in tiles writes normalised queries and keys, to be read again."""
+    return _first(LEAVES_UNITS, _features(call, gpu), False)
 
 
 def _in_tiles(kernel: str, call: Call, features: frozenset[str]) -> Config:

@@ -10,6 +10,7 @@ from swin_kernels.backends.triton.config import (
     LARGEST_BLOCK,
     config_for,
     fits_single_tile,
+    leaves_units,
 )
 from swin_kernels.backends.triton.kernel_args import (
     Meta,
@@ -176,7 +177,7 @@ def _single_tile_backward(call: Call, gpu: Gpu, pointers, scalars, buffers) -> P
     extra, sums = _sums(call, scalars, (runs, call.heads), (0,))
     after, gradients = _bias_gradient(call, gpu, runs)
     has_tiles = "tiles" in call.facts
-    tile_heads, tiles_per_head = call.facts["tiles"].shape[:2] if has_tiles else (0, 1)
+    tile_heads, tiles_per_head = call.facts["tiles"].shape[:2] if has_tiles else (1, 1)
     launch = LaunchSpec(
         "bwd_single_tile._single_tile_bwd_kernel",
         runs * call.heads,
@@ -213,7 +214,8 @@ def _tiled_backward(call: Call, gpu: Gpu, pointers, scalars, buffers) -> Plan:
     out = TokenLayout.contiguous("out", shape)
     biased = call.bias != "none"
     # normalised once, by the pass that goes first through them
-    units = {"unit_query": call.cosine, "unit_key": call.cosine and call.sums_bias}
+    units = {"unit_query": leaves_units(call, gpu)}
+    units["unit_key"] = units["unit_query"] and call.sums_bias
     rows = (call.windows, call.heads, tokens)
     buffers |= {n: ((*rows, call.head_dim), call.dtype) for n, kept in units.items() if kept}
     pointers |= {f"{name}_ptr": name if kept else None for name, kept in units.items()}
@@ -294,6 +296,8 @@ def _bias_gradient(call: Call, gpu: Gpu, runs: int) -> tuple[list[LaunchSpec], B
         kernel = "bias._table_grad_kernel"
         pointers |= {"sums_ptr": "bias_sums"}
         fixed |= of_runs | {"WINDOW": pad_to_3d(call.grid.window, 1), "BLOCK_RUNS": 128 // rows}
-    config = Config(rows, block, 4, 1)
+    # left alone, the assembler spills two registers for a third program
+    limit = 255 if gpu.arch.startswith("sm_") else 0
+    config = Config(rows, block, 4, 1, registers=limit)
     launches.append(LaunchSpec(kernel, -(-table.shape[0] // rows) * heads, pointers, fixed, config))
     return launches, buffers

@@ -28,6 +28,9 @@ pytestmark = pytest.mark.interpreted
 
 WHOLE = Case(2, (7, 5), (4, 4), (2, 2), heads=2, head_dim=16, bias="table", pads=True)
 REGIMES = pytest.mark.parametrize("case", [WHOLE, TILES], ids=["whole", "tiles"])
+# whose backward keeps bias and shift mask from window to window
+HELD = Case(3, (8, 10), (4, 5), (2, 2), heads=2, head_dim=16, bias="table", dtype=torch.float16)
+HELD = HELD.but(layout="contiguous", packed=True)
 
 
 def _run(case):
@@ -52,6 +55,26 @@ def test_windows_do_not_depend_on_the_run_they_are_in(case, dtype, monkeypatch):
 
 
 @pytest.mark.parametrize("number", [1, 3, 100])
+@over(
+    HELD,
+    HELD.but(batch=1, bias="dense"),
+    HELD.but(batch=2, size=(4, 8, 8), window=(2, 4, 4), shift=(1, 2, 2), heads=1),
+    HELD.but(shift=(0, 0)),
+    HELD.but(shift=(0, 2), bias="none", window=(4, 4), size=(8, 8)),
+)
+def test_a_bias_that_is_held_is_that_of_the_seams_that_cut_a_window(case, number, monkeypatch):
+    monkeypatch.setattr(Config, "windows_per_program", lambda *args: number)
+    asked = []
+    monkeypatch.setattr(
+        plan, "config_for", lambda *args: asked.append(config_for(*args)) or asked[-1]
+    )
+    launcher.forget()
+    check(case, "triton")
+    launcher.forget()
+    assert any(config.holds_bias for config in asked)
+
+
+@pytest.mark.parametrize("number", [1, 3, 100])
 def test_tiles_do_not_depend_on_the_windows_worked_on_at_once(number, monkeypatch):
     """Every tile of every head and window has its program, also where the last ones are fewer."""
     case = TILES.but(heads=2)  # 4 windows
@@ -62,6 +85,15 @@ def test_tiles_do_not_depend_on_the_windows_worked_on_at_once(number, monkeypatc
     )
     launcher.forget()
     assert_same_bits(_run(case), usual)
+    launcher.forget()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=["fp32", "fp16"])
+def test_each_pass_normalises_its_tokens_where_none_leaves_them(dtype, monkeypatch):
+    monkeypatch.setattr(plan, "leaves_units", lambda *args: False)
+    launcher.forget()
+    case = Case(1, (130,), (75,), (30,), head_dim=24, bias="table", cosine=True, pads=True)
+    check(case.but(dtype=dtype), "triton")
     launcher.forget()
 
 

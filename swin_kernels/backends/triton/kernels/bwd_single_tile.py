@@ -30,6 +30,7 @@ from swin_kernels.backends.triton.kernels.window import (
     seam_sides,
     seams_crossed,
     token_places,
+    window_place,
     window_place_by_image,
 )
 
@@ -125,19 +126,24 @@ def _single_tile_bwd_kernel(
     radial_sum = tl.zeros((BLOCK_N,), tl.float32)
     for step in tl.range(0, last - first, num_stages=LOOP_STAGES):
         window = first + step
-        image, number, place = window_place_by_image(window, geometry, META)
+        if HOLDS_BIAS:
+            image, number, place = window_place_by_image(window, geometry, META)
+        else:
+            image, number, place = window_place(window, geometry, META)
         x, rows, padding = locate(n, places, place, geometry, META)
         at = (image, head, x, rows)
         if HAS_TILES:
             tile = first_tile
             if TILES_PER_HEAD > 1:
                 tile += seams_crossed(place, geometry, META)
-            if not HOLDS_BIAS:  # it is in the first cache
-                added = tl.load(tile_pointers(tiles_ptr, tile, BLOCK_N), cache_modifier=".ca")
-            elif TILES_PER_HEAD > 1:
+            if HOLDS_BIAS and TILES_PER_HEAD > 1:
                 if tile != held:
                     added = tl.load(tile_pointers(tiles_ptr, tile, BLOCK_N))
                 held = tile
+        if HAS_TILES and not HOLDS_BIAS:  # it is in the first cache
+            s = tl.load(tile_pointers(tiles_ptr, tile, BLOCK_N), cache_modifier=".ca")
+        else:
+            s = added
         q = load_tokens(query, at, META.HEAD_DIM, BLOCK_D, META)
         k, v = load_keys(key, value, at, BLOCK_D, BLOCK_DV, META)
         do = load_tokens(grad_out, at, META.VALUE_DIM, BLOCK_DV, META)
@@ -146,7 +152,7 @@ def _single_tile_bwd_kernel(
             q, q_norm = l2_normalize(q)
             k, k_norm = l2_normalize(k)
 
-        s = tl.dot(q, tl.trans(k), input_precision=PRECISION) * logit_factor + added
+        s = s + tl.dot(q, tl.trans(k), input_precision=PRECISION) * logit_factor
         if META.HAS_MASK:
             crossed = seams_crossed(place, geometry, META)
             s = add_masks(s, n, n, sides, None, crossed, mask_value, mask_ptr, number, META)

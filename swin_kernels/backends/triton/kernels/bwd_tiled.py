@@ -104,12 +104,14 @@ def _tiled_dq_kernel(
     factor = scale
     if META.COSINE:
         q, q_norm = l2_normalize(q)
-        store_units(unit_query_ptr, row, i, q, BLOCK_D, META)
+        if unit_query_ptr is not None:
+            store_units(unit_query_ptr, row, i, q, BLOCK_D, META)
         factor = tl.load(logit_scale_ptr + head).to(tl.float32)
 
     dq = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
-    # rows of dS sum to zero but for the rounding of `out` in Δ, which a large scale would show
-    CORRECTS: tl.constexpr = META.COSINE and query_ptr.dtype.element_ty != tl.float32
+    # rows of dS sum to zero but for the rounding of `out` in Δ, which a large scale would show;
+    # products of exact fp32 leave none
+    CORRECTS: tl.constexpr = META.COSINE and META.PRECISION != "ieee"
     left = tl.zeros((BLOCK_M,), tl.float32)
     mean_key = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)  # P·k̂
     cosines = tl.zeros((BLOCK_M,), tl.float32)  # its product with q̂, if that is all that is summed
@@ -228,13 +230,15 @@ def _tiled_dkv_kernel(
         i = start + tl.arange(0, BLOCK_M)
         x_i, rows, _padding_i = locate(i, token_places(i, META), place, geometry, META)
         at_i = (image, head, x_i, rows)
-        if META.COSINE:
+        if unit_query_ptr is not None:
             q = load_units(unit_query_ptr, row, i, BLOCK_D, META)
         else:
             q = load_tokens(query, at_i, META.HEAD_DIM, BLOCK_D, META)
         do = load_tokens(grad_out, at_i, META.VALUE_DIM, BLOCK_DV, META)
         stats = load_stats(stats_ptr, row, i, N)
         delta = tl.load(delta_ptr + row + i, mask=i < N, other=0.0)
+        if META.COSINE and unit_query_ptr is None:
+            q = l2_normalize(q)[0]
         scalars = (factor, mask_value, kept_factor)
         weights, ds, _, _ = tile_gradients(
             q, k, v, do, stats, delta, here, head, i, j, None, added, scalars, META
@@ -328,7 +332,7 @@ def _tiled_dbias_kernel(
         x_j, keys, padding = locate(j, places_j, place, geometry, META)
         at_i, at_j = (image, head, x_i, rows), (image, head, x_j, keys)
         row = (window.to(tl.int64) * heads + head) * N
-        if META.COSINE:
+        if unit_key_ptr is not None:
             q = load_units(unit_query_ptr, row, i, BLOCK_D, META)
             k = load_units(unit_key_ptr, row, j, BLOCK_D, META)
             v = load_tokens(value, at_j, META.VALUE_DIM, BLOCK_DV, META)
@@ -339,8 +343,10 @@ def _tiled_dbias_kernel(
         stats = load_stats(stats_ptr, row, i, N)
         delta = tl.load(delta_ptr + row + i, mask=i < N, other=0.0)
         filled, v = pad_keys(k, v, pads, padding, head, BLOCK_D, BLOCK_DV, META)
-        if not META.COSINE:  # whose keys are as the pass before left them, filled
+        if unit_key_ptr is None:  # else the pass before left keys filled
             k = filled
+            if META.COSINE:
+                q, k = l2_normalize(q)[0], l2_normalize(k)[0]
         scalars = (factor, mask_value, kept_factor)
         _, ds, _, _ = tile_gradients(
             q, k, v, do, stats, delta, here, head, i, j, bias, added, scalars, META
