@@ -1,12 +1,19 @@
-"""Calls of the Triton backend, as far as plans and layouts ask: facts without tensors."""
+"""Calls of the Triton backend, and their plans, from facts alone."""
 
 from __future__ import annotations
 
 import torch
 
-from swin_kernels.backends.triton.launch_spec import Call, TensorFacts
+from swin_kernels.backends.triton.config import KNOWN_GPUS
+from swin_kernels.backends.triton.launch_spec import Call, TensorFacts, facts_of
+from swin_kernels.backends.triton.plan import backward_plan, forward_plan
 from swin_kernels.backends.triton.token_layout import contiguous_stride
-from swin_kernels.problem import NEEDS, Options
+from swin_kernels.problem import NEEDS, Operands, Options, Problem
+from swin_kernels.testing import Case, make_grad_out, make_operands
+
+H100 = KNOWN_GPUS["sm_90"]
+PLANE = Case(2, (11, 9), (4, 4), (2, 2), bias="table", pads=True, layout="contiguous")
+EVERYTHING = ("bias", "bias_table", "pad_key", "pad_value", "logit_scale")
 
 
 def facts(*shape: int, dtype: torch.dtype, aligned: bool = True) -> TensorFacts:
@@ -45,3 +52,28 @@ def call_of(
         tensors["pad_key"] = facts(heads, head_dim, dtype=dtype)
     options = Options((tokens,), (0,), (False,), False, -100.0, 1.0, 0.5 * dropout)
     return Call(tensors, options, tf32, NEEDS["bias"] * sums_bias)
+
+
+def plain_call(operands, tf32=False, **options):
+    """The call of these operands, which may be on meta."""
+    facts = {n: facts_of(x) for n, x in zip(Operands._fields, operands) if x is not None}
+    return Call(facts, Problem.checked(operands, **options).options, tf32)
+
+
+def forward_of(case, gpu=H100, device="meta", tf32=False, differentiable=False):
+    """The plan of a case's forward."""
+    call = plain_call(make_operands(case, device), tf32, **case.options)
+    return forward_plan(call, gpu, differentiable=differentiable)
+
+
+def backward_of(case, gpu=H100, device="meta", needed=EVERYTHING):
+    """The plan of a case's backward, with every gradient or those `needed`."""
+    call = plain_call(make_operands(case, device), **case.options)
+    facts = {**call.facts, "grad_out": facts_of(make_grad_out(case, device))}
+    needs = sum(NEEDS[name] for name in needed)
+    return backward_plan(Call(facts, call.options, needs=needs), gpu)
+
+
+def kernels_of(plan):
+    """What a plan launches, by the kernels' names."""
+    return [launch.kernel.split(".")[1] for launch in plan.launches]

@@ -1,9 +1,10 @@
-"""Kernels for tests: two that the guard must stop, and one around device code of the backward."""
+"""Kernels for tests: two that the guard must stop, and two around device code of the backward."""
 
 import triton
 import triton.language as tl
 
 from swin_kernels.backends.triton.kernels.bwd_common import load_stats, tile_gradients
+from swin_kernels.backends.triton.kernels.common import l2_normalize, l2_normalize_bwd
 
 
 @triton.jit
@@ -46,3 +47,15 @@ def tile_gradients_kernel(
     tl.store(out_ptr + 256 + at, ds)
     tl.store(out_ptr + 512 + at, e)
     tl.store(out_ptr + 768 + at, products)
+
+
+@triton.jit
+def normalize_kernel(x_ptr, grad_ptr, norm_ptr, out_ptr):
+    """Of 16 rows of 16 channels: norms, unit vectors, and the gradient behind them."""
+    i = tl.arange(0, 16)
+    at = i[:, None] * 16 + i[None, :]
+    unit, norm = l2_normalize(tl.load(x_ptr + at))
+    grad, _ = l2_normalize_bwd(tl.load(grad_ptr + at), 1.0, unit, norm, x_ptr.dtype.element_ty)
+    tl.store(norm_ptr + i, norm)
+    tl.store(out_ptr + at, unit.to(tl.float32))
+    tl.store(out_ptr + 256 + at, grad)

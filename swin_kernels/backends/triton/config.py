@@ -57,7 +57,7 @@ def _features(call: Call, gpu: Gpu) -> frozenset[str]:
         "not_vectorizable": call.not_vectorizable,
         "unaligned": call.unaligned_head_dim,
         "two_widths": call.head_dim != call.value_dim,
-        "of_16_tokens": call.tokens <= 16,
+        "up_to_16_tokens": call.tokens <= 16,
         "full_block": call.tokens == block_of(call.tokens),
         "over_64_tokens": call.tokens > 64,
         "over_128_tokens": call.tokens > 128,
@@ -159,7 +159,7 @@ WARPS_AT_ONCE: dict[str, Table] = {
         ("unaligned full_block hopper", 12, "148 registers"),
         ("unaligned full_block blackwell", 16, "122 registers"),
         ("fp32|dropout|over_64_tokens|over_64|unaligned", 8, "170 to 255 registers"),
-        ("of_16_tokens", 20, "56 to 79 registers"),
+        ("up_to_16_tokens", 20, "56 to 79 registers"),
         ("over_32|mask cosine|adds -hopper", 8, "174 to 250 registers"),
         ("over_32 cosine|adds", 8, "175 to 199 registers"),
         ("mask cosine|pads", 8, "208 to 216 registers"),
@@ -170,7 +170,7 @@ WARPS_AT_ONCE: dict[str, Table] = {
         ("", 16, "up to 128 registers"),
     ),
     "backward": (
-        ("of_16_tokens -fp32", 16, "80 to 120 registers"),
+        ("up_to_16_tokens -fp32", 16, "80 to 120 registers"),
         ("", 8, "208 to 255 registers"),
     ),
 }

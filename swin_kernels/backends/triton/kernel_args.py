@@ -15,6 +15,7 @@ from swin_kernels.backends.triton.launch_spec import (
     Gpu,
     LaunchSpec,
     Plan,
+    Pointers,
     block_of,
 )
 from swin_kernels.backends.triton.token_layout import TokenLayout, alignment, divisor, pad_to_3d
@@ -94,7 +95,7 @@ def scalar_args(call: Call, *more: TokenLayout) -> dict[str, Any]:
     }
 
 
-def operand_pointers(call: Call) -> dict[str, str | None]:
+def operand_pointers(call: Call) -> Pointers:
     names = {"seed": "dropout_seed"} | {
         name: name for name in ("mask", "pad_key", "pad_value", "logit_scale")
     }
@@ -104,7 +105,7 @@ def operand_pointers(call: Call) -> dict[str, str | None]:
     return {**tokens, **small}
 
 
-def bias_args(call: Call) -> tuple[dict[str, str | None], dict[str, Any]]:
+def bias_args(call: Call) -> tuple[Pointers, dict[str, Any]]:
     """Pointers and scalars of a bias that a kernel reads as the caller holds it."""
     tensor = {"none": None, "dense": "bias"}.get(call.bias, "bias_table")
     rows = call.facts["bias_table"].shape[0] if tensor == "bias_table" else 0
@@ -115,7 +116,7 @@ def bias_args(call: Call) -> tuple[dict[str, str | None], dict[str, Any]]:
 
 def expanded_bias_args(
     call: Call, buffers: Buffers, block: int, transposed: bool = False
-) -> tuple[list[LaunchSpec], dict[str, str | None], dict[str, Any]]:
+) -> tuple[list[LaunchSpec], Pointers, dict[str, Any]]:
     """Lays out bias and seams for kernels that load tiles: the launch, pointers, scalars.
 
     `block` is a multiple of the sides of all tiles. The buffer `transposed_bias`, if `transposed`,

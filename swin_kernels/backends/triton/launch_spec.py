@@ -169,6 +169,9 @@ class Config:
         return min(map(run_of, range(1, MOST_WAVES + 1)), key=cost)
 
 
+Pointers = dict[str, str | None]  # argument -> tensor
+
+
 @dataclass(frozen=True)
 class LaunchSpec:
     """One launch: names for pointers, numbers for the rest; by the names of the kernel's arguments.
@@ -178,7 +181,7 @@ class LaunchSpec:
 
     kernel: str  # module.function
     grid: int
-    pointers: dict[str, str | None]
+    pointers: Pointers
     scalars: dict[str, Any]
     config: Config
 

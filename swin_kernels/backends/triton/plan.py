@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 
@@ -28,6 +29,7 @@ from swin_kernels.backends.triton.launch_spec import (
     Gpu,
     LaunchSpec,
     Plan,
+    Pointers,
     block_of,
 )
 from swin_kernels.backends.triton.token_layout import TokenLayout, pad_to_3d
@@ -259,45 +261,75 @@ def _bias_gradient(call: Call, gpu: Gpu, runs: int) -> tuple[list[LaunchSpec], B
     """The gradient of bias or table, from `bias_sums`, one of a run each: launches, and buffers."""
     if not call.sums_bias:
         return [], {}
-    heads, pairs = call.heads, call.tokens**2
-    launches: list[LaunchSpec] = []
-    matrix = (heads, call.tokens, call.tokens)
+    matrix = (call.heads, call.tokens, call.tokens)
     buffers: Buffers = {"bias_sums": ((runs, *matrix), torch.float32)}
-    fixed = dict.fromkeys(Meta._fields) | {"heads": heads, "TOKENS": call.tokens}
-    of_runs = {"runs": runs, "BLOCK_RUNS": 16}
-    if call.bias != "table":
-        name = "grad_bias" if call.bias == "dense" else "summed_bias"
-        dtype = call.facts["bias"].dtype if call.bias == "dense" else torch.float32
-        buffers[name] = (matrix, dtype)
-        block = 256
-        launches.append(
-            LaunchSpec(
-                "bias._bias_grad_kernel",
-                -(-pairs // block) * heads,
-                {"sums_ptr": "bias_sums", "grad_ptr": name},
-                fixed | of_runs | {"BLOCK": block},
-                Config(block, block, 4, 1),
-            )
-        )
     if call.bias == "dense":
-        return launches, buffers
+        buffers["grad_bias"] = (matrix, call.facts["bias"].dtype)
+        return [_sum_of_runs(call, runs, "grad_bias")], buffers
     table = call.facts["bias_table"]
     buffers["grad_bias_table"] = (table.shape, table.dtype)
-    # rows at once, so that programs fill the device; queries, or pairs
-    fills = (n for n in (16, 8) if -(-table.shape[0] // n) * heads >= gpu.multiprocessors)
-    rows, block = (16, 128) if call.bias == "indexed" else (next(fills, 4), 64)
-    block = min(block, block_of(pairs if call.bias == "indexed" else call.tokens))
-    fixed |= {"table_rows": table.shape[0], "BLOCK_ROWS": rows, "BLOCK": block}
-    pointers: dict[str, str | None] = {"grad_ptr": "grad_bias_table"}
-    if call.bias == "indexed":
-        kernel = "bias._indexed_grad_kernel"
-        pointers |= {"summed_ptr": "summed_bias", "index_ptr": "bias_index"}
-    else:
-        kernel = "bias._table_grad_kernel"
-        pointers |= {"sums_ptr": "bias_sums"}
-        fixed |= of_runs | {"WINDOW": pad_to_3d(call.grid.window, 1), "BLOCK_RUNS": 128 // rows}
+    if call.bias == "table":
+        return [_table_gradient(call, gpu, runs)], buffers
+    buffers["summed_bias"] = (matrix, torch.float32)
+    return [_sum_of_runs(call, runs, "summed_bias"), _indexed_gradient(call)], buffers
+
+
+def _bias_launch(
+    call: Call,
+    kernel: str,
+    parts: int,
+    pointers: dict[str, str | None],
+    config: Config,
+    **more: Any,
+) -> LaunchSpec:
+    """One of kernels/bias.py after a backward, by `parts` of each head."""
+    fixed = dict.fromkeys(Meta._fields) | {"heads": call.heads, "TOKENS": call.tokens}
+    scalars = fixed | {"BLOCK": config.block_n} | more
+    return LaunchSpec(f"bias.{kernel}", parts * call.heads, pointers, scalars, config)
+
+
+def _sum_of_runs(call: Call, runs: int, to: str) -> LaunchSpec:
+    """The runs' sums, (H, N, N) each, added up."""
+    config = Config(256, 256, 4, 1)
+    parts = -(-(call.tokens**2) // config.block_n)
+    pointers: Pointers = {"sums_ptr": "bias_sums", "grad_ptr": to}
+    return _bias_launch(
+        call, "_bias_grad_kernel", parts, pointers, config, runs=runs, BLOCK_RUNS=16
+    )
+
+
+def _table_gradient(call: Call, gpu: Gpu, runs: int) -> LaunchSpec:
+    """The same gathered into the rows of a geometric table."""
+    rows = call.facts["bias_table"].shape[0]
+    # as many rows at once as leave a program to each multiprocessor
+    block = next((n for n in (16, 8) if -(-rows // n) * call.heads >= gpu.multiprocessors), 4)
     # left alone, the assembler spills two registers for a third program
     limit = 255 if gpu.arch.startswith("sm_") else 0
-    config = Config(rows, block, 4, 1, registers=limit)
-    launches.append(LaunchSpec(kernel, -(-table.shape[0] // rows) * heads, pointers, fixed, config))
-    return launches, buffers
+    config = Config(block, min(64, block_of(call.tokens)), 4, 1, registers=limit)
+    return _bias_launch(
+        call,
+        "_table_grad_kernel",
+        -(-rows // block),
+        {"sums_ptr": "bias_sums", "grad_ptr": "grad_bias_table"},
+        config,
+        runs=runs,
+        table_rows=rows,
+        WINDOW=pad_to_3d(call.grid.window, 1),
+        BLOCK_ROWS=block,
+        BLOCK_RUNS=128 // block,
+    )
+
+
+def _indexed_gradient(call: Call) -> LaunchSpec:
+    """A summed bias gathered into the rows of a table that has an index."""
+    rows, block = call.facts["bias_table"].shape[0], 16
+    config = Config(block, min(128, block_of(call.tokens**2)), 4, 1)
+    return _bias_launch(
+        call,
+        "_indexed_grad_kernel",
+        -(-rows // block),
+        {"summed_ptr": "summed_bias", "index_ptr": "bias_index", "grad_ptr": "grad_bias_table"},
+        config,
+        table_rows=rows,
+        BLOCK_ROWS=block,
+    )

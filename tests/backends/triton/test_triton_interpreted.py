@@ -10,7 +10,7 @@ from swin_kernels import shifted_window_attention
 from swin_kernels.backends.triton.config import INTERPRETER, config_for
 from swin_kernels.backends.triton.launch_spec import Config
 from swin_kernels.ops.dispatch import BACKENDS
-from swin_kernels.problem import Operands, Problem
+from swin_kernels.problem import DIFFERENTIABLE, NEEDS, Operands, Problem
 from swin_kernels.testing import Case, call, check, make_grad_out, make_operands, run
 
 pytest.importorskip("triton")
@@ -95,6 +95,27 @@ def test_each_pass_normalises_its_tokens_where_none_leaves_them(dtype, monkeypat
     case = Case(1, (130,), (75,), (30,), head_dim=24, bias="table", cosine=True, pads=True)
     check(case.but(dtype=dtype), "triton")
     launcher.forget()
+
+
+def test_what_tf32_rounds_of_the_output_does_not_reach_the_gradient_of_logit_scale(monkeypatch):
+    """Its rows of dS sum to zero; an output that is rounded would leave them a sum."""
+    case = Case(1, (75,), (75,), heads=2, head_dim=16, bias="table", cosine=True)
+    operands, grad_out = make_operands(case), make_grad_out(case)
+    options = Problem.checked(operands, **case.options).options
+    monkeypatch.setattr(launcher, "tf32_allowed", lambda: True)
+    launcher.forget()
+    ops = BACKENDS["triton"].ops
+    out, stats = ops.forward(*operands, *options, True)
+    rounded = (out.view(torch.int32) & ~0x1FFF).view(torch.float32)  # to the 10 bits of TF32
+    assert not torch.equal(rounded, out)
+    scale = DIFFERENTIABLE.index("logit_scale")
+    found = [
+        ops.backward(grad_out, x, stats, *operands, *options, NEEDS["logit_scale"])[scale]
+        for x in (out, rounded)
+    ]
+    launcher.forget()
+    error = (found[1] - found[0]).abs().max() / found[0].abs().max()
+    assert error < 1e-4
 
 
 @over(

@@ -9,7 +9,7 @@ import pytest
 import torch
 from command_lines import last_line_of
 from contract_cases import over
-from triton_calls import call_of
+from triton_calls import H100, PLANE, backward_of, call_of, forward_of, kernels_of, plain_call
 
 from benchmarks.gpu_tools.override import override
 from swin_kernels.backends.triton.config import (
@@ -19,32 +19,11 @@ from swin_kernels.backends.triton.config import (
     fits_single_tile,
     tuned_key,
 )
-from swin_kernels.backends.triton.launch_spec import MOST_WAVES, Call, Config, facts_of
-from swin_kernels.backends.triton.plan import backward_plan, forward_plan
-from swin_kernels.backends.triton.token_layout import divisor, needs_wide_offsets
-from swin_kernels.problem import NEEDS, Operands, Problem
-from swin_kernels.testing import Case, make_grad_out, make_operands
-
-H100 = KNOWN_GPUS["sm_90"]
-PLANE = Case(2, (11, 9), (4, 4), (2, 2), bias="table", pads=True, layout="contiguous")
-EVERYTHING = ("bias", "bias_table", "pad_key", "pad_value", "logit_scale")
-
-
-def _call(operands, tf32=False, **options):
-    facts = {n: facts_of(x) for n, x in zip(Operands._fields, operands) if x is not None}
-    return Call(facts, Problem.checked(operands, **options).options, tf32)
-
-
-def _forward(case, gpu=H100, device="meta", tf32=False, differentiable=False):
-    call = _call(make_operands(case, device), tf32, **case.options)
-    return forward_plan(call, gpu, differentiable=differentiable)
-
-
-def _backward(case, gpu=H100, device="meta", needed=EVERYTHING):
-    call = _call(make_operands(case, device), **case.options)
-    facts = {**call.facts, "grad_out": facts_of(make_grad_out(case, device))}
-    needs = sum(NEEDS[name] for name in needed)
-    return backward_plan(Call(facts, call.options, needs=needs), gpu)
+from swin_kernels.backends.triton.launch_spec import facts_of
+from swin_kernels.backends.triton.plan import forward_plan
+from swin_kernels.backends.triton.token_layout import needs_wide_offsets
+from swin_kernels.problem import Operands
+from swin_kernels.testing import Case, make_operands
 
 
 def _meta(*shape):
@@ -54,11 +33,7 @@ def _meta(*shape):
 def _of_shape(*shape, window):
     """The forward's launch for a query, key and value of this shape, which may be of any size."""
     x = _meta(*shape).half()
-    return forward_plan(_call(Operands(x, x, x), window_size=window), H100).launches[-1]
-
-
-def _kernels(plan):
-    return [launch.kernel.split(".")[1] for launch in plan.launches]
+    return forward_plan(plain_call(Operands(x, x, x), window_size=window), H100).launches[-1]
 
 
 @over(
@@ -69,7 +44,7 @@ def _kernels(plan):
     Case(1, (8, 7, 12), (8, 7, 7), bias="table", cosine=True, dtype=torch.float16),
 )
 def test_a_plan_depends_on_facts_alone(case):
-    for plan in (_forward, _backward):
+    for plan in (forward_of, backward_of):
         assert plan(case) == plan(case)
         assert plan(case) == plan(case, device="cpu")  # the values of tensors are not looked at
 
@@ -78,9 +53,9 @@ def test_plans_need_no_triton():
     program = """
 import sys
 sys.modules["triton"] = None
-sys.path[:0] = ["tests/backends/triton", "tests/support"]
-import test_triton_plan as t
-print(len(t._forward(t.PLANE).launches), len(t._backward(t.PLANE).launches))
+sys.path[:0] = ["tests/support"]
+import triton_calls as t
+print(len(t.forward_of(t.PLANE).launches), len(t.backward_of(t.PLANE).launches))
 """
     assert last_line_of(program) == "1 2"
 
@@ -119,45 +94,45 @@ def test_tokens_channels_and_dtype_decide_between_whole_windows_and_tiles(
     assert fits_single_tile("backward", call, H100) == backward
     spread = [] if forward else ["_expand_bias_kernel"]
     kernel = "_single_tile_fwd_kernel" if forward else "_tiled_fwd_kernel"
-    assert _kernels(_forward(case)) == [*spread, kernel]
+    assert kernels_of(forward_of(case)) == [*spread, kernel]
     if backward:
         expected = ["_single_tile_bwd_kernel", "_table_grad_kernel"]
     else:
         expected = ["_expand_bias_kernel", "_tiled_dq_kernel", "_tiled_dkv_kernel"]
         expected += ["_tiled_dbias_kernel", "_table_grad_kernel"]
-    assert _kernels(_backward(case)) == expected
+    assert kernels_of(backward_of(case)) == expected
     # the forward keeps what the backward will read, and nothing when nobody differentiates
-    kept = _forward(case, differentiable=True)
+    kept = forward_of(case, differentiable=True)
     assert ("stats" in kept.buffers) == kept.launches[-1].scalars["KEEP_STATS"] == (not backward)
     assert ("tiles" in kept.buffers) == backward
-    assert set(_forward(case).buffers) == {"out"} | ({"expanded_bias"} if spread else set())
+    assert set(forward_of(case).buffers) == {"out"} | ({"expanded_bias"} if spread else set())
 
 
 def test_128_tokens_are_held_whole_only_where_channels_lie_together_and_no_mask_is_read():
     case = Case(1, (98,), (98,), head_dim=32, dtype=torch.float16, bias="dense")
-    assert _kernels(_forward(case.but(layout="contiguous"))) == ["_single_tile_fwd_kernel"]
+    assert kernels_of(forward_of(case.but(layout="contiguous"))) == ["_single_tile_fwd_kernel"]
     for changes in ({"layout": "strided"}, {"layout": "contiguous", "mask": "soft"}):
         for gpu in (H100, INTERPRETER):
-            assert "_tiled_fwd_kernel" in _kernels(_forward(case.but(**changes), gpu))
+            assert "_tiled_fwd_kernel" in kernels_of(forward_of(case.but(**changes), gpu))
 
 
 def test_heads_of_30_channels_are_held_whole_where_registers_allow():
     case = Case(1, (64, 64), (8, 8), head_dim=30, dtype=torch.float16, layout="contiguous")
     for gpu, smaller in ((H100, True), (KNOWN_GPUS["sm_80"], False), (KNOWN_GPUS["gfx942"], None)):
-        whole = "_single_tile_bwd_kernel" in _kernels(_backward(case, gpu))
+        whole = "_single_tile_bwd_kernel" in kernels_of(backward_of(case, gpu))
         assert whole == (smaller is not None)
         # what of a tile is no token takes registers as well
-        whole = "_single_tile_bwd_kernel" in _kernels(_backward(case.but(window=(7, 7)), gpu))
+        whole = "_single_tile_bwd_kernel" in kernels_of(backward_of(case.but(window=(7, 7)), gpu))
         assert whole == bool(smaller)
     for changes in ({"cosine": True}, {"mask": "soft"}, {"dropout_p": 0.1}, {"head_dim": 40}):
-        assert "_tiled_dq_kernel" in _kernels(_backward(case.but(**changes)))
+        assert "_tiled_dq_kernel" in kernels_of(backward_of(case.but(**changes)))
 
 
 def test_the_wider_of_keys_and_values_decides():
     case = Case(1, (7, 7), (7, 7), head_dim=32, value_dim=96)
-    assert _kernels(_forward(case)) == ["_tiled_fwd_kernel"]
-    assert _kernels(_forward(case.but(value_dim=32))) == ["_single_tile_fwd_kernel"]
-    step = _forward(case).launches[0]
+    assert kernels_of(forward_of(case)) == ["_tiled_fwd_kernel"]
+    assert kernels_of(forward_of(case.but(value_dim=32))) == ["_single_tile_fwd_kernel"]
+    step = forward_of(case).launches[0]
     assert (step.scalars["BLOCK_D"], step.scalars["BLOCK_DV"]) == (32, 128)
 
 
@@ -193,7 +168,7 @@ def test_offsets_are_wide_where_the_last_element_of_an_image_needs_more_than_31_
 def test_one_tensor_that_is_wide_makes_the_call_wide():
     narrow, wide = _meta(1, 2**27 + 1, 1, 1).expand(1, -1, 1, 16), _meta(1, 2**27 + 1, 1, 16)
     for tensors in ((narrow, narrow, wide), (narrow, wide, narrow), (wide, narrow, narrow)):
-        plan = forward_plan(_call(Operands(*tensors), window_size=64), H100)
+        plan = forward_plan(plain_call(Operands(*tensors), window_size=64), H100)
         assert plan.launches[0].scalars["WIDE"]
 
 
@@ -211,69 +186,12 @@ def test_grids_have_one_axis_that_holds_any_number_of_windows(whole):
         assert step.grid > 65_535
 
 
-@pytest.mark.parametrize("windows", [0, 1, 2, 7, 64, 1000, 12345])
-@pytest.mark.parametrize("heads", [1, 3, 24, 5000])
-@pytest.mark.parametrize("gpu", [H100, INTERPRETER, KNOWN_GPUS["gfx942"]], ids=lambda g: g.arch)
-def test_runs_cover_all_windows_and_no_more_programs_than_wanted(windows, heads, gpu):
-    call = call_of(49, 32, 32, torch.float16, windows, heads)
-    config = Config(64, 64, 4, 1, programs_per_multiprocessor=4)
-    run = config.windows_per_program(call, gpu)
-    runs = math.ceil(windows / run)
-    assert run >= 1
-    assert (runs - 1) * run < max(1, windows)
-    assert runs * heads <= max(heads, MOST_WAVES * 4 * gpu.multiprocessors)
-    if windows * heads <= 4 * gpu.multiprocessors // 2:
-        assert run == 1  # a device that is not full has no reason for runs
-
-
-@pytest.mark.parametrize(
-    ("windows", "heads", "run"),
-    [
-        (8192, 3, 94),  # Swin-T at 224², batch 128: 88 runs a head
-        (2048, 6, 47),
-        (512, 12, 24),  # one wave of 264 programs
-        (128, 24, 12),
-        (128, 40, 10),  # 6 runs would leave 24 places empty; two waves of 13 fill them
-        (1, 3, 1),
-    ],
-)
-def test_runs_end_together(windows, heads, run):
-    call = call_of(49, 32, 32, torch.float16, windows, heads)
-    assert Config(64, 64, 4, 1).windows_per_program(call, H100) == run
-
-
-def test_gradients_of_packed_tokens_lie_in_one_buffer():
-    case = PLANE.but(packed=True)
-    plan = _backward(case)
-    shape = (2, 11, 9, 3, 2, 16)
-    assert plan.buffers["grad_query"] == (shape, torch.float32)
-    assert not {"grad_key", "grad_value"} & set(plan.buffers)
-    step = plan.launches[0]
-    pointers = {step.pointers[f"grad_{name}_ptr"] for name in ("query", "key", "value")}
-    assert pointers == {"grad_query"}
-    assert (step.scalars["grad_key_start"], step.scalars["grad_value_start"]) == (32, 64)
-    # image, three axes (the first is missing), head, channel
-    strides = (11 * 9 * 96, 0, 9 * 96, 96, 16, 1)
-    assert step.scalars["grad_query_strides"] == step.scalars["grad_value_strides"] == strides
-
-
-def test_gradients_of_separate_tokens_are_contiguous_whatever_the_operands_are():
-    plan = _backward(PLANE.but(layout="strided", value_dim=32))
-    assert plan.buffers["grad_query"] == plan.buffers["grad_key"]
-    assert plan.buffers["grad_key"] == ((2, 11, 9, 2, 16), torch.float32)
-    assert plan.buffers["grad_value"] == ((2, 11, 9, 2, 32), torch.float32)
-    numbers = plan.launches[0].scalars
-    assert (numbers["grad_key_start"], numbers["grad_value_start"]) == (0, 0)
-    assert numbers["grad_query_strides"] == (11 * 9 * 32, 0, 9 * 32, 32, 16, 1)
-    assert numbers["grad_value_strides"] == (11 * 9 * 64, 0, 9 * 64, 64, 32, 1)
-
-
 def test_packed_operands_are_parts_of_one_tensor():
-    step = _forward(PLANE.but(packed=True)).launches[0]
+    step = forward_of(PLANE.but(packed=True)).launches[0]
     assert {step.pointers[f"{n}_ptr"] for n in ("query", "key", "value")} == {"query"}
     assert (step.scalars["key_start"], step.scalars["value_start"]) == (32, 64)
     assert step.scalars["SHARED_STRIDES"]
-    assert not _forward(PLANE.but(value_dim=24)).launches[0].scalars["SHARED_STRIDES"]
+    assert not forward_of(PLANE.but(value_dim=24)).launches[0].scalars["SHARED_STRIDES"]
 
 
 @pytest.mark.parametrize(
@@ -294,84 +212,8 @@ def test_packed_operands_are_parts_of_one_tensor():
 )
 def test_tiles_that_a_forward_leaves_do_not_grow_with_the_map(case, shape):
     for size in (case.size, tuple(s + w for s, w in zip(case.size, case.window))):
-        plan = _forward(case.but(size=size), differentiable=True)
+        plan = forward_of(case.but(size=size), differentiable=True)
         assert plan.buffers.get("tiles", (None,))[0] == shape
-
-
-@pytest.mark.parametrize("tokens", [16, 100], ids=["whole", "tiles"])
-def test_only_what_is_needed_is_summed(tokens):
-    case = Case(2, (150,), (tokens,), bias="table", pads=True, cosine=tokens > 64)
-    always = {"logit_scale_sums"} if case.cosine else set()
-    assert set(_backward(case).sums) == {"pad_key_sums", "pad_value_sums"} | always
-    for name in ("bias_table", "pad_key", "pad_value"):
-        plan, biased = _backward(case, needed=[name]), name == "bias_table"
-        assert set(plan.sums) == (always if biased else {f"{name}_sums"} | always)
-        assert ("bias_sums" in plan.buffers) == ("grad_bias_table" in plan.buffers) == biased
-        assert ("_table_grad_kernel" in _kernels(plan)) == biased
-        assert ("_tiled_dbias_kernel" in _kernels(plan)) == (biased and tokens > 64)
-    assert set(_backward(case.but(size=(100 * tokens,))).sums) == always
-    for plan in (_backward(case), _backward(case, needed=())):
-        for name, axes in plan.sums.items():  # of a buffer, fp32, with its axes in front
-            shape, dtype = plan.buffers[name]
-            assert dtype == torch.float32
-            assert max(axes) < len(shape)
-
-
-@pytest.mark.parametrize(
-    ("bias", "kernels", "buffers"),
-    [
-        ("dense", ["_bias_grad_kernel"], {"grad_bias": torch.float16}),
-        ("table", ["_table_grad_kernel"], {"grad_bias_table": torch.float16}),
-        (
-            "table+index",
-            ["_bias_grad_kernel", "_indexed_grad_kernel"],
-            {"summed_bias": torch.float32, "grad_bias_table": torch.float16},
-        ),
-    ],
-)
-def test_a_bias_gradient_is_summed_over_runs_by_kernels_of_ours(bias, kernels, buffers):
-    case = Case(64, (28, 28), (7, 7), heads=3, head_dim=32, bias=bias, dtype=torch.float16)
-    plan = _backward(case.but(extras_dtype=torch.float16))
-    assert _kernels(plan)[-len(kernels) :] == kernels
-    runs, *shape = plan.buffers["bias_sums"][0]
-    assert shape == [3, 49, 49]
-    sums = [x for x in plan.launches if "bias_sums" in x.pointers.values()]
-    assert [x.scalars.get("runs") for x in sums[1:]] == [runs]
-    assert {name: dtype for name, (_, dtype) in plan.buffers.items() if name in buffers} == buffers
-
-
-def test_normalised_tokens_are_left_to_passes_that_follow_and_only_keys_as_rows_turn_the_bias():
-    case = Case(1, (100,), (100,), bias="dense", cosine=True)
-    plan, shape = _backward(case), (1, 2, 100, 16)
-    for name in ("unit_query", "unit_key"):
-        assert plan.buffers[name] == (shape, torch.float32)
-        assert name not in _backward(case.but(cosine=False)).buffers
-    unbiased = _backward(case, needed=()).buffers
-    assert "unit_query" in unbiased
-    assert "unit_key" not in unbiased  # which the gradient of the bias alone would read
-    turned = {
-        launch.kernel: (launch.scalars["TRANSPOSED"], launch.pointers["bias_ptr"])
-        for launch in plan.launches
-        if "_tiled_" in launch.kernel
-    }
-    assert turned == {
-        "bwd_tiled._tiled_dq_kernel": (False, "expanded_bias"),
-        "bwd_tiled._tiled_dkv_kernel": (True, "transposed_bias"),
-        "bwd_tiled._tiled_dbias_kernel": (False, "expanded_bias"),
-    }
-
-
-@pytest.mark.parametrize("tokens", [16, 100], ids=["whole", "tiles"])
-def test_an_empty_batch_launches_nothing_but_the_sum_of_the_table(tokens):
-    case = Case(0, (150,), (tokens,), bias="table", pads=True)
-    for plan in (_forward(case), _backward(case)):
-        assert not set(_kernels(plan)) - {"_expand_bias_kernel", "_table_grad_kernel"}
-    assert _forward(case).buffers["out"][0] == (0, 150, 2, 16)
-    plan = _backward(case)
-    assert plan.launches[-1].scalars["runs"] == 0  # a sum of none: zeros
-    for name, axes in plan.sums.items():
-        shape, _ = plan.buffers[name]
-        assert any(shape[axis] == 0 for axis in axes)  # its sum is zeros
 
 
 SLIM = Case(1, (3, 10), (7, 4), (5, 1))
@@ -415,22 +257,22 @@ SLIM = Case(1, (3, 10), (7, 4), (5, 1))
     ids=str,
 )
 def test_scalars_of_a_forward(case, expected):
-    scalars = _forward(case).launches[0].scalars
+    scalars = forward_of(case).launches[0].scalars
     assert {name: scalars[name] for name in expected} == expected
 
 
 def test_a_measured_configuration_is_the_one_of_the_plan():
     case = Case(1, (7, 7), (7, 7), heads=3, head_dim=32, dtype=torch.float16, layout="contiguous")
-    assert _forward(case).launches[0].config.num_warps != 16
+    assert forward_of(case).launches[0].config.num_warps != 16
     key = tuned_key("forward", call_of(49, 32, 32, torch.float16, 1, 3), H100)
     with override({key: {"num_warps": 16}}):
-        assert _forward(case).launches[0].config.num_warps == 16
+        assert forward_of(case).launches[0].config.num_warps == 16
 
 
 def test_tf32_changes_layouts_and_products_but_not_what_is_kept():
     """It may be allowed between a forward and its backward, or after a model was compiled."""
     case = PLANE.but(cosine=True, pads=False)
-    exact, rounded = (_forward(case, tf32=tf32, differentiable=True) for tf32 in (False, True))
+    exact, rounded = (forward_of(case, tf32=tf32, differentiable=True) for tf32 in (False, True))
     assert exact.launches[0].scalars["PRECISION"] == "ieee"
     assert rounded.launches[0].scalars["PRECISION"] == "tf32"
     assert exact.buffers == rounded.buffers
@@ -459,7 +301,7 @@ def test_tf32_changes_layouts_and_products_but_not_what_is_kept():
     ids=str,
 )
 def test_channels_that_16_bytes_do_not_load_have_layouts_of_their_own(case, not_vectorizable):
-    assert _call(make_operands(case), **case.options).not_vectorizable == not_vectorizable
+    assert plain_call(make_operands(case), **case.options).not_vectorizable == not_vectorizable
 
 
 def test_an_address_that_16_does_not_divide_scatters_channels():
@@ -467,17 +309,7 @@ def test_an_address_that_16_does_not_divide_scatters_channels():
     aligned, shifted = (memory[i : i + numbers].view(2, 11, 9, 2, 16) for i in (0, 1))
     assert [facts_of(x).aligned for x in (aligned, shifted)] == [True, False]
     layouts = [
-        forward_plan(_call(Operands(q, aligned, aligned), window_size=4), KNOWN_GPUS["sm_120"])
+        forward_plan(plain_call(Operands(q, aligned, aligned), window_size=4), KNOWN_GPUS["sm_120"])
         for q in (aligned, shifted)
     ]
     assert layouts[0].launches[0].config != layouts[1].launches[0].config
-
-
-@pytest.mark.parametrize("n", [1, 2, 3, 7, 8, 9, 255, 641, 65_535, 65_536, 2**30 + 1, 2**31 - 1])
-def test_multiplying_and_shifting_divides_every_31_bit_number(n):
-    factor, shift = divisor(n)
-    assert -(2**31) <= factor < 2**31  # as a kernel's argument of 32 bits
-    multiples = {k * n for k in (0, 1, 2, 3, (2**31 - 1) // n)}
-    near = {m + d for m in multiples for d in (-1, 0, 1)} | {2**31 - 1, 2**30, 12_345_678}
-    for x in (x for x in near if 0 <= x < 2**31):
-        assert ((2 * x * (factor % 2**32)) >> 32) >> shift == x // n

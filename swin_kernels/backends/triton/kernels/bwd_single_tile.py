@@ -1,4 +1,4 @@
-"""Backward kernel for a window in one tile: every gradient of docs/math.md in one pass.
+"""Backward kernel for a window in one tile, without dropout: every gradient of docs/math.md.
 
 The probabilities are computed again, with the tiles of bias and shift mask that the forward left.
 With a whole row on chip Δ = rowsum(P∘dP), so that neither the output nor statistics of rows are
@@ -12,7 +12,6 @@ import triton.language as tl
 
 from swin_kernels.backends.triton.kernels.common import (
     add_masks,
-    dropout_keep_mask,
     exponential,
     l2_normalize,
     l2_normalize_bwd,
@@ -46,7 +45,6 @@ def _single_tile_bwd_kernel(
     pad_key_ptr,
     pad_value_ptr,
     logit_scale_ptr,
-    seed_ptr,
     grad_query_ptr,
     grad_key_ptr,
     grad_value_ptr,
@@ -71,7 +69,6 @@ def _single_tile_bwd_kernel(
     tile_heads,
     scale,
     mask_value,
-    kept_factor,
     META: tl.constexpr,
     SHARED_GRAD_STRIDES: tl.constexpr,
     HAS_TILES: tl.constexpr,
@@ -132,18 +129,16 @@ def _single_tile_bwd_kernel(
             image, number, place = window_place(window, geometry, META)
         x, rows, padding = locate(n, places, place, geometry, META)
         at = (image, head, x, rows)
-        if HAS_TILES:
-            tile = first_tile
-            if TILES_PER_HEAD > 1:
-                tile += seams_crossed(place, geometry, META)
-            if HOLDS_BIAS and TILES_PER_HEAD > 1:
+        tile = first_tile
+        if TILES_PER_HEAD > 1:
+            tile += seams_crossed(place, geometry, META)
+            if HOLDS_BIAS:
                 if tile != held:
                     added = tl.load(tile_pointers(tiles_ptr, tile, BLOCK_N))
                 held = tile
+        s = added
         if HAS_TILES and not HOLDS_BIAS:  # it is in the first cache
             s = tl.load(tile_pointers(tiles_ptr, tile, BLOCK_N), cache_modifier=".ca")
-        else:
-            s = added
         q = load_tokens(query, at, META.HEAD_DIM, BLOCK_D, META)
         k, v = load_keys(key, value, at, BLOCK_D, BLOCK_DV, META)
         do = load_tokens(grad_out, at, META.VALUE_DIM, BLOCK_DV, META)
@@ -162,13 +157,8 @@ def _single_tile_bwd_kernel(
         row_sum = tl.sum(e, 1)
         p = e * (1.0 / tl.where(row_sum == 0.0, 1.0, row_sum))[:, None]  # (BLOCK_N, BLOCK_N)
         dp = tl.dot(do, tl.trans(v), input_precision=PRECISION)
-        weights = p
-        if META.DROPOUT_THRESHOLD > 0:
-            kept = dropout_keep_mask(seed_ptr, window, head, n, n, META)
-            weights = tl.where(kept, p * kept_factor, 0.0)
-            dp = tl.where(kept, dp * kept_factor, 0.0)
         # each gradient is stored before the next is computed: few registers are left
-        dv = tl.dot(tl.trans(weights.to(do.dtype)), do, input_precision=PRECISION)
+        dv = tl.dot(tl.trans(p.to(do.dtype)), do, input_precision=PRECISION)
         if NEEDS_PAD_VALUE:
             pad_value_sum += sum_over(padding, dv)
         store_tokens(grad_value, at, dv, META.VALUE_DIM, BLOCK_DV, META)

@@ -138,7 +138,8 @@ def l2_normalize(x):
         unit = wide / norm[:, None]
     else:  # by an approximate reciprocal for each row: its error is far below what is rounded then
         inverse = tl.rsqrt(tl.maximum(square, NORM_CLAMP * NORM_CLAMP))
-        norm = tl.maximum(square * inverse, NORM_CLAMP)
+        # beyond 1.8e19, of bf16, a square is infinite: as its norm then is, and no gradient left
+        norm = tl.where(inverse == 0.0, float("inf"), tl.maximum(square * inverse, NORM_CLAMP))
         unit = (wide * inverse[:, None]).to(x.dtype)
     return unit, norm
 
