@@ -195,8 +195,15 @@ def main() -> None:
     options = parser.parse_args()
     if native.CUDA_OBJECT.path is None:
         sys.exit(f"predict_cuda: {native.CUDA_OBJECT.error}")
+    built = {arch for _, arch in bodies(native.CUDA_OBJECT.path)}
+    if lacking := sorted({CHIPS[name].arch for name in options.gpu or ()} - built):
+        sys.exit(
+            f"predict_cuda: the object has no code for {', '.join(lacking)}, only for "
+            f"{', '.join(sorted(built))}: build it with TORCH_CUDA_ARCH_LIST"
+        )
+    gpus = options.gpu or [name for name in gpus if CHIPS[name].arch in built]
     cases = options.case or ["T1 shift 3", "T3 shift 3", "T4 shift 0"]
-    print("\n".join(table(cases, options.gpu or gpus, native.CUDA_OBJECT.path)))
+    print("\n".join(table(cases, gpus, native.CUDA_OBJECT.path)))
 
 
 if __name__ == "__main__":

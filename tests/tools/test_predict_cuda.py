@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+from pathlib import Path
+
 import pytest
 
 pytest.importorskip("triton", reason="the tool that reads machine code comes with Triton")
@@ -59,3 +62,11 @@ def test_swins_stages_are_predicted_from_the_built_object():
         assert names.count("HMMA.16816.F32.BF16") == products  # of 64 keys and 32 channels
     page = "\n".join(predict_cuda.table(["T4 shift 0"], ["H200"], path))
     assert "| H200 | T4 shift 0 | forward | 8 | 384 |" in page
+
+
+def test_a_gpu_that_the_object_has_no_code_for_is_an_error(monkeypatch):
+    monkeypatch.setattr(native, "CUDA_OBJECT", replace(native.CUDA_OBJECT, path=Path("object.so")))
+    monkeypatch.setattr(predict_cuda, "bodies", lambda path: {("single_tile_forward", "sm_90"): 0})
+    monkeypatch.setattr("sys.argv", ["predict_cuda", "--gpu", "A100"])
+    with pytest.raises(SystemExit, match="has no code for sm_80, only for sm_90: build it with"):
+        predict_cuda.main()

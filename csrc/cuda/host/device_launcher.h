@@ -4,6 +4,8 @@
 #include <torch/csrc/stable/tensor.h>
 
 #include <cstdint>
+#include <map>
+#include <tuple>
 
 #include "cuda/device/ptx.cuh"
 
@@ -38,16 +40,14 @@ class Device {
     return found;
   }
 
-  // How many programs of a kernel the device works on at once.
+  // How many programs of a kernel the device works on at once; asked of the driver once.
   template <class A>
   int64_t programs_at_once(void (*kernel)(A), int threads, int64_t shared_bytes) const {
-    allow_shared_memory(kernel, shared_bytes);
-    int multiprocessors = 0, programs = 0;
-    STD_CUDA_CHECK(
-        cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, index_));
-    STD_CUDA_CHECK(cudaOccupancyMaxActiveBlocksPerMultiprocessor(&programs, kernel, threads,
-                                                                 size_t(shared_bytes)));
-    return int64_t(multiprocessors) * (programs > 0 ? programs : 1);  // 0: the launch will say why
+    using Key = std::tuple<const void*, int32_t, int, int64_t>;
+    static thread_local std::map<Key, int64_t> known;
+    const Key key(reinterpret_cast<const void*>(kernel), index_, threads, shared_bytes);
+    if (const auto entry = known.find(key); entry != known.end()) return entry->second;
+    return known[key] = asked_programs_at_once(kernel, threads, shared_bytes);
   }
 
   template <class A>
@@ -60,6 +60,17 @@ class Device {
   }
 
  private:
+  template <class A>
+  int64_t asked_programs_at_once(void (*kernel)(A), int threads, int64_t shared_bytes) const {
+    allow_shared_memory(kernel, shared_bytes);
+    int multiprocessors = 0, programs = 0;
+    STD_CUDA_CHECK(
+        cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, index_));
+    STD_CUDA_CHECK(cudaOccupancyMaxActiveBlocksPerMultiprocessor(&programs, kernel, threads,
+                                                                 size_t(shared_bytes)));
+    return int64_t(multiprocessors) * (programs > 0 ? programs : 1);  // 0: the launch will say why
+  }
+
   template <class A>
   static void allow_shared_memory(void (*kernel)(A), int64_t bytes) {
     if (bytes > 48 << 10)

@@ -11,7 +11,9 @@ pytest.importorskip("triton", reason="the tool that reads machine code comes wit
 
 from tiers import thorough
 
-from benchmarks.codegen import cuda_object
+from benchmarks.codegen import aot, cuda_object
+from benchmarks.codegen.chips import CHIPS
+from benchmarks.codegen.predict import programs_at_once
 from swin_kernels import shifted_window_attention_qkvpacked
 from swin_kernels.backends import native
 
@@ -61,6 +63,23 @@ def test_kernels_spill_nothing_and_use_matrix_units_where_they_should(arch, kern
     assert count == {"fp16": half, "bf16": half, "tf32": single, "fp32": single, "fp64": double}
     defects = {(k.name, k.precision, k.channels): k.defects() for k in found}
     assert not any(defects.values()), {k: v for k, v in defects.items() if v}
+
+
+@pytest.mark.parametrize(("arch", "gpu", "programs"), [("sm_90", "H200", 3), ("sm_80", "A100", 2)])
+def test_a_backward_of_32_channels_has_room_for_what_it_loads_ahead(arch, gpu, programs, kernels):
+    """Two tiles of queries and keys, and as many programs at once as keep memory busy."""
+    name, channels, shared = "single_tile_backward", 32, cuda_object.shared_memory()
+    found = [
+        aot.Code(k.registers, 0, 0, shared[name, k.precision, channels], 0, 0)
+        for k in kernels
+        if (k.arch, k.name, k.channels) == (arch, name, channels)
+        if k.precision in ("bf16", "fp16")
+    ]
+    if not found:
+        pytest.skip(f"the object was not built for {arch}")
+    assert len(found) == 2
+    at_once = {programs_at_once(code, cuda_object.THREADS // 32, CHIPS[gpu]) for code in found}
+    assert at_once == {programs}
 
 
 def test_every_kernel_has_room_in_the_shared_memory_of_every_gpu(kernels):
