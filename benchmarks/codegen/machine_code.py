@@ -51,7 +51,6 @@ KNOWN_SPILLS = {
         ("cosine, dropout", "bf16", "_tiled_dq_kernel"): (0, 0, 2, 0),
         ("swin, padded", "tf32", "_single_tile_bwd_kernel"): (0, 75, 0, 0),
         ("dropout", "fp32", "_single_tile_fwd_kernel"): (0, 6, 0, 0),
-        ("head dim 64, strided", "bf16", "_single_tile_bwd_kernel"): (0, 0, 6, 0),
         ("cosine, dropout", "fp32", "_single_tile_fwd_kernel"): (0, 6, 0, 0),
         ("strided", "fp32", "_single_tile_bwd_kernel"): (0, 11, 0, 0),
     },
