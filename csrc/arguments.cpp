@@ -144,24 +144,38 @@ Element element_of(const Tensor& t) {
 Problem checked_problem(const Arguments& a) {
   element_of(a.query);
   check_tokens(a);
-  const int64_t axes = int64_t(a.window_size.size());
+  const Tensor& q = a.query;
+  std::vector<int64_t> size;
+  for (size_t i = 0; i < a.window_size.size(); ++i) size.push_back(q.size(1 + int64_t(i)));
+  const int64_t head_dim = q.size(q.dim() - 1);
+  return checked_problem(a, q.size(0), size, q.size(q.dim() - 2), head_dim,
+                         a.packed() ? head_dim : a.value->size(a.value->dim() - 1));
+}
+
+Problem checked_problem(const Arguments& a, int64_t batch, const std::vector<int64_t>& size,
+                        int64_t heads, int64_t head_dim, int64_t value_dim) {
+  const int64_t axes = int64_t(size.size());
   Problem p;
   p.roll_then_pad = a.roll_then_pad;
-  p.batch = a.query.size(0);
-  p.heads = a.query.size(a.query.dim() - 2);
-  p.head_dim = a.query.size(a.query.dim() - 1);
-  p.value_dim = a.packed() ? p.head_dim : a.value->size(a.value->dim() - 1);
+  p.batch = batch;
+  p.heads = heads;
+  p.head_dim = head_dim;
+  p.value_dim = value_dim;
   STD_TORCH_CHECK(p.heads > 0 && p.head_dim > 0 && p.value_dim > 0,
                   "swin_kernels: expected heads and channels");
+  STD_TORCH_CHECK(a.window_size.size() == size.size() && a.shift_size.size() == size.size() &&
+                      a.periodic.size() == size.size(),
+                  "swin_kernels: expected window_size, shift_size and periodic for ", axes,
+                  " axes");
   for (int64_t i = 0; i < axes; ++i) {
-    const int64_t size = a.query.size(1 + i), window = a.window_size[size_t(i)];
+    const int64_t tokens = size[size_t(i)], window = a.window_size[size_t(i)];
     const int64_t shift = a.shift_size[size_t(i)];
     STD_TORCH_CHECK(window <= kMaxTokens, "swin_kernels: expected at most ", kMaxTokens,
                     " tokens in a window, got ", window, " on one axis");
-    STD_TORCH_CHECK(size > 0 && window > 0 && shift >= 0 && shift < window,
+    STD_TORCH_CHECK(tokens > 0 && window > 0 && shift >= 0 && shift < window,
                     "swin_kernels: expected tokens on each axis and 0 <= shift < window, got ",
-                    size, " tokens, window ", window, ", shift ", shift);
-    p.axis[kAxes - axes + i] = Axis::of(size, window, shift, a.periodic[size_t(i)]);
+                    tokens, " tokens, window ", window, ", shift ", shift);
+    p.axis[kAxes - axes + i] = Axis::of(tokens, window, shift, a.periodic[size_t(i)]);
   }
   STD_TORCH_CHECK(p.tokens() <= kMaxTokens, "swin_kernels: expected at most ", kMaxTokens,
                   " tokens in a window, got ", p.tokens());

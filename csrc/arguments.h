@@ -55,6 +55,10 @@ inline bool needed(int64_t needs, int64_t bit, const MaybeTensor& t) {
 // Throws, with what came and what was expected, before anything is computed.
 Problem checked_problem(const Arguments& a);
 
+// The same for tokens of so many heads and channels in maps of `size`, whatever tensor holds them.
+Problem checked_problem(const Arguments& a, int64_t batch, const std::vector<int64_t>& size,
+                        int64_t heads, int64_t head_dim, int64_t value_dim);
+
 void check_grad_out(const Tensor& grad_out, const Arguments& a);
 
 Element element_of(const Tensor& t);

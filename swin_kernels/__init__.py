@@ -9,6 +9,7 @@ from swin_kernels.ops.attention import (
     shifted_window_attention,
     shifted_window_attention_qkvpacked,
 )
+from swin_kernels.ops.sublayers import mlp_sublayer, window_attention_sublayer
 from swin_kernels.patch import explain, patch, patched, unpatch
 from swin_kernels.version import __version__ as __version__
 
@@ -17,9 +18,11 @@ __all__ = [
     "WindowAttention",
     "WindowAttentionV2",
     "explain",
+    "mlp_sublayer",
     "patch",
     "patched",
     "shifted_window_attention",
     "shifted_window_attention_qkvpacked",
     "unpatch",
+    "window_attention_sublayer",
 ]

@@ -98,7 +98,7 @@ class Facts(NamedTuple):
         return len(self.shape)
 
 
-def _check_number(name: str, number: object) -> None:
+def check_number(name: str, number: object) -> None:
     """That it is a plain number: a tensor would be read once and lose its gradient."""
     if isinstance(number, bool) or not isinstance(
         number, (int, float, torch.SymInt, torch.SymFloat)
@@ -171,10 +171,10 @@ class Problem:
         dropout_p: float = 0.0,
     ) -> Problem:
         """The problem that these arguments pose; ValueError if they do not fit together."""
-        _check_number("mask_value", mask_value)
-        _check_number("dropout_p", dropout_p)
+        check_number("mask_value", mask_value)
+        check_number("dropout_p", dropout_p)
         if scale is not None:
-            _check_number("scale", scale)
+            check_number("scale", scale)
         _check_mask_gradient(operands.mask)
         arguments = (
             _facts(operands),

@@ -3,24 +3,11 @@
 
 #include <cstdint>
 
+#include "cpu/attention_operands.h"
+#include "cpu/sublayer_kernels.h"
 #include "window_geometry.h"
 
 namespace swin_kernels::cpu {
-
-// Everything a tile reads. Sums are in double for double tokens, else in float: `Sum` below.
-// Pointers to void hold Sum; they are null where the call has no such operand.
-struct Operands {
-  Problem problem;
-  TokenViews tokens;
-  const void* bias = nullptr;         // (H, keys, queries rounded up to lanes)
-  FloatView mask;                     // (nW, N, N)
-  const void* pad_key = nullptr;      // (H, D)
-  const void* pad_value = nullptr;    // (H, Dv)
-  const void* logit_scale = nullptr;  // (H,): cosine attention
-  double mask_value = 0, scale = 1;
-  double dropout_p = 0;
-  uint64_t dropout_seed = 0;
-};
 
 struct Forward {
   Operands in;
@@ -35,6 +22,7 @@ struct Backward {
   TokenView grad_out;
   TokenViews grad;
   int64_t windows_per_chunk = 1, heads_per_task = 1;
+  bool holds_half = false;       // gradients of tokens that fp16 is to hold, though they are wider
   void* partial_bias = nullptr;  // (chunks, H, keys, queries rounded up to lanes)
   // in double, as one row sums over every token of padding, all alike where there is no bias
   void* partial_pad_key = nullptr;      // (chunks, H, D)
@@ -63,7 +51,11 @@ struct Kernels {
   int vector_bytes;
   void (*forward[kElements])(const Forward&, int64_t begin, int64_t end);
   void (*backward[kElements])(const Backward&, int64_t begin, int64_t end);
+  LinearKernels linear[kElements];
 };
+
+// Those of tokens of one dtype for this processor.
+const Kernels& kernels(Element element);
 
 extern const Kernels kGeneric;
 #if defined(__x86_64__)

@@ -6,45 +6,16 @@
 
 #include <algorithm>
 #include <cmath>
-#include <cstdlib>
-#include <cstring>
 #include <string>
 #include <tuple>
 #include <vector>
 
-#include "cpu/pack_operands.h"
+#include "cpu/partial_sums.h"
 
 namespace swin_kernels::cpu {
 namespace {
 
 using torch::headeronly::ScalarType;
-
-const Kernels& choose_kernels() {
-  const char* wish = std::getenv("ATEN_CPU_CAPABILITY");  // torch's own override
-  const bool below_512 =
-      wish != nullptr && (!std::strcmp(wish, "avx2") || !std::strcmp(wish, "default"));
-  const bool below_256 = wish != nullptr && !std::strcmp(wish, "default");
-#if defined(__x86_64__)
-  __builtin_cpu_init();
-  if (!below_512 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-      __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq"))
-    return kAvx512;
-  // every AVX2 processor converts fp16 too; not every compiler can ask for it
-  if (!below_256 && __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) return kAvx2;
-#endif
-  return kGeneric;
-}
-
-// The kernels of tokens of one dtype.
-const Kernels& kernels(Element element) {
-  static const Kernels& chosen = choose_kernels();
-#if defined(__x86_64__)
-  static const bool multiplies_bfloat16 =
-      &chosen == &kAvx512 && __builtin_cpu_supports("avx512bf16");
-  if (element == Element::kBFloat16 && multiplies_bfloat16) return kAvx512Bfloat16;
-#endif
-  return chosen;
-}
 
 std::string cpu_capability() { return kernels(Element::kFloat).name; }
 
@@ -60,53 +31,12 @@ Tensor forward_as(const Arguments& a, const Problem& p) {
   Buffers<T> buffers;
   Forward call;
   call.in = operands_of(a, p, kernels(element).vector_bytes / int64_t(sizeof(T)), buffers);
+  call.in.tokens = views_of(a);
   call.out = view_of(out);
   const auto run = kernels(element).forward[int(element)];
   torch::stable::parallel_for(0, p.batch * p.windows() * p.heads, 1,
                               [&](int64_t begin, int64_t end) { run(call, begin, end); });
   return out;
-}
-
-// Sums over chunks, added up in order: (chunks, n) -> (n).
-template <class T>
-Numbers<T> summed(const Numbers<T>& partials, int64_t chunks, int64_t n) {
-  Numbers<T> total(n);
-  torch::stable::parallel_for(0, n, 4096, [&](int64_t begin, int64_t end) {
-    std::fill(&total[begin], &total[begin] + (end - begin), T(0));
-    for (int64_t c = 0; c < chunks; ++c)
-      for (int64_t i = begin; i < end; ++i) total[i] += partials[c * n + i];
-  });
-  return total;
-}
-
-// The gradient of a bias (H, keys, queries rounded up to `width`) summed into its table (rows, H).
-template <class T>
-std::vector<T> summed_to_table(const Numbers<T>& bias, const std::vector<int32_t>& index,
-                               const Problem& p, int64_t width, int64_t rows) {
-  const int64_t n = p.tokens();
-  std::vector<T> table(size_t(rows * p.heads));
-  torch::stable::parallel_for(0, p.heads, heads_at_once(n), [&](int64_t begin, int64_t end) {
-    std::vector<T> column(static_cast<size_t>(rows));
-    for (int64_t h = begin; h < end; ++h) {
-      std::fill(column.begin(), column.end(), T(0));
-      for (int64_t j = 0; j < n; ++j)
-        for (int64_t i = 0; i < n; ++i)
-          column[size_t(index[size_t(j * n + i)])] += bias[(h * n + j) * width + i];
-      for (int64_t r = 0; r < rows; ++r) table[size_t(r * p.heads + h)] = column[size_t(r)];
-    }
-  });
-  return table;
-}
-
-// A contiguous tensor like `like`, of value(row-major position).
-template <class F>
-Tensor filled_like(const Tensor& like, const F& value) {
-  Tensor t = empty_tensor(shape_of(like), like.scalar_type());
-  as_dtype(like.scalar_type(), [&]<class To>(To) {
-    To* data = static_cast<To*>(t.mutable_data_ptr());
-    for (int64_t i = 0; i < t.numel(); ++i) data[i] = static_cast<To>(value(i));
-  });
-  return t;
 }
 
 // How the backward is cut into tasks: a function of the problem alone, so that the sums do not
@@ -149,6 +79,7 @@ Gradients backward_as(const Tensor& grad_out, const Arguments& a, const Problem&
   Buffers<T> buffers;
   Backward call;
   call.in = operands_of(a, p, lanes, buffers);
+  call.in.tokens = views_of(a);
   call.grad_out = read_only(grad_out);
   const TokenGradients grad(a);
   call.grad = grad.views;
@@ -178,16 +109,6 @@ Gradients backward_as(const Tensor& grad_out, const Arguments& a, const Problem&
                               [&](int64_t begin, int64_t end) { run(call, begin, end); });
 
   const Numbers<T> bias = summed(biases, chunks, p.heads * bias_size);
-  const auto grad_bias = [&] {
-    return filled_like(*a.bias, [&](int64_t i) {  // (H, queries, keys) from (H, keys, queries)
-      return bias[(i / (n * n) * n + i % n) * width + i / n % n];
-    });
-  };
-  const auto grad_table = [&] {
-    const std::vector<T> table =
-        summed_to_table(bias, buffers.bias_index, p, width, a.bias_table->size(0));
-    return filled_like(*a.bias_table, [&](int64_t i) { return table[size_t(i)]; });
-  };
   const auto finish = [&](bool wanted, const MaybeTensor& like, const auto& partials, int64_t size,
                           const auto& element) {
     if (!wanted) return empty_tensor({0}, dtype);
@@ -199,8 +120,9 @@ Gradients backward_as(const Tensor& grad_out, const Arguments& a, const Problem&
   return {grad.query,
           grad.key,
           grad.value,
-          wants_bias ? grad_bias() : empty_tensor({0}, dtype),
-          wants_table ? grad_table() : empty_tensor({0}, dtype),
+          wants_bias ? bias_gradient(*a.bias, bias, n, width) : empty_tensor({0}, dtype),
+          wants_table ? table_gradient(*a.bias_table, bias, buffers.bias_index, p, width)
+                      : empty_tensor({0}, dtype),
           finish(wants_pad_key, a.pad_key, pad_keys, p.head_dim,
                  [&](const auto& total, int64_t i) {
                    const double x = total[i];

@@ -116,7 +116,6 @@ Operands operands_of(const Arguments& a, const Problem& p, int64_t lanes, Buffer
   buffers.logit_scale = copy_of<T>(a.logit_scale);
   Operands in;
   in.problem = p;
-  in.tokens = views_of(a);
   in.bias = buffers.bias.data();
   in.pad_key = buffers.pad_key.empty() ? nullptr : buffers.pad_key.data();
   in.pad_value = buffers.pad_value.empty() ? nullptr : buffers.pad_value.data();

@@ -5,21 +5,25 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Generic, TypeVar
 
 import torch
 from torch import Tensor
 from torch._C import _AutoDispatchBelowAutograd, _len_torch_dispatch_stack
 
-from swin_kernels.backends.flops import count, tell_counters
-from swin_kernels.problem import DIFFERENTIABLE, NEEDS, Operands, Options, Problem, split_arguments
+from swin_kernels.backends.flops import Products, attention_products, count, tell_counters
+from swin_kernels.problem import DIFFERENTIABLE, NEEDS, Operands, split_arguments
 
 OLDEST_CAPABILITY = (8, 0)
 
 # a forward again, on operands of the very facts that it was made for, unchecked; output first
 Repeat = Callable[[Operands], Sequence[Tensor]]
 Saved = tuple[Tensor, ...]  # what a backward wants to find again beside the operands
-Needed = tuple[bool, ...]  # by the fields of `Operands`, whether its gradient is
+Needed = tuple[bool, ...]  # by the fields of the operands, whether its gradient is
+# of one operation: the facts of a call, its tensors and its numbers
+ProblemT = TypeVar("ProblemT")
+OperandsT = TypeVar("OperandsT")
+OptionsT = TypeVar("OptionsT")
 
 
 @dataclass(frozen=True)
@@ -30,10 +34,18 @@ class Ops:
     backward: Any
 
     @classmethod
-    def named(cls, forward: str, backward: str, before_operands: int = 1, fakes: tuple = ()) -> Ops:
+    def named(
+        cls,
+        forward: str,
+        backward: str,
+        before_operands: int = 1,
+        fakes: tuple = (),
+        products: Products = attention_products,
+    ) -> Ops:
         """Those of these qualified names, now defined; traced from now on.
 
-        `before_operands` is the number of arguments of the backward op that come first.
+        `before_operands` is the number of arguments of the backward op that come first, `products`
+        what counts the FLOPs of the forward.
         """
         found = []
         for qualified, fake in zip((forward, backward), fakes or (forward_fake, backward_fake)):
@@ -41,12 +53,12 @@ class Ops:
             namespace, name = qualified.split("::")
             found.append(getattr(getattr(torch.ops, namespace), name).default)
         ops = cls(*found)
-        count(ops.forward, ops.backward, before_operands)
+        count(ops.forward, ops.backward, before_operands, products)
         return ops
 
 
-class Backend(ABC):
-    """One way to compute the contract."""
+class Backend(ABC, Generic[ProblemT, OperandsT, OptionsT]):
+    """One way to compute one operation of the contract."""
 
     name: ClassVar[str]
     ops: Ops | None = None  # None: it has no op of its own, or it was not loaded
@@ -54,22 +66,30 @@ class Backend(ABC):
     repeats_on: tuple[str, ...] = ()  # device types for which `repeat` may offer something
 
     @abstractmethod
-    def why_not(self, problem: Problem) -> str | None:
+    def why_not(self, problem: ProblemT) -> str | None:
         """None if it can run `problem`, else the reason."""
+
+    def why_not_unasked(self, problem: ProblemT) -> str | None:
+        """Why it does not run `problem`, though it can, unless asked for by name."""
+        return None
 
     @abstractmethod
     def forward(
-        self, operands: Operands, options: Options, differentiable: bool
+        self, operands: OperandsT, options: OptionsT, differentiable: bool
     ) -> tuple[Tensor, Saved]:
         """The output, and what is saved beside the operands."""
 
     @abstractmethod
     def backward(
-        self, grad_out: Tensor, operands: Operands, options: Options, saved: Saved, needed: Needed
+        self, grad_out: Tensor, operands: OperandsT, options: OptionsT, saved: Saved, needed: Needed
     ) -> tuple[Tensor | None, ...]:
-        """Gradients in the order of `Operands`; those not needed may be anything."""
+        """Gradients in the order of the operands; those not needed may be anything."""
 
-    def repeat(self, operands: Operands, options: Options) -> Repeat | None:
+    def prepared(self, operands: OperandsT, problem: ProblemT) -> OperandsT:
+        """The operands of an eager call that wants no gradient, with what it may keep of them."""
+        return operands
+
+    def repeat(self, operands: OperandsT, options: OptionsT) -> Repeat | None:
         """What runs an inference call like this one again, faster than `forward`, if anything."""
         return None
 

@@ -10,9 +10,12 @@ from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 
 from swin_kernels.problem import split_arguments
 
+# FLOPs of an op's products, of its arguments as in a schema, shapes for tensors
+Products = Callable[[Sequence[Any]], int]
 
-def _products(arguments: Sequence[Any]) -> int:
-    """QKᵀ and AV in all windows, of padding too; arguments as in a schema, shapes for tensors."""
+
+def attention_products(arguments: Sequence[Any]) -> int:
+    """QKᵀ and AV in all windows, of padding too."""
     operands, options, _ = split_arguments(arguments)
     if operands.value is None:  # packed: (B, *S, 3, H, D)
         batch, *size, _, heads, head_dim = operands.query
@@ -28,14 +31,15 @@ def _products(arguments: Sequence[Any]) -> int:
 _formulas: dict[Any, Callable[..., int]] = {}
 
 
-def count(forward: Any, backward: Any, before_operands: int) -> None:
+def count(forward: Any, backward: Any, before_operands: int, products: Products) -> None:
     """Formulas for a forward and a backward op; the latter has other arguments before operands.
 
-    A backward is four products, as in unfused layers: what it computes again is not counted.
+    A backward has two products for each of the forward's, as in unfused layers: what it computes
+    again is not counted.
     """
-    _formulas[forward._overloadpacket] = lambda *arguments, **_: _products(arguments)
+    _formulas[forward._overloadpacket] = lambda *arguments, **_: products(arguments)
     _formulas[backward._overloadpacket] = lambda *arguments, **_: (
-        2 * _products(arguments[before_operands:])
+        2 * products(arguments[before_operands:])
     )
 
 

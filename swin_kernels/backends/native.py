@@ -81,7 +81,7 @@ def _native_ops() -> Ops:
     return Ops.named(forward, backward)
 
 
-class _NativeBackend(Backend):
+class _NativeBackend(Backend[Problem, Operands, Options]):
     """The ops of a compiled object."""
 
     def why_not(self, problem: Problem) -> str | None:

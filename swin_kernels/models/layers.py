@@ -1,4 +1,4 @@
-"""What surrounds attention: patch embedding, patch merging, MLP, stochastic depth."""
+"""What surrounds attention: patch embedding, patch merging, the MLP half, stochastic depth."""
 
 from __future__ import annotations
 
@@ -8,6 +8,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
+
+from swin_kernels.ops.layers import is_exporting, is_plain
+from swin_kernels.ops.sublayers import mlp_sublayer, why_mlp_unfused
 
 
 def check_least(config: object, least: float, *names: str) -> None:
@@ -69,10 +72,15 @@ class DropPath(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, …) -> the same."""
-        if self.p == 0 or not self.training:
+        if (factors := self.draw(x)) is None:
             return x
-        kept = x.new_empty((x.shape[0],) + (1,) * (x.ndim - 1)).bernoulli_(1 - self.p)
-        return x * kept / (1 - self.p)
+        return x * factors.view(-1, *[1] * (x.ndim - 1))
+
+    def draw(self, x: Tensor) -> Tensor | None:
+        """(B,): the factor of each image, None where all are 1."""
+        if self.p == 0 or not self.training:
+            return None
+        return x.new_empty((x.shape[0],)).bernoulli_(1 - self.p).div_(1 - self.p)
 
     def extra_repr(self) -> str:
         return f"p={self.p:.3g}"
@@ -90,6 +98,48 @@ class Mlp(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """(…, dim) -> (…, dim)."""
         return self.drop(self.fc2(self.drop(F.gelu(self.fc1(x)))))
+
+
+def add_mlp(
+    x: Tensor,
+    norm: nn.LayerNorm,
+    mlp: Mlp,
+    drop_path: DropPath,
+    norm_last: bool,
+    backend: str | None = None,
+) -> Tensor:
+    """x + drop_path(mlp(norm(x))), or x + drop_path(norm(mlp(x))), of (B, height, width, dim).
+
+    One operation where a fused kernel is faster and every module is plain: without hooks, dropout
+    at work or a layer of another class.
+    """
+    plain = (
+        is_plain(norm, nn.LayerNorm)
+        and is_plain(mlp, Mlp)
+        and is_plain(mlp.fc1, nn.Linear)
+        and is_plain(mlp.fc2, nn.Linear)
+        and is_plain(mlp.drop, nn.Dropout)
+        and not (mlp.drop.training and mlp.drop.p > 0)
+        and is_plain(drop_path, DropPath)
+        and x.dtype == mlp.fc1.weight.dtype
+        and not is_exporting(x)
+    )
+    if not plain or why_mlp_unfused(x, mlp.fc1.weight, backend) is not None:
+        branch = norm(mlp(x)) if norm_last else mlp(norm(x))
+        return x + drop_path(branch)
+    return mlp_sublayer(
+        x,
+        mlp.fc1.weight,
+        mlp.fc1.bias,
+        mlp.fc2.weight,
+        mlp.fc2.bias,
+        norm="post" if norm_last else "pre",
+        norm_weight=norm.weight,
+        norm_bias=norm.bias,
+        norm_eps=norm.eps,
+        residual_scale=drop_path.draw(x),
+        backend=backend,
+    )
 
 
 class PatchEmbed(nn.Module):

@@ -19,6 +19,7 @@ from swin_kernels.models.layers import (
     Mlp,
     PatchEmbed,
     PatchMerging,
+    add_mlp,
     check_least,
     drop_path_rates,
     initialise,
@@ -113,8 +114,11 @@ class SwinBlock(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, height, width, dim) -> the same."""
-        x = x + self.drop_path(self.attend(self.norm1(x)))
-        return x + self.drop_path(self.mlp(self.norm2(x)))
+        return self.add_mlp(x + self.drop_path(self.attend(self.norm1(x))))
+
+    def add_mlp(self, x: Tensor, norm_last: bool = False) -> Tensor:
+        backend = getattr(self.attn, "backend", None)
+        return add_mlp(x, self.norm2, self.mlp, self.drop_path, norm_last, backend)
 
 
 class Stage(nn.Module):

@@ -65,7 +65,7 @@ class SwinV2Block(SwinBlock):
     def forward(self, x: Tensor) -> Tensor:
         """(B, height, width, dim) -> the same."""
         x = x + self.drop_path(self.norm1(self.attend(x)))
-        return self.norm3(x + self.drop_path(self.norm2(self.mlp(x))))
+        return self.norm3(self.add_mlp(x, norm_last=True))
 
 
 class SwinTransformerV2(SwinTransformer):

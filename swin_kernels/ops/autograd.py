@@ -1,4 +1,4 @@
-"""The one autograd Function over all backends, and the autograd kernels of their ops.
+"""One autograd Function an operation, over all its backends, and the autograd kernels of their ops.
 
 An eager call enters the Function itself. torch.export, make_fx and torch.compile record an op: its
 kernels under the key Autograd give the graph the gradients of an eager call when it is run, or
@@ -8,29 +8,125 @@ traced again. Eager calls pass these by: see `below_autograd`.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.autograd.forward_ad as forward_ad
 from torch import Tensor
 
+from swin_kernels.attention_sublayer_problem import (
+    AttentionSublayerOperands,
+    AttentionSublayerOptions,
+    split_attention_sublayer_arguments,
+)
 from swin_kernels.backends.base import Backend, Ops, asked_while_tracing, below_autograd
-from swin_kernels.ops.dispatch import BACKENDS, REFERENCE
+from swin_kernels.mlp_problem import (
+    RESIDUAL_SCALE_HAS_NO_GRADIENT,
+    MlpOperands,
+    MlpOptions,
+    split_mlp_arguments,
+)
+from swin_kernels.ops.dispatch import (
+    ATTENTION_SUBLAYER_BACKENDS,
+    BACKENDS,
+    MLP_BACKENDS,
+    Backends,
+)
 from swin_kernels.problem import MASK_HAS_NO_GRADIENT, Operands, Options, split_arguments
 
 NO_SECOND_DERIVATIVE = (
     'the fused kernels have no second derivative: use backend="reference" for that'
 )
-_OPERANDS = len(Operands._fields)
-_ARGUMENTS = _OPERANDS + len(Options._fields)
-_MASK = Operands._fields.index("mask")
 _libraries: dict[str, torch.library.Library] = {}  # a kernel lives as long as its library
+
+
+@dataclass(frozen=True)
+class Operation:
+    """What tells one operation from another: its arguments and its backends."""
+
+    operands: Any  # the named tuples that its ops' schemas begin with
+    options: Any
+    split: Callable[[Sequence[Any]], tuple[Any, Any, tuple[Any, ...]]]
+    backends: Backends
+    constants: dict[str, str]  # operands that have no gradient -> what is said where one is wanted
+
+    @property
+    def reference(self) -> Backend:
+        return self.backends["reference"]
+
+    @property
+    def function(self) -> Any:
+        """Its autograd Function."""
+        return _FUNCTIONS[self.operands]
+
+    @property
+    def operand_count(self) -> int:
+        return len(self.operands._fields)
+
+    @property
+    def argument_count(self) -> int:
+        return self.operand_count + len(self.options._fields)
+
+
+ATTENTION = Operation(Operands, Options, split_arguments, BACKENDS, {"mask": MASK_HAS_NO_GRADIENT})
+MLP = Operation(
+    MlpOperands,
+    MlpOptions,
+    split_mlp_arguments,
+    MLP_BACKENDS,
+    {"residual_scale": RESIDUAL_SCALE_HAS_NO_GRADIENT},
+)
+ATTENTION_SUBLAYER = Operation(
+    AttentionSublayerOperands,
+    AttentionSublayerOptions,
+    split_attention_sublayer_arguments,
+    ATTENTION_SUBLAYER_BACKENDS,
+    {"mask": MASK_HAS_NO_GRADIENT, "residual_scale": RESIDUAL_SCALE_HAS_NO_GRADIENT},
+)
 
 
 def _past_autograd() -> Any:
     """`below_autograd`, but where dynamo records: compiled autograd goes through the Function."""
     return contextlib.nullcontext() if torch.compiler.is_compiling() else below_autograd()
+
+
+def _forward(operation: Operation, ctx: Any, args: tuple) -> Any:
+    n, m = operation.operand_count, operation.argument_count
+    operands, options = operation.operands(*args[:n]), operation.options(*args[n:m])
+    backend = args[m]
+    with _past_autograd():
+        out, saved = operation.backends[backend].forward(operands, options, True)
+    ctx.save_for_backward(*operands, *saved)
+    ctx.options = options
+    ctx.backend = backend
+    ctx.others = len(args) - n
+    ctx.set_materialize_grads(False)
+    if len(args) == m + 1:
+        return out
+    beside = tuple(x for x in saved if x is not out)
+    ctx.mark_non_differentiable(*beside)
+    return (out, *beside)
+
+
+def _backward(operation: Operation, ctx: Any, grad_out: Tensor | None) -> tuple:
+    n = operation.operand_count
+    needed = ctx.needs_input_grad[:n]
+    for name, why in operation.constants.items():
+        if needed[operation.operands._fields.index(name)]:
+            raise ValueError(why)
+    others = (None,) * ctx.others
+    if grad_out is None:
+        return (*(None,) * n, *others)
+    saved = ctx.saved_tensors
+    operands, saved = operation.operands(*saved[:n]), saved[n:]
+    backend = operation.backends[ctx.backend]
+    # where a second derivative may follow, the op's own kernel refuses it
+    with contextlib.nullcontext() if torch.is_grad_enabled() else _past_autograd():
+        grads = backend.backward(grad_out, operands, ctx.options, saved, needed)
+    kept = [grad if wanted else None for grad, wanted in zip(grads, needed)]
+    return (*kept, *others)
 
 
 class ShiftedWindowAttentionFunction(torch.autograd.Function):
@@ -45,36 +141,48 @@ class ShiftedWindowAttentionFunction(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, *args):
-        operands, options = Operands(*args[:_OPERANDS]), Options(*args[_OPERANDS:_ARGUMENTS])
-        backend = args[_ARGUMENTS]
-        with _past_autograd():
-            out, saved = BACKENDS[backend].forward(operands, options, True)
-        ctx.save_for_backward(*operands, *saved)
-        ctx.options = options
-        ctx.backend = backend
-        ctx.others = len(args) - _OPERANDS
-        ctx.set_materialize_grads(False)
-        if len(args) == _ARGUMENTS + 1:
-            return out
-        beside = tuple(x for x in saved if x is not out)
-        ctx.mark_non_differentiable(*beside)
-        return (out, *beside)
+        return _forward(ATTENTION, ctx, args)
 
     @staticmethod
     def backward(ctx, grad_out, *of_saved):
-        needed = ctx.needs_input_grad[:_OPERANDS]
-        if needed[_MASK]:
-            raise ValueError(MASK_HAS_NO_GRADIENT)
-        others = (None,) * ctx.others
-        if grad_out is None:
-            return (*(None,) * _OPERANDS, *others)
-        saved = ctx.saved_tensors
-        operands, saved = Operands(*saved[:_OPERANDS]), saved[_OPERANDS:]
-        # where a second derivative may follow, the op's own kernel refuses it
-        with contextlib.nullcontext() if torch.is_grad_enabled() else _past_autograd():
-            grads = BACKENDS[ctx.backend].backward(grad_out, operands, ctx.options, saved, needed)
-        kept = [grad if wanted else None for grad, wanted in zip(grads, needed)]
-        return (*kept, *others)
+        return _backward(ATTENTION, ctx, grad_out)
+
+
+class MlpSublayerFunction(torch.autograd.Function):
+    """`apply(*MlpOperands, *MlpOptions, backend)`: the same for the MLP sublayer.
+
+    The arguments are the fields of `swin_kernels.mlp_problem.MlpOperands` and `MlpOptions` in
+    order, then the name of a backend. Saved are the operands alone.
+    """
+
+    @staticmethod
+    def forward(ctx, *args):
+        return _forward(MLP, ctx, args)
+
+    @staticmethod
+    def backward(ctx, grad_out, *of_saved):
+        return _backward(MLP, ctx, grad_out)
+
+
+class WindowAttentionSublayerFunction(torch.autograd.Function):
+    """`apply(*AttentionSublayerOperands, *AttentionSublayerOptions, backend)`: the same for the
+    attention sublayer, by the named tuples of `swin_kernels.attention_sublayer_problem`.
+    """
+
+    @staticmethod
+    def forward(ctx, *args):
+        return _forward(ATTENTION_SUBLAYER, ctx, args)
+
+    @staticmethod
+    def backward(ctx, grad_out, *of_saved):
+        return _backward(ATTENTION_SUBLAYER, ctx, grad_out)
+
+
+_FUNCTIONS = {
+    ATTENTION.operands: ShiftedWindowAttentionFunction,
+    MLP.operands: MlpSublayerFunction,
+    ATTENTION_SUBLAYER.operands: WindowAttentionSublayerFunction,
+}
 
 
 @asked_while_tracing  # dynamo guards on the transforms, but cannot trace the call
@@ -94,20 +202,21 @@ def _need_grad(arguments: tuple) -> bool:
     )
 
 
-def _forward_kernel(op: Any, names: dict[str, str]) -> Callable:
+def _forward_kernel(operation: Operation, op: Any, names: dict[str, str]) -> Callable:
     returns, only = len(op._schema.returns), next(iter(names.values()))
+    function = operation.function
 
     def kernel(*arguments):
         transformed = transforms_active()
         if not transformed and not _need_grad(arguments):
             with below_autograd():
                 return op(*arguments)
-        operands, options, others = split_arguments(arguments)
+        operands, options, others = operation.split(arguments)
         if transformed:
-            found = REFERENCE.forward(operands, options, True)[:1]
+            found = operation.reference.forward(operands, options, True)[:1]
         else:
-            name = names.get(operands.query.device.type, only)
-            found = ShiftedWindowAttentionFunction.apply(*operands, *options, name, True)
+            name = names.get(operands[0].device.type, only)
+            found = function.apply(*operands, *options, name, True)
         if returns == 1:
             return found[0]
         # beside its output, what the backward will want: nothing if the caller wants none
@@ -145,7 +254,7 @@ def _backward_kernel(op: Any) -> Callable:
     return kernel
 
 
-def register(*backends: Backend) -> None:
+def register(operation: Operation, *backends: Backend) -> None:
     """Gives the ops of these backends their autograd kernels; one op may serve several devices."""
     served: dict[Ops, dict[str, str]] = {}
     for backend in backends:
@@ -155,8 +264,10 @@ def register(*backends: Backend) -> None:
     for ops, names in served.items():
         namespace = ops.forward.namespace
         library = _libraries.setdefault(namespace, torch.library.Library(namespace, "IMPL"))
-        library.impl(ops.forward._opname, _forward_kernel(ops.forward, names), "Autograd")
+        forward = _forward_kernel(operation, ops.forward, names)
+        library.impl(ops.forward._opname, forward, "Autograd")
         library.impl(ops.backward._opname, _backward_kernel(ops.backward), "Autograd")
 
 
-register(*BACKENDS.values())
+for _operation in (ATTENTION, MLP, ATTENTION_SUBLAYER):
+    register(_operation, *_operation.backends.values())

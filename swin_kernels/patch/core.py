@@ -8,6 +8,7 @@ go on as before.
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import importlib
 import itertools
 import warnings
@@ -28,6 +29,11 @@ STOCK_CLASSES = {
 }
 
 
+# what of a block is fused: its attention alone, or all that can be
+LEVELS = ("attention", "block")
+# norm, attention or MLP, stochastic depth and the sum with x
+HALVES = ("attention", "MLP")
+
 _numbers = itertools.count()
 
 
@@ -38,13 +44,15 @@ class Memory:
     backend: str | None
     strict: bool = False  # whether running stock is an error
     where: str = ""  # the block's name in the model that was patched, for messages
+    level: str = "block"  # how far it is fused: one of LEVELS
     checked: Any = None  # what the fused class has found out about the block, kept between calls
+    halves_unknown: str | None = None  # why the source of its halves is none that was tested
     # of this block alone; text, as torch.compile takes numbers for sizes that may change
     key: str = field(default_factory=lambda: str(next(_numbers)))
 
     def __reduce__(self) -> tuple:
         """A copy, or what is unpickled, is another block's."""
-        return Memory, (self.backend, self.strict, self.where)
+        return Memory, (self.backend, self.strict, self.where, self.level)
 
     def runs_stock(self, stock: type[nn.Module], reason: str) -> None:
         """Says, once for each reason, that a patched block takes the stock path, or raises."""
@@ -74,6 +82,14 @@ class Fused:
     @classmethod
     def why_stock(cls, block: nn.Module) -> str | None:
         """Why `block` must take the stock path now, or None; asked on each call."""
+        raise NotImplementedError
+
+    @classmethod
+    def why_half_stock(cls, block: nn.Module, half: str) -> str | None:
+        """Why a half of `block` is not one operation; `half` is one of HALVES.
+
+        Of the attention half attention itself may be fused all the same.
+        """
         raise NotImplementedError
 
     @classmethod
@@ -124,15 +140,27 @@ class PatchReport:
     already_patched: tuple[str, ...] = ()  #: blocks that ran fused before
     left: dict[str, str] = field(default_factory=dict)  #: name -> why it keeps the stock path
     notes: dict[str, str] = field(default_factory=dict)  #: name -> what may surprise a user
+    #: "attention" and "MLP", each with the blocks whose half, with its norm, is one operation
+    halves: dict[str, tuple[str, ...]] = field(default_factory=dict)
+    #: for each half, why it is not in the other blocks, by their names
+    halves_left: dict[str, dict[str, str]] = field(default_factory=dict)
 
     def __str__(self) -> str:
         total = len(self.replaced) + len(self.already_patched) + len(self.left)
         lines = [f"window attention replaced in {len(self.replaced)} of {total} blocks"]
+        lines += self.of_halves()
         lines += grouped("replaced", dict.fromkeys(self.replaced, ""))
         lines += grouped("already patched", dict.fromkeys(self.already_patched, ""))
         lines += grouped("left on the stock path", self.left)
+        for half, left in self.halves_left.items():
+            lines += grouped(f"{half} half not whole", left)
         lines += grouped("note", self.notes)
         return "\n".join(lines)
+
+    def of_halves(self) -> list[str]:
+        """In a line, how many halves are one operation."""
+        told = [f"of {len(names)} the {half} half" for half, names in self.halves.items()]
+        return [f"  whole sublayers: {', '.join(told)}"] if told else []
 
 
 def grouped(title: str, entries: Mapping[str, str]) -> list[str]:
@@ -154,6 +182,11 @@ class Found(NamedTuple):
     fused: type[Fused]
     patched: bool
     reason: str | None  # why it takes the stock path as it is now
+
+    def why_half_stock(self, half: str) -> str | None:
+        if not self.patched and self.reason is not None:
+            return self.reason
+        return self.fused.why_half_stock(self.block, half)
 
 
 def _qualified(cls: type) -> str:
@@ -208,11 +241,23 @@ def report_on(found: list[Found]) -> PatchReport:
         already_patched=tuple(f.name for f in found if f.patched),
         left={f.name: f.reason for f in found if not f.patched and f.reason is not None},
         notes={f.name: n for f in found if f.reason is None and (n := f.fused.note(f.block))},
+        **halves_of(found),
     )
 
 
-def patch(model: nn.Module, *, backend: str | None = None, strict: bool = False) -> PatchReport:
-    """Run the window attention of every supported block of `model` fused, in place.
+def halves_of(found: list[Found]) -> dict[str, Any]:
+    """What a report says of halves, of blocks as they are now."""
+    fused = [f for f in found if f.patched or f.reason is None]
+    reasons = {half: {f.name: f.why_half_stock(half) for f in fused} for half in HALVES}
+    whole = {half: tuple(n for n, why in r.items() if why is None) for half, r in reasons.items()}
+    left = {half: {n: why for n, why in r.items() if why} for half, r in reasons.items()}
+    return {"halves": whole, "halves_left": left}
+
+
+def patch(
+    model: nn.Module, *, backend: str | None = None, strict: bool = False, level: str = "block"
+) -> PatchReport:
+    """Run every supported block of `model` fused, in place: its window attention, or whole halves.
 
     Outputs and gradients are those of the stock model; roll, pad and partition are gone. Each block
     changes its class to a subclass of its own, which `unpatch` undoes. A block that is not exactly
@@ -220,6 +265,12 @@ def patch(model: nn.Module, *, backend: str | None = None, strict: bool = False)
     warning and the reason in the report. A patched block whose attention gets a hook later takes
     the stock path for as long as the hook is there; the log `swin_kernels` says so once, with the
     reason.
+
+    Each half of a block, with its norm, stochastic depth and sum, is one operation where all in it
+    is plain (LayerNorm, linear layers, an activation that is known, no dropout between, no hooks)
+    and where a fused kernel is faster than its modules: now on CPUs with AVX2 or AVX-512. Elsewhere
+    attention alone is fused, whatever `strict` says; the report tells how far each block went, and
+    why not farther.
 
     Args:
         model: any module that holds blocks of the classes in docs/compatibility.md.
@@ -229,16 +280,19 @@ def patch(model: nn.Module, *, backend: str | None = None, strict: bool = False)
         strict: a block that cannot be replaced is an error, and so is a call of a patched block
             that would take the stock path (NotImplementedError). Recording for another runtime
             (TorchScript, FX, ONNX), which always takes stock operators, is not.
+        level: "block" fuses all that can be, "attention" attention alone.
 
     Returns:
         What became of each block; its `str` is for a person.
 
     Raises:
-        ValueError: not a module, an unknown backend, nothing to replace in it, or with `strict` a
-            block that cannot be; the model is then unchanged.
+        ValueError: not a module, an unknown backend or level, nothing to replace in it, or with
+            `strict` a block that cannot be; the model is then unchanged.
     """
     if backend is not None:
         check_name(backend)
+    if level not in LEVELS:
+        raise ValueError(f"level: expected one of {', '.join(LEVELS)}, got {level!r}")
     found = survey(model)
     report = report_on(found)
     stock = {f.name: f.reason for f in found if f.reason is not None}
@@ -249,11 +303,13 @@ def patch(model: nn.Module, *, backend: str | None = None, strict: bool = False)
         if is_patched:
             block._swin_kernels.backend = backend
             block._swin_kernels.strict = strict
+            block._swin_kernels.level = level
             block.on_patch()
         elif reason is None:
-            block._swin_kernels = Memory(backend, strict, name)
+            block._swin_kernels = Memory(backend, strict, name, level)
             block.__class__ = fused
             block.on_patch()
+    report = dataclasses.replace(report, **halves_of(found))  # with this backend and level
     if report.left:
         lines = "\n".join(grouped("left on the stock path", report.left))
         warnings.warn(f"swin_kernels.patch: not every block was replaced\n{lines}", stacklevel=2)
@@ -293,7 +349,7 @@ def unpatch(model: nn.Module) -> tuple[str, ...]:
 
 @contextlib.contextmanager
 def patched(
-    model: nn.Module, *, backend: str | None = None, strict: bool = False
+    model: nn.Module, *, backend: str | None = None, strict: bool = False, level: str = "block"
 ) -> Iterator[PatchReport]:
     """`with patched(model):` is `patch` on entry, and on exit the undoing of what it changed.
 
@@ -306,15 +362,17 @@ def patched(
         ValueError: as `patch` on entry and `unpatch` on exit.
     """
     before = {
-        block: (block._swin_kernels.backend, block._swin_kernels.strict)
+        block: (memory.backend, memory.strict, memory.level)
         for block in _fused_blocks(model).values()
+        for memory in (block._swin_kernels,)
     }
-    report = patch(model, backend=backend, strict=strict)
+    report = patch(model, backend=backend, strict=strict, level=level)
     try:
         yield report
     finally:
         blocks = _fused_blocks(model)
         for block in blocks.values():
             if block in before:
-                block._swin_kernels.backend, block._swin_kernels.strict = before[block]
+                memory = block._swin_kernels
+                memory.backend, memory.strict, memory.level = before[block]
         _restore({name: block for name, block in blocks.items() if block not in before})

@@ -10,12 +10,21 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from swin_kernels.attention_sublayer_problem import AttentionSublayerProblem
 from swin_kernels.backends import native
+from swin_kernels.mlp_problem import MlpProblem
 from swin_kernels.ops.attention import (
     shifted_window_attention,
     shifted_window_attention_qkvpacked,
 )
-from swin_kernels.ops.dispatch import BACKENDS, DEFAULT_BACKEND, check_name, reasons_against
+from swin_kernels.ops.dispatch import (
+    BACKENDS,
+    DEFAULT_BACKEND,
+    AnyProblem,
+    backends_for,
+    check_name,
+    reasons_against,
+)
 from swin_kernels.patch.core import STOCK_CLASSES, grouped, report_on, survey
 from swin_kernels.problem import Operands, Problem
 from swin_kernels.version import __version__
@@ -32,7 +41,9 @@ def explain(*args: Any, **options: Any) -> str:
     - `explain(query, key, value, window_size, …)` and `explain(qkv, window_size, …)`, the arguments
       of the public functions: which backend would run the call and the reason of each one that
       cannot.
-    - `explain(problem)`: the same for a `swin_kernels.problem.Problem`.
+    - `explain(problem)`: the same for a `swin_kernels.problem.Problem`, for a
+      `swin_kernels.mlp_problem.MlpProblem` or for an
+      `AttentionSublayerProblem` of `swin_kernels.attention_sublayer_problem`.
 
     Raises:
         ValueError: arguments that the operation itself refuses, or a subject that is none of these.
@@ -42,7 +53,7 @@ def explain(*args: Any, **options: Any) -> str:
     subject = args[0] if args else None
     if isinstance(subject, nn.Module):
         return _model(subject, *args[1:], **options)
-    if isinstance(subject, Problem):
+    if isinstance(subject, (Problem, MlpProblem, AttentionSublayerProblem)):
         return _problem(subject, *args[1:], **options)
     if isinstance(subject, Tensor) or "query" in options or "qkv" in options:
         return _call(*args, **options)
@@ -82,6 +93,7 @@ def _model(model: nn.Module) -> str:
     name, report = type(model).__name__, report_on(found)
     fused = sum(f.reason is None for f in found)
     lines = [f"{name}: {fused} of {len(found)} blocks of window attention run fused once patched"]
+    lines += report.of_halves()
     lines += grouped("would be replaced", dict.fromkeys(report.replaced, ""))
     lines += grouped("would be left", report.left)
     patched = [f for f in found if f.patched]
@@ -89,16 +101,19 @@ def _model(model: nn.Module) -> str:
     lines += grouped("patched", {name: f"backend {backend}" for name, backend in backends.items()})
     stock = {f.name: f.reason for f in patched if f.reason}
     lines += grouped("patched, on the stock path for now", stock)
+    for half, left in report.halves_left.items():
+        lines += grouped(f"{half} half not whole", left)
     lines += grouped("note", report.notes)
     return "\n".join(lines)
 
 
-def _problem(problem: Problem, backend: str | None = None) -> str:
-    reasons = reasons_against(problem)
+def _problem(problem: AnyProblem, backend: str | None = None) -> str:
+    reasons, backends = reasons_against(problem), backends_for(problem)
     name = backend or DEFAULT_BACKEND
     if name is not None:
-        check_name(name)
-    chosen = name or next((n for n, reason in reasons.items() if reason is None), None)
+        check_name(name, backends)
+    unasked = {n: b.why_not_unasked(problem) for n, b in backends.items() if reasons[n] is None}
+    chosen = name or next((n for n, reason in unasked.items() if reason is None), None)
     if chosen is None:
         verdict = "nothing runs it"
     elif reasons[chosen] is None:
@@ -110,6 +125,8 @@ def _problem(problem: Problem, backend: str | None = None) -> str:
         state = reason or (
             "runs it" if other == chosen else f"could, when asked for as backend={other!r}"
         )
+        if other != chosen and unasked.get(other):
+            state += f": {unasked[other]}"
         lines.append(f"  {other}: {state}")
     return "\n".join(lines)
 

@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from swin_kernels.ops.dispatch import BACKENDS
+from swin_kernels.ops.dispatch import ATTENTION_SUBLAYER_BACKENDS, BACKENDS
 from swin_kernels.patch import PatchReport, patch
 from swin_kernels.testing import Several, assert_no_worse_than_eager
 
@@ -56,7 +56,7 @@ def run_once(module: nn.Module, images: Tensor) -> Outcome:
 
 @contextlib.contextmanager
 def counted_backends() -> Iterator[Counter[str]]:
-    """Counts the calls that reach each backend while it is open."""
+    """Counts the calls of attention, alone or in its sublayer, that reach each backend."""
     calls: Counter[str] = Counter()
 
     def counting(name: str, forward: Callable) -> Callable:
@@ -66,12 +66,13 @@ def counted_backends() -> Iterator[Counter[str]]:
 
         return counted
 
-    for name, backend in BACKENDS.items():
+    counted = [*BACKENDS.items(), *ATTENTION_SUBLAYER_BACKENDS.items()]
+    for name, backend in counted:
         backend.__dict__["forward"] = counting(name, backend.forward)
     try:
         yield calls
     finally:
-        for backend in BACKENDS.values():
+        for _, backend in counted:
             del backend.__dict__["forward"]
 
 

@@ -77,7 +77,7 @@ class TestBadInput:
 
     def test_backend_that_cannot_run_raises_in_the_call(self, model, monkeypatch):
         monkeypatch.setattr(BACKENDS["cpu"], "why_not", lambda problem: "no compiler came by")
-        patch(model, backend="cpu")
+        patch(model, backend="cpu", level="attention")
         with pytest.raises(NotImplementedError, match="no compiler came by"):
             model(image(56, 56))
 

@@ -47,7 +47,7 @@ def test_static_mask_of_another_window_count_takes_the_stock_path(kind, calls, c
     block = small_block(kind, (14, 28))
     x = torch.randn(2, 14, 14, 16)
     expected = block(x)
-    patch(block)
+    patch(block, level="attention")
     assert torch.equal(block(x), expected)
     assert calls == []
     assert "runs stock: its attn_mask is for another number of windows" in caplog.text

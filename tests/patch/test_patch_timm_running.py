@@ -144,7 +144,7 @@ def test_compile_sees_patch_hooks_and_masks_that_come_later(calls):
     compiled = torch.compile(block, fullgraph=True, backend=backend)
     with torch.no_grad():
         expected = compiled(x)
-        patch(block, backend="cpu")
+        patch(block, backend="cpu", level="attention")
         torch.testing.assert_close(compiled(x), expected, rtol=1e-5, atol=1e-6)
         handle = block.attn.register_forward_hook(lambda *_: seen.append(1))
         compiled(x)
@@ -177,7 +177,8 @@ def test_export_holds_the_operation(kind):
         program = torch.export.export(model, (x,))
         out = program.module()(x)
         torch.testing.assert_close(out, model(x))
-    assert "swin_kernels.window_attention_forward" in str(program.graph)
+    assert "swin_kernels.window_attention_sublayer_forward" in str(program.graph)
+    assert "swin_kernels.mlp_sublayer_forward" in str(program.graph)
 
 
 def exported_for_onnx(model: nn.Module, x: Tensor) -> nn.Module:
@@ -274,6 +275,6 @@ def test_exported_program_trains_as_eager(kind, strict):
     ours = patched_copy(stock)
     ours(x)
     exported = torch.export.export(ours, (x,), strict=strict).module()
-    assert "window_attention_forward" in str(exported.graph)
+    assert "window_attention_sublayer_forward" in str(exported.graph)
     for run in (exported, torch.compile(exported, backend="aot_eager")):
         torch.testing.assert_close(train_step(run, x), expected, rtol=1e-3, atol=1e-4)

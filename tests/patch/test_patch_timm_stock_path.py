@@ -140,7 +140,7 @@ def test_block_changed_before_patch_is_left_and_refused_by_strict(change, reason
 def test_block_changed_after_patch_runs_stock_and_says_so_once(change, reason, calls, warned):
     model, x = small_model("v1"), torch.randn(2, 14, 14, 32)
     stock = copy.deepcopy(model.get_submodule(NAME))
-    patch(model)
+    patch(model, level="attention")
     block = model.get_submodule(NAME)
     block(x)
     assert warned() == []

@@ -19,7 +19,7 @@ from command_lines import ROOT, run
 from torch.utils import cpp_extension
 
 from swin_kernels.backends.native import CudaBackend, Ops
-from swin_kernels.ops.autograd import register
+from swin_kernels.ops.autograd import ATTENTION, register
 
 SOURCES = ("csrc/cuda/**/*.cu", "csrc/arguments.cpp", "tests/support/cuda/emulator.cpp")
 HEADERS = (
@@ -105,5 +105,5 @@ def emulated_backend() -> CudaBackend:
     )
     backend = CudaBackend()
     backend.ops, backend.device_types = Ops.named(*names), ("cpu",)
-    register(backend)
+    register(ATTENTION, backend)
     return backend

@@ -10,7 +10,7 @@ from swin_kernels.backends.reference.forward import forward
 from swin_kernels.problem import Operands, Options, Problem
 
 
-class ReferenceBackend(Backend):
+class ReferenceBackend(Backend[Problem, Operands, Options]):
     """Plain PyTorch: whatever torch runs on, differentiable to any order."""
 
     name = "reference"

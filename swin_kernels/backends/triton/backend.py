@@ -133,7 +133,7 @@ def _why_not_here(device: torch.device) -> str | None:
     return too_old(device) if torch.version.hip is None else None
 
 
-class TritonBackend(Backend):
+class TritonBackend(Backend[Problem, Operands, Options]):
     """The fused Triton kernels for NVIDIA GPUs, and AMD's where they compile."""
 
     name = "triton"

@@ -54,6 +54,8 @@ import torch
 torch.set_num_threads(1)
 from swin_kernels.backends import native
 from swin_kernels.testing import Case, check
+from swin_kernels.testing.attention_sublayer import SublayerCase, check_sublayer
+from swin_kernels.testing.mlp import MlpCase, check_mlp
 for dtype in (torch.float32, torch.float64, torch.float16, torch.bfloat16):
     for case in (
         Case(2, (11, 9), (4, 4), (2, 2), bias="table", pads=True),
@@ -63,6 +65,16 @@ for dtype in (torch.float32, torch.float64, torch.float16, torch.bfloat16):
         Case(1, (70,), (100,), head_dim=128, mask="holes"),
     ):
         check(case.but(dtype=dtype), "cpu")
+    for case in (
+        MlpCase(2, (9, 5), 40, 100, layer_scale=True, drop=True),
+        MlpCase(2, (49,), 96, norm="post", activation="silu"),
+    ):
+        check_mlp(case.but(dtype=dtype), "cpu")
+    for case in (
+        SublayerCase(3, shift=(2, 1), layer_scale=True, drop=True, pad_order="roll-pad"),
+        SublayerCase(2, (14, 14), (7, 7), (3, 3), 3, 96, norm="post", cosine=True),
+    ):
+        check_sublayer(case.but(dtype=dtype), "cpu")
 print(native.cpu_capability())
 """
 

@@ -1,0 +1,216 @@
+"""The two halves of timm's blocks as one operation each, where all that lies between is plain.
+
+x + drop_path1(attn(norm1(x))) and x + drop_path2(mlp(norm2(x))), or with the norms behind: the
+modules' own parameters, read on each call, and what they would draw for stochastic depth.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from timm.layers import DropPath, Mlp, activations
+from timm.layers import drop as timm_drop
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
+
+from swin_kernels.ops.layers import is_plain
+from swin_kernels.ops.sublayers import (
+    mlp_sublayer,
+    why_attention_unfused,
+    why_mlp_unfused,
+    window_attention_sublayer,
+)
+from swin_kernels.patch.source import fingerprint
+
+KNOWN_SOURCES = {"2293f10db7de28a0": "timm 1.0.9 to 1.0.31"}
+
+
+_ACTIVATIONS: dict[tuple[type, str | None], str] = {
+    (nn.GELU, "none"): "gelu",
+    (nn.GELU, "tanh"): "gelu_tanh",
+    (activations.GELU, None): "gelu",
+    (activations.GELUTanh, None): "gelu_tanh",
+    (nn.ReLU, None): "relu",
+    (nn.SiLU, None): "silu",
+}
+
+
+def activation_of(module: Any) -> str | None:
+    """What `mlp_sublayer` calls the activation of a module, None if it knows none."""
+    return _ACTIVATIONS.get((type(module), getattr(module, "approximate", None)))
+
+
+def _why_module(name: str, module: Any, *kinds: type[nn.Module]) -> str | None:
+    if is_plain(module, *kinds):
+        return None
+    if type(module) in kinds:
+        return f"its {name} has hooks, or a forward of its own"
+    return f"its {name} is a {type(module).__name__}"
+
+
+def why_unknown() -> str | None:
+    """Why the source of what the half stands for is not one that was tested, or None."""
+    relied_on = (
+        Mlp.forward,
+        DropPath.forward,
+        timm_drop.drop_path,
+        activations.GELU.forward,
+        activations.GELUTanh.forward,
+    )
+    found = fingerprint(relied_on)
+    if found in KNOWN_SOURCES:
+        return None
+    what = "cannot be read" if found is None else f"has fingerprint {found}"
+    return f"the source of timm's Mlp, DropPath or GELU {what} and is not one of those tested"
+
+
+def _why_norm(name: str, norm: Any) -> str | None:
+    if (reason := _why_module(name, norm, nn.LayerNorm)) is not None:
+        return reason
+    if norm.weight is None or len(norm.normalized_shape) != 1:
+        return f"its {name} has no weight, or is over several axes"
+    return None
+
+
+def _why_drop(name: str, drop: Any) -> str | None:
+    if (reason := _why_module(name, drop, nn.Dropout, nn.Identity)) is not None:
+        return reason
+    if isinstance(drop, nn.Dropout) and drop.p > 0 and drop.training:
+        return f"its {name} drops, being in training mode"
+    return None
+
+
+def _why_weight(name: str, layer: Any) -> str | None:
+    kind = type(layer.weight)
+    # a program that is exported has stand-ins without data
+    if kind is nn.Parameter or kind is FakeTensor:
+        return None
+    return f"its {name}.weight is a {kind.__name__}"
+
+
+def why_mlp_stock(block: Any) -> str | None:
+    """Why the MLP half of `block` must run its modules one by one, or None."""
+    mlp = block.mlp
+    if (reason := _why_module("mlp", mlp, Mlp)) is not None:
+        return reason
+    reason = (
+        _why_norm("norm2", block.norm2)
+        or _why_module("mlp.fc1", mlp.fc1, nn.Linear)
+        or _why_module("mlp.fc2", mlp.fc2, nn.Linear)
+        or _why_module("mlp.norm", mlp.norm, nn.Identity)
+        or _why_drop("mlp.drop1", mlp.drop1)
+        or _why_drop("mlp.drop2", mlp.drop2)
+        or _why_module("mlp.act", mlp.act, type(mlp.act))
+        or _why_module("drop_path2", block.drop_path2, nn.Identity, DropPath)
+        or _why_weight("mlp.fc1", mlp.fc1)
+        or _why_weight("mlp.fc2", mlp.fc2)
+    )
+    if reason is None and activation_of(mlp.act) is None:
+        return f"its mlp.act is a {type(mlp.act).__name__}"
+    return reason
+
+
+def why_attention_stock(block: Any) -> str | None:
+    """Why norm, layers and stochastic depth of its attention run one by one round the op, or None.
+
+    Of a block whose attention itself runs fused.
+    """
+    attn = block.attn
+    if isinstance(getattr(attn, "scale", None), Tensor):
+        return "its attn.scale is a tensor"
+    if not block._qkv_is_plain():
+        return _why_module("attn.qkv", attn.qkv, nn.Linear)
+    channels = attn.qkv.weight.shape[1]
+    if attn.qkv.weight.shape[0] != 3 * channels:
+        return "its heads have a width of their own, not together that of the map"
+    return (
+        _why_norm("norm1", block.norm1)
+        or _why_module("attn.proj", attn.proj, nn.Linear)
+        or _why_drop("attn.proj_drop", attn.proj_drop)
+        or _why_module("drop_path1", block.drop_path1, nn.Identity, DropPath)
+        or _why_weight("attn.qkv", attn.qkv)
+        or _why_weight("attn.proj", attn.proj)
+    )
+
+
+def _why_dtype(x: Tensor, weight: Tensor) -> str | None:
+    if x.dtype != weight.dtype and not torch.is_autocast_enabled(x.device.type):
+        return f"x is {x.dtype}, its weights are {weight.dtype}"
+    return None
+
+
+def why_mlp_stock_on(block: Any, x: Tensor, backend: str | None) -> str | None:
+    """Why the MLP half is not fused for `x`: no kernel there, or none that is faster."""
+    weight = block.mlp.fc1.weight
+    return _why_dtype(x, weight) or why_mlp_unfused(x, weight, backend)
+
+
+_MANY = 1 << 20
+
+
+def why_attention_stock_on(block: Any, x: Tensor, backend: str | None) -> str | None:
+    """The same of the attention half; of anything but a map as if it had many windows."""
+    weight, windows = block.attn.qkv.weight, _MANY
+    if x.ndim == 4 and not torch.compiler.is_compiling():
+        windows = x.shape[0] * math.prod(
+            -(-s // w) for s, w in zip(x.shape[1:3], block.window_size)
+        )
+        windows = windows if type(windows) is int else _MANY  # a symbol of a trace
+    return _why_dtype(x, weight) or why_attention_unfused(x, weight, windows, backend)
+
+
+def residual_scale(drop_path: nn.Module, x: Tensor) -> Tensor | None:
+    """The factors (B,) that `drop_path` would draw for a branch of the shape of x."""
+    if not isinstance(drop_path, DropPath) or drop_path.drop_prob == 0.0 or not drop_path.training:
+        return None
+    keep = 1 - drop_path.drop_prob
+    factors = x.new_empty((x.shape[0],)).bernoulli_(keep)
+    if keep > 0.0 and drop_path.scale_by_keep:
+        factors.div_(keep)
+    return factors
+
+
+def mlp_half(block: Any, x: Tensor, norm: str, backend: str | None) -> Tensor:
+    """x plus the block's MLP branch, in one operation."""
+    mlp = block.mlp
+    return mlp_sublayer(
+        x,
+        mlp.fc1.weight,
+        mlp.fc1.bias,
+        mlp.fc2.weight,
+        mlp.fc2.bias,
+        activation=activation_of(mlp.act) or "",
+        norm=norm,
+        norm_weight=block.norm2.weight,
+        norm_bias=block.norm2.bias,
+        norm_eps=block.norm2.eps,
+        residual_scale=residual_scale(block.drop_path2, x),
+        backend=backend,
+    )
+
+
+def attention_half(block: Any, x: Tensor, norm: str, backend: str | None, **options: Any) -> Tensor:
+    """x plus the block's attention branch, in one operation; `options` are masks and biases."""
+    attn = block.attn
+    drop = attn.attn_drop
+    return window_attention_sublayer(
+        x,
+        attn.qkv.weight,
+        block._qkv_of_zeros(),
+        attn.proj.weight,
+        attn.proj.bias,
+        attn.num_heads,
+        tuple(block.window_size),
+        tuple(block.shift_size),
+        norm=norm,
+        norm_weight=block.norm1.weight,
+        norm_bias=block.norm1.bias,
+        norm_eps=block.norm1.eps,
+        residual_scale=residual_scale(block.drop_path1, x),
+        dropout_p=drop.p if isinstance(drop, nn.Dropout) and drop.training else 0.0,
+        pad_order="roll-pad",
+        backend=backend,
+        **options,
+    )
