@@ -76,8 +76,7 @@ def gains(whole: Measured, stages: Measured) -> str:
     text = [
         f"**Gains, on a CPU** ({whole.facts['machine']}). Attention alone is {ranges['forward']} "
         f"times faster than timm's own steps in the forward, {ranges['forward + backward']} times "
-        "in forward and backward together. A whole Swin-T spends most of its time in linear "
-        "layers, so it gains less:",
+        "in forward and backward together. A whole Swin-T, each block two operations:",
     ]
     speeds: list[str] = []
     for panel in panels:
