@@ -314,4 +314,5 @@ def test_explain_tells_which_backend_runs_a_call():
     half = MlpProblem.checked(make_mlp_operands(PLAIN.but(dtype=torch.float16)))
     told = swin_kernels.explain(half)
     assert "reference would run it" in told
-    assert "cpu: could, when asked for as backend='cpu': float16 is multiplied in fp32" in told
+    assert "cpu: could, when asked for as backend='cpu': " in told
+    assert "torch's own products are faster" in told
