@@ -126,7 +126,7 @@ def test_models_alone_are_measured_without_cases_in_a_file_of_their_own(
     ("arguments", "complaint"),
     [
         (["--cases", "T9"], "expected of ['T1 shift 3'"),
-        (["--models", "swin_huge"], "expected of ['swin_tiny, batch 8', 'swin_tiny, batch 1']"),
+        (["--models", "swin_huge"], "expected of ['swin_tiny, batch 8', 'swin_tiny, batch 1',"),
         (["--threads", "0"], "at least 1, got '0'"),
         (["--rounds", "0"], "at least 1, got '0'"),
         (["--budget", "-1"], "expected seconds, 0 or more, got '-1'"),

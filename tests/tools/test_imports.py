@@ -18,9 +18,11 @@ BELOW = {
     "geometry": set(),
     "position_bias": set(),
     "problem": {"geometry", "position_bias"},
-    "backends": {"geometry", "position_bias", "problem"},
-    "ops": {"geometry", "position_bias", "problem", "backends"},
 }
+BELOW["mlp_problem"] = BELOW["problem"] | {"problem"}
+BELOW["attention_sublayer_problem"] = BELOW["mlp_problem"] | {"mlp_problem"}
+BELOW["backends"] = BELOW["attention_sublayer_problem"] | {"attention_sublayer_problem"}
+BELOW["ops"] = BELOW["backends"] | {"backends"}
 BELOW["modules"] = BELOW["ops"] | {"ops"}
 BELOW["models"] = BELOW["modules"] | {"modules"}
 BELOW["patch"] = BELOW["ops"] | {"ops", "version"}
