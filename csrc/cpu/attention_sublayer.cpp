@@ -66,7 +66,7 @@ Arguments attention_of(const SublayerArguments& a) {
 
 Problem checked(const SublayerArguments& a) {
   const Tensor& x = a.x;
-  STD_TORCH_CHECK(3 <= x.dim() && x.dim() <= 5 && x.stride(x.dim() - 1) == 1,
+  STD_TORCH_CHECK(3 <= x.dim() && x.dim() <= 5 && side_by_side(x),
                   "swin_kernels: x: expected (B, *S, C) with 1 to 3 axes S and channels side by "
                   "side");
   const int64_t c = a.channels();
@@ -322,8 +322,7 @@ SublayerGradients window_attention_sublayer_backward(Tensor grad_out, SWIN_SUBLA
   STD_TORCH_CHECK(shape_of(grad_out) == shape_of(x) && grad_out.scalar_type() == x.scalar_type() &&
                       grad_out.is_cpu(),
                   "swin_kernels: grad_out: expected the shape, dtype and device of x");
-  const Tensor grad =
-      grad_out.stride(grad_out.dim() - 1) == 1 ? grad_out : torch::stable::contiguous(grad_out);
+  const Tensor grad = side_by_side(grad_out) ? grad_out : torch::stable::contiguous(grad_out);
   return element_of(x) == Element::kDouble ? backward_as<double>(grad, a, p, needs)
                                            : backward_as<float>(grad, a, p, needs);
 }

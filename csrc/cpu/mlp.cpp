@@ -47,7 +47,7 @@ void expect(const char* name, const MaybeTensor& t, const std::vector<int64_t>& 
 }
 
 void check(const MlpArguments& a) {
-  STD_TORCH_CHECK(3 <= a.x.dim() && a.x.dim() <= 5 && a.x.stride(a.x.dim() - 1) == 1,
+  STD_TORCH_CHECK(3 <= a.x.dim() && a.x.dim() <= 5 && side_by_side(a.x),
                   "swin_kernels: x: expected (B, *S, C) with 1 to 3 axes S and channels side by "
                   "side");
   STD_TORCH_CHECK(a.fc1_weight.dim() == 2 && a.fc2_weight.dim() == 2,
@@ -232,8 +232,7 @@ MlpGradients mlp_sublayer_backward(Tensor grad_out, SWIN_MLP_PARAMETERS, int64_t
   STD_TORCH_CHECK(shape_of(grad_out) == shape_of(x) && grad_out.scalar_type() == x.scalar_type() &&
                       grad_out.is_cpu(),
                   "swin_kernels: grad_out: expected the shape, dtype and device of x");
-  const Tensor grad =
-      grad_out.stride(grad_out.dim() - 1) == 1 ? grad_out : torch::stable::contiguous(grad_out);
+  const Tensor grad = side_by_side(grad_out) ? grad_out : torch::stable::contiguous(grad_out);
   return element_of(x) == Element::kDouble ? backward_as<double>(grad, a, needs)
                                            : backward_as<float>(grad, a, needs);
 }

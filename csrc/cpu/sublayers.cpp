@@ -53,13 +53,17 @@ bool packed_weight_matches(Tensor weight, Tensor packed) {
   const PackedWeight of = {packed.const_data_ptr(), weight.size(1), weight.size(0)};
   if (packed.numel() * int64_t(packed.element_size()) != run.packed_bytes(of.depth, of.outputs))
     return false;
-  constexpr int64_t kSamples = 64, kStride = 0x9E3779B97F4A7C15 >> 16;
+  constexpr int64_t kSamples = 64;
+  const int64_t size = of.outputs * of.depth;
   bool same = true;
   as_dtype(weight.scalar_type(), [&]<class From>(From) {
     as_dtype(packed.scalar_type(), [&]<class To>(To) {
       const From* data = static_cast<const From*>(weight.const_data_ptr());
       for (int64_t s = 0; s < kSamples && same; ++s) {
-        const int64_t place = s * kStride % (of.outputs * of.depth);
+        // one in each part of the weight, somewhere within it
+        const int64_t first = size * s / kSamples, next = size * (s + 1) / kSamples;
+        if (first == next) continue;
+        const int64_t place = first + s * 2654435761 % (next - first);
         const int64_t output = place / of.depth, k = place % of.depth;
         const double held = run.packed_at(of, output, k);
         const double is = double(To(float(data[output * weight.stride(0) + k * weight.stride(1)])));

@@ -18,6 +18,11 @@ inline const LinearKernels& linear_kernels(Element compute) {
   return kernels(compute).linear[int(compute)];
 }
 
+// Whether the channels of a row are; of one channel any stride is as good.
+inline bool side_by_side(const Tensor& t) {
+  return t.stride(t.dim() - 1) == 1 || t.size(t.dim() - 1) == 1;
+}
+
 // What the operands of a sublayer point into.
 template <class T>
 struct SublayerBuffers {

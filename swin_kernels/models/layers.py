@@ -9,7 +9,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from swin_kernels.ops.layers import is_exporting, is_plain
+from swin_kernels.ops.layers import (
+    is_exporting,
+    is_plain,
+    is_plain_parameter,
+    why_modules_are_watched,
+)
 from swin_kernels.ops.sublayers import mlp_sublayer, why_mlp_unfused
 
 
@@ -115,12 +120,16 @@ def add_mlp(
     """
     plain = (
         is_plain(norm, nn.LayerNorm)
+        and norm.weight is not None
+        and len(norm.normalized_shape) == 1
         and is_plain(mlp, Mlp)
         and is_plain(mlp.fc1, nn.Linear)
         and is_plain(mlp.fc2, nn.Linear)
         and is_plain(mlp.drop, nn.Dropout)
         and not (mlp.drop.training and mlp.drop.p > 0)
         and is_plain(drop_path, DropPath)
+        and all(is_plain_parameter(p) for m in (norm, mlp.fc1, mlp.fc2) for p in m.parameters())
+        and why_modules_are_watched() is None
         and x.dtype == mlp.fc1.weight.dtype
         and not is_exporting(x)
     )

@@ -8,7 +8,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
 
+from swin_kernels.backends.base import asked_while_tracing
 from swin_kernels.backends.reference.windows import crop, pad_ends, roll
 from swin_kernels.geometry import Grid
 from swin_kernels.ops.attention import (
@@ -36,6 +38,26 @@ def has_hooks(module: Any) -> bool:
 def is_plain(module: Any, *kinds: type[nn.Module]) -> bool:
     """Whether a module is of these classes, and nobody sees how often and on what it is called."""
     return type(module) in kinds and not has_hooks(module) and "forward" not in module.__dict__
+
+
+_OWN_FORWARDS = {kind: kind.forward for kind in (nn.Linear, nn.LayerNorm, nn.GELU, nn.Dropout)}
+
+
+@asked_while_tracing
+def why_modules_are_watched() -> str | None:
+    """Why modules that stand for themselves must be called, or None."""
+    if torch.nn.modules.module._has_any_global_hook():
+        return "there are hooks on all modules"
+    for kind, forward in _OWN_FORWARDS.items():
+        if kind.forward is not forward:
+            return f"{kind.__name__}.forward was replaced"
+    return None
+
+
+def is_plain_parameter(x: object) -> bool:
+    """Whether a parameter is of torch's own class, or there is none."""
+    # a program that is exported has stand-ins without data
+    return x is None or type(x) in (nn.Parameter, FakeTensor)
 
 
 def is_exporting(x: object) -> bool:

@@ -13,9 +13,8 @@ import torch
 from timm.layers import DropPath, Mlp, activations
 from timm.layers import drop as timm_drop
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensor
 
-from swin_kernels.ops.layers import is_plain
+from swin_kernels.ops.layers import is_plain, is_plain_parameter, why_modules_are_watched
 from swin_kernels.ops.sublayers import (
     mlp_sublayer,
     why_attention_unfused,
@@ -71,7 +70,7 @@ def _why_norm(name: str, norm: Any) -> str | None:
         return reason
     if norm.weight is None or len(norm.normalized_shape) != 1:
         return f"its {name} has no weight, or is over several axes"
-    return None
+    return _why_parameters(name, norm)
 
 
 def _why_drop(name: str, drop: Any) -> str | None:
@@ -82,18 +81,17 @@ def _why_drop(name: str, drop: Any) -> str | None:
     return None
 
 
-def _why_weight(name: str, layer: Any) -> str | None:
-    kind = type(layer.weight)
-    # a program that is exported has stand-ins without data
-    if kind is nn.Parameter or kind is FakeTensor:
-        return None
-    return f"its {name}.weight is a {kind.__name__}"
+def _why_parameters(name: str, layer: Any) -> str | None:
+    for parameter in ("weight", "bias"):
+        if not is_plain_parameter(x := getattr(layer, parameter, None)):
+            return f"its {name}.{parameter} is a {type(x).__name__}"
+    return None
 
 
 def why_mlp_stock(block: Any) -> str | None:
     """Why the MLP half of `block` must run its modules one by one, or None."""
     mlp = block.mlp
-    if (reason := _why_module("mlp", mlp, Mlp)) is not None:
+    if (reason := why_modules_are_watched() or _why_module("mlp", mlp, Mlp)) is not None:
         return reason
     reason = (
         _why_norm("norm2", block.norm2)
@@ -104,8 +102,8 @@ def why_mlp_stock(block: Any) -> str | None:
         or _why_drop("mlp.drop2", mlp.drop2)
         or _why_module("mlp.act", mlp.act, type(mlp.act))
         or _why_module("drop_path2", block.drop_path2, nn.Identity, DropPath)
-        or _why_weight("mlp.fc1", mlp.fc1)
-        or _why_weight("mlp.fc2", mlp.fc2)
+        or _why_parameters("mlp.fc1", mlp.fc1)
+        or _why_parameters("mlp.fc2", mlp.fc2)
     )
     if reason is None and activation_of(mlp.act) is None:
         return f"its mlp.act is a {type(mlp.act).__name__}"
@@ -122,6 +120,8 @@ def why_attention_stock(block: Any) -> str | None:
         return "its attn.scale is a tensor"
     if not block._qkv_is_plain():
         return _why_module("attn.qkv", attn.qkv, nn.Linear)
+    if (reason := why_modules_are_watched() or _why_parameters("attn.qkv", attn.qkv)) is not None:
+        return reason
     channels = attn.qkv.weight.shape[1]
     if attn.qkv.weight.shape[0] != 3 * channels:
         return "its heads have a width of their own, not together that of the map"
@@ -130,8 +130,7 @@ def why_attention_stock(block: Any) -> str | None:
         or _why_module("attn.proj", attn.proj, nn.Linear)
         or _why_drop("attn.proj_drop", attn.proj_drop)
         or _why_module("drop_path1", block.drop_path1, nn.Identity, DropPath)
-        or _why_weight("attn.qkv", attn.qkv)
-        or _why_weight("attn.proj", attn.proj)
+        or _why_parameters("attn.proj", attn.proj)
     )
 
 

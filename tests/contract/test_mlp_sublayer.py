@@ -48,6 +48,7 @@ CASES = (
     MlpCase(1, (56, 56), 96),  # several chunks of rows
     MlpCase(2, (1, 1), 16, 5),
     MlpCase(1, (3,), 1, 3, norm="none"),
+    MlpCase(2, (3, 3), 1, 3, norm="none", layout="channels-inside"),
     MlpCase(1, (7, 7), 384, layer_scale=True),
 )
 over_backends = pytest.mark.parametrize("mlp_backend", ["cpu", "reference"])
@@ -207,6 +208,9 @@ def test_packed_weights_follow_every_change_of_a_weight():
     assert_same_bits(ours(), expected())
     operands.fc1_weight.data = torch.randn_like(operands.fc1_weight)  # as by .to()
     assert_same_bits(ours(), expected())
+    for columns in (slice(0, None, 2), slice(1, None, 2), slice(5, 40)):  # as by pruning
+        operands.fc2_weight.data[:, columns] = 0
+        assert_same_bits(ours(), expected())
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bf16", "fp16"])
@@ -231,12 +235,14 @@ def test_packed_weights_go_with_their_weight():
 
     case = MlpCase(1, (7, 7), 32)
     operands = make_mlp_operands(case)
-    before = len(packed_weights._packed)
+    packed_weights.forget()
     with torch.inference_mode():
         call_mlp(case, operands, "cpu")
-    assert len(packed_weights._packed) == before + 2
+    assert len(packed_weights._packed) == 2
+    torch.utils.swap_tensors(operands.fc1_weight, torch.randn(128, 32))  # nothing refers to it
     del operands
-    assert len(packed_weights._packed) == before
+    packed_weights.forget_gone()
+    assert len(packed_weights._packed) == 0
 
 
 _X = torch.randn(2, 4, 4, 8)

@@ -49,3 +49,15 @@ def test_dropout_at_work_and_named_reference_call_the_modules(fused):
     norm, mlp, drop_path = _parts(drop=0.1)
     add_mlp(x, norm, mlp.eval(), drop_path, False)
     assert len(fused) == 1
+
+
+def test_norm_without_weight_and_hooks_on_all_modules_call_the_modules(fused):
+    x, (_, mlp, drop_path) = torch.randn(2, 5, 5, 24), _parts()
+    norm = torch.nn.LayerNorm(24, elementwise_affine=False)
+    torch.testing.assert_close(add_mlp(x, norm, mlp, drop_path, False), x + mlp(norm(x)))
+    handle = torch.nn.modules.module.register_module_forward_hook(lambda *_: None)
+    add_mlp(x, *_parts(), False)
+    handle.remove()
+    assert fused == []
+    add_mlp(x, *_parts(), False)
+    assert len(fused) == 1

@@ -221,6 +221,29 @@ def test_attention_that_runs_stock_leaves_the_mlp_half_whole(halves, calls):
     assert len(halves) == 1
 
 
+def test_hooks_on_all_modules_and_replaced_forwards_are_called(halves, calls, monkeypatch):
+    block, x = small_block("v1", (14, 14)), torch.randn(2, 14, 14, 16)
+    patch(block)
+    seen = []
+    handle = nn.modules.module.register_module_forward_hook(lambda m, *_: seen.append(type(m)))
+    block(x)
+    handle.remove()
+    assert seen.count(nn.Linear) == 4
+    forward = nn.Linear.forward
+    monkeypatch.setattr(nn.Linear, "forward", lambda self, x: forward(self, x) * 2)
+    assert "Linear.forward was replaced" in swin_kernels.explain(block)
+    doubled = block(x)
+    monkeypatch.undo()
+    assert not torch.allclose(block(x), doubled, atol=1e-2)
+
+
+def test_quantised_layers_of_v2_are_reported(halves):
+    model = small_model("v2")
+    model = torch.ao.quantization.quantize_dynamic(model, {nn.Linear})
+    report = patch(model)
+    assert all("attn.qkv.weight is a" in why for why in report.halves_left["attention"].values())
+
+
 def test_fewer_windows_than_threads_run_attention_alone(calls):
     block, x = small_block("v1", (7, 7), shift=0), torch.randn(1, 7, 7, 16)
     patch(block)
