@@ -92,41 +92,52 @@ def _past_autograd() -> Any:
     return contextlib.nullcontext() if torch.compiler.is_compiling() else below_autograd()
 
 
-def _forward(operation: Operation, ctx: Any, args: tuple) -> Any:
+def _forward_of(operation: Operation) -> Callable:
+    """The forward of its Function; made, not called, by it: a call is to reach its kernel soon."""
     n, m = operation.operand_count, operation.argument_count
-    operands, options = operation.operands(*args[:n]), operation.options(*args[n:m])
-    backend = args[m]
-    with _past_autograd():
-        out, saved = operation.backends[backend].forward(operands, options, True)
-    ctx.save_for_backward(*operands, *saved)
-    ctx.options = options
-    ctx.backend = backend
-    ctx.others = len(args) - n
-    ctx.set_materialize_grads(False)
-    if len(args) == m + 1:
-        return out
-    beside = tuple(x for x in saved if x is not out)
-    ctx.mark_non_differentiable(*beside)
-    return (out, *beside)
+
+    def forward(ctx, *args):
+        operands, options = operation.operands(*args[:n]), operation.options(*args[n:m])
+        backend = args[m]
+        with _past_autograd():
+            out, saved = operation.backends[backend].forward(operands, options, True)
+        ctx.save_for_backward(*operands, *saved)
+        ctx.options = options
+        ctx.backend = backend
+        ctx.others = len(args) - n
+        ctx.set_materialize_grads(False)
+        if len(args) == m + 1:
+            return out
+        beside = tuple(x for x in saved if x is not out)
+        ctx.mark_non_differentiable(*beside)
+        return (out, *beside)
+
+    return forward
 
 
-def _backward(operation: Operation, ctx: Any, grad_out: Tensor | None) -> tuple:
+def _backward_of(operation: Operation) -> Callable:
+    """The backward of its Function."""
     n = operation.operand_count
-    needed = ctx.needs_input_grad[:n]
-    for name, why in operation.constants.items():
-        if needed[operation.operands._fields.index(name)]:
-            raise ValueError(why)
-    others = (None,) * ctx.others
-    if grad_out is None:
-        return (*(None,) * n, *others)
-    saved = ctx.saved_tensors
-    operands, saved = operation.operands(*saved[:n]), saved[n:]
-    backend = operation.backends[ctx.backend]
-    # where a second derivative may follow, the op's own kernel refuses it
-    with contextlib.nullcontext() if torch.is_grad_enabled() else _past_autograd():
-        grads = backend.backward(grad_out, operands, ctx.options, saved, needed)
-    kept = [grad if wanted else None for grad, wanted in zip(grads, needed)]
-    return (*kept, *others)
+    constants = {operation.operands._fields.index(k): why for k, why in operation.constants.items()}
+
+    def backward(ctx, grad_out, *of_saved):
+        needed = ctx.needs_input_grad[:n]
+        for place, why in constants.items():
+            if needed[place]:
+                raise ValueError(why)
+        others = (None,) * ctx.others
+        if grad_out is None:
+            return (*(None,) * n, *others)
+        saved = ctx.saved_tensors
+        operands, saved = operation.operands(*saved[:n]), saved[n:]
+        backend = operation.backends[ctx.backend]
+        # where a second derivative may follow, the op's own kernel refuses it
+        with contextlib.nullcontext() if torch.is_grad_enabled() else _past_autograd():
+            grads = backend.backward(grad_out, operands, ctx.options, saved, needed)
+        kept = [grad if wanted else None for grad, wanted in zip(grads, needed)]
+        return (*kept, *others)
+
+    return backward
 
 
 class ShiftedWindowAttentionFunction(torch.autograd.Function):
@@ -139,13 +150,8 @@ class ShiftedWindowAttentionFunction(torch.autograd.Function):
     what was added beside it.
     """
 
-    @staticmethod
-    def forward(ctx, *args):
-        return _forward(ATTENTION, ctx, args)
-
-    @staticmethod
-    def backward(ctx, grad_out, *of_saved):
-        return _backward(ATTENTION, ctx, grad_out)
+    forward = staticmethod(_forward_of(ATTENTION))
+    backward = staticmethod(_backward_of(ATTENTION))
 
 
 class MlpSublayerFunction(torch.autograd.Function):
@@ -155,13 +161,8 @@ class MlpSublayerFunction(torch.autograd.Function):
     order, then the name of a backend. Saved are the operands alone.
     """
 
-    @staticmethod
-    def forward(ctx, *args):
-        return _forward(MLP, ctx, args)
-
-    @staticmethod
-    def backward(ctx, grad_out, *of_saved):
-        return _backward(MLP, ctx, grad_out)
+    forward = staticmethod(_forward_of(MLP))
+    backward = staticmethod(_backward_of(MLP))
 
 
 class WindowAttentionSublayerFunction(torch.autograd.Function):
@@ -169,13 +170,8 @@ class WindowAttentionSublayerFunction(torch.autograd.Function):
     attention sublayer, by the named tuples of `swin_kernels.attention_sublayer_problem`.
     """
 
-    @staticmethod
-    def forward(ctx, *args):
-        return _forward(ATTENTION_SUBLAYER, ctx, args)
-
-    @staticmethod
-    def backward(ctx, grad_out, *of_saved):
-        return _backward(ATTENTION_SUBLAYER, ctx, grad_out)
+    forward = staticmethod(_forward_of(ATTENTION_SUBLAYER))
+    backward = staticmethod(_backward_of(ATTENTION_SUBLAYER))
 
 
 _FUNCTIONS = {
