@@ -15,7 +15,7 @@ from swin_kernels.ops.layers import (
     is_plain_parameter,
     why_modules_are_watched,
 )
-from swin_kernels.ops.sublayers import mlp_sublayer, why_mlp_unfused
+from swin_kernels.ops.sublayers import FUSED_ON, mlp_sublayer, why_mlp_unfused
 
 
 def check_least(config: object, least: float, *names: str) -> None:
@@ -119,7 +119,9 @@ def add_mlp(
     at work or a layer of another class.
     """
     plain = (
-        is_plain(norm, nn.LayerNorm)
+        not is_exporting(x)
+        and x.device.type in FUSED_ON
+        and is_plain(norm, nn.LayerNorm)
         and norm.weight is not None
         and len(norm.normalized_shape) == 1
         and is_plain(mlp, Mlp)
@@ -131,7 +133,6 @@ def add_mlp(
         and all(is_plain_parameter(p) for m in (norm, mlp.fc1, mlp.fc2) for p in m.parameters())
         and why_modules_are_watched() is None
         and x.dtype == mlp.fc1.weight.dtype
-        and not is_exporting(x)
     )
     if not plain or why_mlp_unfused(x, mlp.fc1.weight, backend) is not None:
         branch = norm(mlp(x)) if norm_last else mlp(norm(x))

@@ -232,6 +232,15 @@ def _cast(operands: Any, layers: tuple[str, str], dtype: torch.dtype) -> Any:
     return operands._replace(**changed) if changed else operands
 
 
+# where any backend has fused sublayers: elsewhere nothing more need be asked
+FUSED_ON = {
+    device
+    for operation in (MLP, ATTENTION_SUBLAYER)
+    for backend in operation.backends.values()
+    for device in backend.device_types
+}
+
+
 def why_mlp_unfused(x: Tensor, weight: Tensor, backend: str | None = None) -> str | None:
     """Why an MLP of these dtypes on this device is faster layer by layer, or must run so.
 

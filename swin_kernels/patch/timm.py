@@ -28,6 +28,7 @@ from swin_kernels.ops.layers import (
     scale_fits,
     sum_of,
 )
+from swin_kernels.ops.sublayers import FUSED_ON
 from swin_kernels.patch.core import Fused
 from swin_kernels.patch.static_mask import CheckedMask, can_be_read_now
 from swin_kernels.patch.timm_halves import (
@@ -289,6 +290,8 @@ class _FusedBlock(Fused):
         """The stock forward, each half one operation where it can be; None where neither is."""
         memory = self._swin_kernels
         if memory.level == "attention" or memory.halves_unknown is not None or is_exporting(x):
+            return None
+        if x.device.type not in FUSED_ON:
             return None
         backend = memory.backend
         fuses_mlp = why_mlp_stock(self) is None and why_mlp_stock_on(self, x, backend) is None
