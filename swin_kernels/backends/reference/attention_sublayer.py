@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from swin_kernels.attention_sublayer_problem import (
@@ -12,13 +10,14 @@ from swin_kernels.attention_sublayer_problem import (
 )
 from swin_kernels.backends.reference.backward import backward
 from swin_kernels.backends.reference.forward import forward
-from swin_kernels.backends.reference.mlp import (
+from swin_kernels.backends.reference.sublayer import (
+    BranchBackward,
     add_branch,
-    along_images,
+    in_order,
     linear,
-    norm_backward,
-    norm_of,
-    normalised,
+    linear_backward,
+    norm_first,
+    widened,
 )
 from swin_kernels.problem import Operands
 
@@ -31,6 +30,11 @@ def _attention_operands(operands: AttentionSublayerOperands, qkv: Tensor) -> Ope
     return operands.of_attention(qkv, **pads)
 
 
+def _qkv(x: Tensor, operands: AttentionSublayerOperands, heads: int) -> Tensor:
+    """(B, *S, 3, H, D)"""
+    return linear(x, operands.qkv_weight, operands.qkv_bias).unflatten(-1, (3, heads, -1))
+
+
 def attention_sublayer_forward(
     operands: AttentionSublayerOperands, options: AttentionSublayerOptions
 ) -> Tensor:
@@ -38,15 +42,10 @@ def attention_sublayer_forward(
 
     Products are in the dtype of the weights; the result in that of x.
     """
-    x, last = operands.x, options.norm_last
-    first = norm_of(x, operands, options.norm_eps) if not last else x
-    qkv = linear(first, operands.qkv_weight, operands.qkv_bias)
-    qkv = qkv.unflatten(-1, (3, options.num_heads, -1))
-    out = forward(_attention_operands(operands, qkv), options.attention)
-    branch = linear(out.flatten(-2), operands.proj_weight, operands.proj_bias)
-    if last:
-        branch = norm_of(branch, operands, options.norm_eps)
-    return add_branch(x, branch, operands.layer_scale, operands.residual_scale)
+    qkv = _qkv(norm_first(operands, options), operands, options.num_heads)
+    attended = forward(_attention_operands(operands, qkv), options.attention).flatten(-2)
+    branch = linear(attended, operands.proj_weight, operands.proj_bias)
+    return add_branch(branch, operands, options)
 
 
 def attention_sublayer_backward(
@@ -54,63 +53,28 @@ def attention_sublayer_backward(
 ) -> tuple[Tensor | None, ...]:
     """Gradients in the order of `AttentionSublayerOperands`, in fp32 or fp64.
 
-    From the formulas of docs/math.md, with all between x and the result computed again.
+    All between x and the result is computed again.
     """
-    dtype = torch.promote_types(operands.x.dtype, torch.float32)
-    wide = AttentionSublayerOperands(
-        *(t.to(dtype) if t is not None and t.is_floating_point() else t for t in operands)  # type: ignore[arg-type]
-    )
-    x, heads = wide.x, options.num_heads
-    grad, rows = grad_out.to(dtype), tuple(range(x.ndim - 1))
-    first = x
-    if wide.norm_weight is not None and not options.norm_last:
-        unit, inverse = normalised(x, options.norm_eps)
-        first = unit * wide.norm_weight + (0 if wide.norm_bias is None else wide.norm_bias)
-    qkv = F.linear(first, wide.qkv_weight, wide.qkv_bias).unflatten(-1, (3, heads, -1))
-    inner = _attention_operands(wide, qkv)
+    wide: AttentionSublayerOperands = widened(operands)
+    branch = BranchBackward(grad_out.to(wide.x.dtype), wide, options)
+    inner = _attention_operands(wide, _qkv(branch.first, wide, options.num_heads))
     attended = forward(inner, options.attention).flatten(-2)
-    branch = F.linear(attended, wide.proj_weight, wide.proj_bias)
-    grad_branch = grad
-    if wide.residual_scale is not None:
-        grad_branch = grad_branch * along_images(wide.residual_scale, grad)
-    end, last_inverse = branch, None
-    if wide.norm_weight is not None and options.norm_last:
-        unit, last_inverse = normalised(branch, options.norm_eps)
-        end = unit * wide.norm_weight + (0 if wide.norm_bias is None else wide.norm_bias)
-    grad_layer_scale = None
-    if wide.layer_scale is not None:
-        grad_layer_scale = (grad_branch * end).sum(rows)
-        grad_branch = grad_branch * wide.layer_scale
-    grad_norm_weight = grad_norm_bias = None
-    if last_inverse is not None:
-        assert wide.norm_weight is not None
-        grad_branch, grad_norm_weight, grad_norm_bias = norm_backward(
-            grad_branch, unit, last_inverse, wide.norm_weight
-        )
-    grad_attended = (grad_branch @ wide.proj_weight).unflatten(-1, (heads, -1))
+    grad_branch = branch.behind(linear(attended, wide.proj_weight, wide.proj_bias))
+    grad_attended = (grad_branch @ wide.proj_weight).unflatten(-1, (options.num_heads, -1))
     of_attention = Operands(*backward(grad_attended, inner, options.attention))
     grad_qkv = of_attention.query.flatten(-3)
-    grad_qkv_bias = grad_qkv.sum(rows)
-    for part, pad in enumerate((None, of_attention.pad_key, of_attention.pad_value)):
+    weight, bias = linear_backward(grad_qkv, branch.first)
+    # of keys and values that padding added, which are the bias
+    for part, pad in ((1, of_attention.pad_key), (2, of_attention.pad_value)):
         if pad is not None:
-            grad_qkv_bias.unflatten(0, (3, heads, -1))[part] += pad
-    grad_first = grad_qkv @ wide.qkv_weight
-    if wide.norm_weight is not None and not options.norm_last:
-        grad_first, grad_norm_weight, grad_norm_bias = norm_backward(
-            grad_first, unit, inverse, wide.norm_weight
-        )
-    grads = (
-        grad + grad_first,
-        grad_norm_weight,
-        grad_norm_bias,
-        grad_qkv.flatten(0, -2).T @ first.flatten(0, -2),
-        grad_qkv_bias,
-        grad_branch.flatten(0, -2).T @ attended.flatten(0, -2),
-        grad_branch.sum(rows),
-        grad_layer_scale,
-        of_attention.bias,
-        of_attention.bias_table,
-        of_attention.logit_scale,
-    )
-    kept = [None if g is None or t is None else g.to(t.dtype) for g, t in zip(grads, operands)]
-    return (*kept, *(None,) * (len(operands) - len(kept)))
+            bias.unflatten(0, (3, options.num_heads, -1))[part] += pad
+    grads: dict[str, Tensor | None] = {
+        "x": branch.before(grad_qkv @ wide.qkv_weight),
+        "qkv_weight": weight,
+        "qkv_bias": bias,
+        "bias": of_attention.bias,
+        "bias_table": of_attention.bias_table,
+        "logit_scale": of_attention.logit_scale,
+    }
+    grads["proj_weight"], grads["proj_bias"] = linear_backward(grad_branch, attended)
+    return in_order(grads | branch.grads, operands)
