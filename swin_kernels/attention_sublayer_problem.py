@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -10,8 +9,15 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from swin_kernels.mlp_problem import check_layer_tensors
-from swin_kernels.problem import Operands, Options, Problem, check_number
+from swin_kernels.problem import Operands, Options, Problem
+from swin_kernels.sublayer_problem import (
+    SublayerFacts,
+    check_layer_shapes,
+    check_layer_tensors,
+    check_norm,
+    needs_of_first,
+    split_arguments_of,
+)
 
 
 class AttentionSublayerOperands(NamedTuple):
@@ -74,18 +80,13 @@ class AttentionSublayerOptions(NamedTuple):
 def split_attention_sublayer_arguments(
     arguments: Sequence[Any],
 ) -> tuple[AttentionSublayerOperands, AttentionSublayerOptions, tuple[Any, ...]]:
-    """What an op got, in the order of its schema: operands, options, and what follows."""
-    first = len(AttentionSublayerOperands._fields)
-    last = first + len(AttentionSublayerOptions._fields)
-    window, shift, periodic, *numbers = arguments[first:last]
-    # lists, as an op gets them, are no keys of a cache
-    options = AttentionSublayerOptions(tuple(window), tuple(shift), tuple(periodic), *numbers)
-    return AttentionSublayerOperands(*arguments[:first]), options, tuple(arguments[last:])
+    """`split_arguments_of` the ops of the attention sublayer."""
+    return split_arguments_of(AttentionSublayerOperands, AttentionSublayerOptions, arguments)
 
 
 def attention_sublayer_needs_of(needed: Sequence[bool]) -> int:
     """Bits of the backward op's `needs`, by the fields of `AttentionSublayerOperands`."""
-    return sum(1 << b for b, _ in enumerate(ATTENTION_SUBLAYER_DIFFERENTIABLE) if needed[b])
+    return needs_of_first(needed, len(ATTENTION_SUBLAYER_DIFFERENTIABLE))
 
 
 @dataclass(frozen=True)
@@ -93,23 +94,15 @@ class AttentionSublayerProblem:
     """The facts of one call: all that a backend may ask before it says if it can run."""
 
     attention: Problem
-    channels: int
     norm: str  # "none", "pre" or "post"
-    dtype: torch.dtype
-    compute_dtype: torch.dtype  # of the weights, and so of what products take
-    device: torch.device
+    facts: SublayerFacts
     options: AttentionSublayerOptions
 
     def __str__(self) -> str:
-        dtype, compute = (str(d).removeprefix("torch.") for d in (self.dtype, self.compute_dtype))
+        dtype, compute = (str(d).removeprefix("torch.") for d in self.facts[1:3])
         return f"window_attention_sublayer {self.attention} norm={self.norm}" + (
             f", x in {dtype}, products in {compute}" if compute != dtype else ""
         )
-
-    @property
-    def windows(self) -> int:
-        """Windows of the whole batch."""
-        return self.attention.batch * self.attention.grid.windows
 
     @classmethod
     def checked(
@@ -129,34 +122,21 @@ class AttentionSublayerProblem:
         `compute_dtype` is autocast's, where it is on: weights may then have another dtype than x.
         `options` are those of `Problem.checked`.
         """
-        if norm not in ("pre", "post"):
-            raise ValueError(f"norm: expected 'pre' or 'post', got {norm!r}")
-        check_number("norm_eps", norm_eps)
-        if not 0.0 <= norm_eps < math.inf:
-            raise ValueError(f"norm_eps: expected a finite number of at least 0, got {norm_eps}")
+        check_norm(norm, norm_eps)
         x = operands.x
         check_layer_tensors(operands, ("qkv_weight", "proj_weight"), compute_dtype)
-        if not 3 <= x.ndim <= 5 or x.shape[-1] < 1:
-            raise ValueError(f"x: expected (B, *S, C) with 1, 2 or 3 axes S, got {tuple(x.shape)}")
         channels = x.shape[-1]
         if not isinstance(num_heads, int) or num_heads < 1 or channels % num_heads:
             raise ValueError(
                 f"num_heads: expected a number that divides {channels} channels, got {num_heads!r}"
             )
         expected = {
-            "norm_weight": (channels,),
-            "norm_bias": (channels,),
             "qkv_weight": (3 * channels, channels),
             "qkv_bias": (3 * channels,),
             "proj_weight": (channels, channels),
             "proj_bias": (channels,),
-            "layer_scale": (channels,),
-            "residual_scale": (x.shape[0],),
         }
-        for name, shape in expected.items():
-            t = getattr(operands, name)
-            if t is not None and tuple(t.shape) != shape:
-                raise ValueError(f"{name}: expected shape {shape}, got {tuple(t.shape)}")
+        check_layer_shapes(operands, expected)
         # a qkv of no memory, to be checked as attention's own
         packed = x.new_empty(1).expand(*x.shape[:-1], 3, num_heads, channels // num_heads)
         attention = Problem.checked(
@@ -164,11 +144,13 @@ class AttentionSublayerProblem:
         )
         return cls(
             attention=attention,
-            channels=channels,
             norm="none" if operands.norm_weight is None else norm,
-            dtype=x.dtype,
-            compute_dtype=compute_dtype or operands.qkv_weight.dtype,
-            device=x.device,
+            facts=SublayerFacts(
+                x.device,
+                x.dtype,
+                compute_dtype or operands.qkv_weight.dtype,
+                attention.batch * attention.grid.windows,
+            ),
             options=AttentionSublayerOptions(
                 *attention.options, num_heads, norm == "post", float(norm_eps)
             ),

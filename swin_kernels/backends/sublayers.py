@@ -12,8 +12,6 @@ from torch import Tensor
 
 from swin_kernels.attention_sublayer_problem import (
     ATTENTION_SUBLAYER_DIFFERENTIABLE,
-    AttentionSublayerOperands,
-    AttentionSublayerOptions,
     AttentionSublayerProblem,
     attention_sublayer_needs_of,
     split_attention_sublayer_arguments,
@@ -28,12 +26,11 @@ from swin_kernels.backends.reference.attention_sublayer import (
 from swin_kernels.backends.reference.mlp import mlp_backward, mlp_forward
 from swin_kernels.mlp_problem import (
     MLP_DIFFERENTIABLE,
-    MlpOperands,
-    MlpOptions,
     MlpProblem,
     mlp_needs_of,
     split_mlp_arguments,
 )
+from swin_kernels.sublayer_problem import SublayerFacts
 
 SublayerProblem = MlpProblem | AttentionSublayerProblem
 
@@ -126,7 +123,25 @@ def _why_slower_here(dtype: torch.dtype) -> str | None:
     return why_slower(native.cpu_capability(), dtype, _multiplies())
 
 
-class _CpuSublayer(Backend):
+class SublayerBackend(Backend):
+    """One way to compute a sublayer: which calls it takes follows from few facts."""
+
+    def why_not(self, problem: SublayerProblem) -> str | None:
+        return self.why_not_on(problem.facts)
+
+    def why_not_unasked(self, problem: SublayerProblem) -> str | None:
+        return self.why_slower_on(problem.facts)
+
+    def why_not_on(self, facts: SublayerFacts) -> str | None:
+        """None if it can run calls of these facts, else the reason."""
+        return None
+
+    def why_slower_on(self, facts: SublayerFacts) -> str | None:
+        """Why the layers one by one are at least as fast."""
+        return None
+
+
+class _CpuSublayer(SublayerBackend):
     """The fused C++ kernels for CPU tensors."""
 
     name = "cpu"
@@ -134,20 +149,27 @@ class _CpuSublayer(Backend):
     weights: tuple[str, str]
     needs_of: Callable[[Sequence[bool]], int]
 
-    def why_not(self, problem: SublayerProblem) -> str | None:
+    def why_not_on(self, facts: SublayerFacts) -> str | None:
         if self.ops is None:
             return native.CPU_OBJECT.error
-        if problem.device.type != "cpu":
-            return f"runs on CPU tensors, got {problem.device}"
-        if problem.dtype not in (problem.compute_dtype, torch.float32):
-            return f"x of {problem.dtype} does not go with products in {problem.compute_dtype}"
+        if facts.device.type != "cpu":
+            return f"runs on CPU tensors, got {facts.device}"
+        if facts.dtype not in (facts.compute_dtype, torch.float32):
+            return f"x of {facts.dtype} does not go with products in {facts.compute_dtype}"
         return None
 
-    def why_not_unasked(self, problem: SublayerProblem) -> str | None:
-        return _why_slower_here(problem.compute_dtype)
+    def why_slower_on(self, facts: SublayerFacts) -> str | None:
+        if (reason := _why_slower_here(facts.compute_dtype)) is not None:
+            return reason
+        # of symbols, as a trace has them, nothing is asked
+        if torch.compiler.is_compiling() or type(facts.windows) is not int:
+            return None
+        if facts.windows < _threads():
+            return "there are fewer windows than threads, each of which takes whole windows"
+        return None
 
     def prepared(self, operands: Any, problem: SublayerProblem) -> Any:
-        return packed_for_inference(operands, self.weights, problem.compute_dtype)
+        return packed_for_inference(operands, self.weights, problem.facts.compute_dtype)
 
     def forward(self, operands: Any, options: Any, differentiable: bool) -> tuple[Tensor, Saved]:
         assert self.ops is not None
@@ -161,30 +183,16 @@ class _CpuSublayer(Backend):
         return (*grads, *(None,) * (len(operands) - len(grads)))
 
 
-class CpuMlp(_CpuSublayer, Backend[MlpProblem, MlpOperands, MlpOptions]):
+class CpuMlp(_CpuSublayer):
     weights = ("fc1", "fc2")
     needs_of = staticmethod(mlp_needs_of)
     ops = _native_ops("mlp_sublayer") if native.CPU_OBJECT.error is None else None
 
 
-class CpuAttentionSublayer(
-    _CpuSublayer,
-    Backend[AttentionSublayerProblem, AttentionSublayerOperands, AttentionSublayerOptions],
-):
+class CpuAttentionSublayer(_CpuSublayer):
     weights = ("qkv", "proj")
     needs_of = staticmethod(attention_sublayer_needs_of)
     ops = _native_ops("window_attention_sublayer") if native.CPU_OBJECT.error is None else None
-
-    def why_not_unasked(self, problem: SublayerProblem) -> str | None:
-        if (reason := super().why_not_unasked(problem)) is not None:
-            return reason
-        assert isinstance(problem, AttentionSublayerProblem)
-        # of symbols, as a trace has them, nothing is asked
-        if torch.compiler.is_compiling() or type(problem.windows) is not int:
-            return None
-        if problem.windows < _threads():
-            return "there are fewer windows than threads, each of which takes whole windows"
-        return None
 
 
 @asked_while_tracing
@@ -192,16 +200,13 @@ def _threads() -> int:
     return torch.get_num_threads()
 
 
-class ReferenceSublayer(Backend):
+class ReferenceSublayer(SublayerBackend):
     """Plain PyTorch: whatever torch runs on, differentiable to any order."""
 
     name = "reference"
 
     def __init__(self, forward: Callable[..., Tensor], backward: Callable[..., tuple]) -> None:
         self._forward, self._backward = forward, backward
-
-    def why_not(self, problem: SublayerProblem) -> str | None:
-        return None
 
     def forward(self, operands: Any, options: Any, differentiable: bool) -> tuple[Tensor, Saved]:
         return self._forward(operands, options), ()
@@ -218,7 +223,7 @@ class AbsentSublayer(ReferenceSublayer):
     def __init__(self, name: str, operation: str) -> None:
         self.name, self.operation = name, operation  # type: ignore[misc]
 
-    def why_not(self, problem: SublayerProblem) -> str | None:
+    def why_not_on(self, facts: SublayerFacts) -> str | None:
         return f"has no {self.operation} yet"
 
 

@@ -22,12 +22,7 @@ from swin_kernels.attention_sublayer_problem import (
     split_attention_sublayer_arguments,
 )
 from swin_kernels.backends.base import Backend, Ops, asked_while_tracing, below_autograd
-from swin_kernels.mlp_problem import (
-    RESIDUAL_SCALE_HAS_NO_GRADIENT,
-    MlpOperands,
-    MlpOptions,
-    split_mlp_arguments,
-)
+from swin_kernels.mlp_problem import MlpOperands, MlpOptions, split_mlp_arguments
 from swin_kernels.ops.dispatch import (
     ATTENTION_SUBLAYER_BACKENDS,
     BACKENDS,
@@ -35,6 +30,7 @@ from swin_kernels.ops.dispatch import (
     Backends,
 )
 from swin_kernels.problem import MASK_HAS_NO_GRADIENT, Operands, Options, split_arguments
+from swin_kernels.sublayer_problem import RESIDUAL_SCALE_HAS_NO_GRADIENT
 
 NO_SECOND_DERIVATIVE = (
     'the fused kernels have no second derivative: use backend="reference" for that'

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
-import functools
 from collections.abc import Sequence
 from typing import Any
 
@@ -15,9 +13,11 @@ from swin_kernels.attention_sublayer_problem import (
     AttentionSublayerProblem,
 )
 from swin_kernels.backends.base import asked_while_tracing, below_autograd
-from swin_kernels.mlp_problem import MlpOperands, MlpOptions, MlpProblem
+from swin_kernels.backends.sublayers import SublayerBackend
+from swin_kernels.mlp_problem import MlpOperands, MlpProblem
 from swin_kernels.ops.autograd import ATTENTION_SUBLAYER, MLP, Operation, transforms_active
-from swin_kernels.ops.dispatch import DEFAULT_BACKEND, backends_for, check_name, choose
+from swin_kernels.ops.dispatch import DEFAULT_BACKEND, check_name, choose
+from swin_kernels.sublayer_problem import SublayerFacts
 
 
 def _autocast_dtype(x: Tensor) -> torch.dtype | None:
@@ -202,8 +202,8 @@ def _run(
         chosen = choose(problem, backend)
     if chosen is reference:
         # products are in autocast's dtype already
-        with torch.autocast(problem.device.type, enabled=False):
-            operands = _cast(operands, layers, problem.compute_dtype)
+        with torch.autocast(problem.facts.device.type, enabled=False):
+            operands = _cast(operands, layers, problem.facts.compute_dtype)
             return reference.forward(operands, problem.options, True)[0]
     x = operands.x
     if x.stride(-1) != 1 and x.shape[-1] > 1:  # kernels read a row's channels side by side
@@ -213,7 +213,7 @@ def _run(
     )
     if not needs_grad:
         operands = chosen.prepared(operands, problem)
-    operands = _cast(operands, layers, problem.compute_dtype)
+    operands = _cast(operands, layers, problem.facts.compute_dtype)
     if torch.compiler.is_compiling():  # a graph gets the op, whose autograd is its own
         return chosen.forward(operands, problem.options, needs_grad)[0]
     if needs_grad:
@@ -247,13 +247,13 @@ def why_mlp_unfused(x: Tensor, weight: Tensor, backend: str | None = None) -> st
     None where a call of `mlp_sublayer` runs fused. A backend asked for by name is taken wherever it
     can run; `weight` stands for both weights.
     """
-    return _why_unfused("mlp", *_facts(x, weight), 1, backend or DEFAULT_BACKEND)
+    return _why_unfused("mlp", *_facts(x, weight), None, backend or DEFAULT_BACKEND)
 
 
 def why_attention_unfused(
-    x: Tensor, weight: Tensor, windows: int, backend: str | None = None
+    x: Tensor, weight: Tensor, windows: int | None, backend: str | None = None
 ) -> str | None:
-    """The same of `window_attention_sublayer`, for so many windows of the whole batch."""
+    """The same of `window_attention_sublayer`, for so many windows of the whole batch, if known."""
     return _why_unfused("attention", *_facts(x, weight), windows, backend or DEFAULT_BACKEND)
 
 
@@ -261,45 +261,26 @@ def _facts(x: Tensor, weight: Tensor) -> tuple[torch.device, torch.dtype, torch.
     return x.device, x.dtype, _autocast_dtype(x) or weight.dtype
 
 
-@asked_while_tracing
+@asked_while_tracing  # of constants alone: dynamo makes none of records
 def _why_unfused(
-    which: str,
+    half: str,
     device: torch.device,
     dtype: torch.dtype,
     compute_dtype: torch.dtype,
-    windows: int,
+    windows: int | None,
     name: str | None,
 ) -> str | None:
-    problem: MlpProblem | AttentionSublayerProblem = _mlp_like(device, dtype, compute_dtype)
-    if which == "attention":
-        problem = _attention_like(device, dtype, compute_dtype, windows)
+    operation = {"mlp": MLP, "attention": ATTENTION_SUBLAYER}[half]
+    facts = SublayerFacts(device, dtype, compute_dtype, windows)
     reasons = []
-    for backend in backends_for(problem).values():
+    for backend in operation.backends.values():
         if backend.name == "reference" or name not in (None, backend.name):
             continue
-        reason = backend.why_not(problem)
+        assert isinstance(backend, SublayerBackend)
+        reason = backend.why_not_on(facts)
         if reason is None and name is None:
-            reason = backend.why_not_unasked(problem)
+            reason = backend.why_slower_on(facts)
         if reason is None:
             return None
         reasons.append(f"{backend.name}: {reason}")
     return "; ".join(reasons) or f"{name} fuses nothing"
-
-
-@functools.cache
-def _mlp_like(device: torch.device, dtype: torch.dtype, compute_dtype: torch.dtype) -> MlpProblem:
-    """A problem with these facts, whatever its sizes."""
-    options = MlpOptions(0, False, 0.0)
-    return MlpProblem(1, (1,), 1, 1, "gelu", "pre", dtype, compute_dtype, device, options)
-
-
-@functools.lru_cache(1024)
-def _attention_like(
-    device: torch.device, dtype: torch.dtype, compute_dtype: torch.dtype, windows: int
-) -> AttentionSublayerProblem:
-    """The same, with so many windows."""
-    x = torch.empty((windows, 1, 1), dtype=dtype, device="meta")
-    weight = torch.empty((3, 1), dtype=compute_dtype, device="meta")
-    operands = AttentionSublayerOperands(x, None, None, weight, None, weight[:1], None)
-    found = AttentionSublayerProblem.checked(operands, 1, 1, compute_dtype=compute_dtype)
-    return dataclasses.replace(found, device=device)

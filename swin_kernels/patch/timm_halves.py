@@ -146,17 +146,13 @@ def why_mlp_stock_on(block: Any, x: Tensor, backend: str | None) -> str | None:
     return _why_dtype(x, weight) or why_mlp_unfused(x, weight, backend)
 
 
-_MANY = 1 << 20
-
-
 def why_attention_stock_on(block: Any, x: Tensor, backend: str | None) -> str | None:
-    """The same of the attention half; of anything but a map as if it had many windows."""
-    weight, windows = block.attn.qkv.weight, _MANY
+    """The same of the attention half; of anything but a map whatever the windows are."""
+    weight, windows = block.attn.qkv.weight, None
     if x.ndim == 4 and not torch.compiler.is_compiling():
         windows = x.shape[0] * math.prod(
             -(-s // w) for s, w in zip(x.shape[1:3], block.window_size)
         )
-        windows = windows if type(windows) is int else _MANY  # a symbol of a trace
     return _why_dtype(x, weight) or why_attention_unfused(x, weight, windows, backend)
 
 

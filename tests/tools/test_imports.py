@@ -19,9 +19,10 @@ BELOW = {
     "position_bias": set(),
     "problem": {"geometry", "position_bias"},
 }
-BELOW["mlp_problem"] = BELOW["problem"] | {"problem"}
-BELOW["attention_sublayer_problem"] = BELOW["mlp_problem"] | {"mlp_problem"}
-BELOW["backends"] = BELOW["attention_sublayer_problem"] | {"attention_sublayer_problem"}
+BELOW["sublayer_problem"] = BELOW["problem"] | {"problem"}
+BELOW["mlp_problem"] = BELOW["sublayer_problem"] | {"sublayer_problem"}
+BELOW["attention_sublayer_problem"] = BELOW["mlp_problem"]
+BELOW["backends"] = BELOW["mlp_problem"] | {"mlp_problem", "attention_sublayer_problem"}
 BELOW["ops"] = BELOW["backends"] | {"backends"}
 BELOW["modules"] = BELOW["ops"] | {"ops"}
 BELOW["models"] = BELOW["modules"] | {"modules"}
