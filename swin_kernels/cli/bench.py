@@ -147,7 +147,7 @@ def run(p: Prepared) -> int:
     console.print(
         f"{p.spec.model}, random weights, batch of {batch}, {height}×{width}, {p.spec.dtype}{form}"
     )
-    console.print(f"patch: {str(p.report).partition(chr(10))[0]}")
+    console.print(f"patch: {p.report.in_short()}")
     times: dict[str, dict[str, list[float]]] = {}
     peaks: dict[str, dict[str, int]] = {}
     remarks: list[str] = []

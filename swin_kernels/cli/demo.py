@@ -163,7 +163,7 @@ def run(p: Prepared) -> int:
         f"input: {p.photo.name}, batch of {batch} crops, {size[0]}×{size[1]}, float32",
         soft_wrap=True,
     )
-    console.print(f"patch: {str(p.report).partition(chr(10))[0]}")
+    console.print(f"patch: {p.report.in_short()}")
     if "reference" in p.backend:
         console.print(
             "The reference backend ran: plain PyTorch, nothing fused, so it is not faster. "

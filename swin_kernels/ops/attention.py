@@ -11,8 +11,13 @@ from torch import Tensor
 from swin_kernels.backends import reference
 from swin_kernels.backends.base import below_autograd
 from swin_kernels.ops import repeated
-from swin_kernels.ops.autograd import ShiftedWindowAttentionFunction, transforms_active
-from swin_kernels.ops.dispatch import DEFAULT_BACKEND, REFERENCE, check_name, choose
+from swin_kernels.ops.autograd import (
+    ATTENTION,
+    ShiftedWindowAttentionFunction,
+    reference_under_transforms,
+    transforms_active,
+)
+from swin_kernels.ops.dispatch import REFERENCE, choose
 from swin_kernels.problem import Operands, Problem
 
 
@@ -44,13 +49,8 @@ def _attend(operands: Operands, backend: str | None, **options) -> Tensor:
         seed = torch.randint(2**63 - 1, (1,), dtype=torch.int64, device=operands.query.device)
         operands = operands._replace(dropout_seed=seed)
     if transforms_active():
-        name = DEFAULT_BACKEND if backend is None else backend
-        if name is not None and check_name(name) is not REFERENCE:
-            raise NotImplementedError(
-                f"backend {name!r} cannot run under torch.func transforms or forward-mode AD; "
-                'leave backend out, or use backend="reference"'
-            )
-        return REFERENCE.forward(operands, problem.options, True)[0]
+        reference = reference_under_transforms(ATTENTION, backend)
+        return reference.forward(operands, problem.options, True)[0]
     chosen = choose(problem, backend)
     needs_grad = torch.is_grad_enabled() and any(
         x is not None and x.requires_grad for x in operands

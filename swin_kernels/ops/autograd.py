@@ -26,8 +26,10 @@ from swin_kernels.mlp_problem import MlpOperands, MlpOptions, split_mlp_argument
 from swin_kernels.ops.dispatch import (
     ATTENTION_SUBLAYER_BACKENDS,
     BACKENDS,
+    DEFAULT_BACKEND,
     MLP_BACKENDS,
     Backends,
+    check_name,
 )
 from swin_kernels.problem import MASK_HAS_NO_GRADIENT, Operands, Options, split_arguments
 from swin_kernels.sublayer_problem import RESIDUAL_SCALE_HAS_NO_GRADIENT
@@ -186,6 +188,17 @@ def transforms_active() -> bool:
     """Forward-mode AD or functorch: a raw op would answer both with silent zeros."""
     # read in traced code, so that dynamo guards on the level and compiles anew inside `dual_level`
     return forward_ad._current_level >= 0 or _functorch_active()
+
+
+def reference_under_transforms(operation: Operation, name: str | None) -> Backend:
+    """The reference, which alone can; NotImplementedError if `name` is another backend."""
+    name = DEFAULT_BACKEND if name is None else name
+    if name is not None and check_name(name, operation.backends) is not operation.reference:
+        raise NotImplementedError(
+            f"backend {name!r} cannot run under torch.func transforms or forward-mode AD; "
+            'leave backend out, or use backend="reference"'
+        )
+    return operation.reference
 
 
 def _need_grad(arguments: tuple) -> bool:

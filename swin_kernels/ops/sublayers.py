@@ -15,8 +15,14 @@ from swin_kernels.attention_sublayer_problem import (
 from swin_kernels.backends.base import asked_while_tracing, below_autograd
 from swin_kernels.backends.sublayers import SublayerBackend
 from swin_kernels.mlp_problem import MlpOperands, MlpProblem
-from swin_kernels.ops.autograd import ATTENTION_SUBLAYER, MLP, Operation, transforms_active
-from swin_kernels.ops.dispatch import DEFAULT_BACKEND, check_name, choose
+from swin_kernels.ops.autograd import (
+    ATTENTION_SUBLAYER,
+    MLP,
+    Operation,
+    reference_under_transforms,
+    transforms_active,
+)
+from swin_kernels.ops.dispatch import DEFAULT_BACKEND, choose
 from swin_kernels.sublayer_problem import SublayerFacts
 
 
@@ -189,22 +195,15 @@ def _run(
     operation: Operation, operands: Any, problem: Any, layers: tuple[str, str], backend: str | None
 ) -> Tensor:
     """A checked call of a sublayer."""
-    reference = operation.reference
     if transforms_active():
-        name = DEFAULT_BACKEND if backend is None else backend
-        if name is not None and check_name(name, operation.backends) is not reference:
-            raise NotImplementedError(
-                f"backend {name!r} cannot run under torch.func transforms or forward-mode AD; "
-                'leave backend out, or use backend="reference"'
-            )
-        chosen = reference
+        chosen = reference_under_transforms(operation, backend)
     else:
         chosen = choose(problem, backend)
-    if chosen is reference:
+    if chosen is operation.reference:
         # products are in autocast's dtype already
         with torch.autocast(problem.facts.device.type, enabled=False):
             operands = _cast(operands, layers, problem.facts.compute_dtype)
-            return reference.forward(operands, problem.options, True)[0]
+            return chosen.forward(operands, problem.options, True)[0]
     x = operands.x
     if x.stride(-1) != 1 and x.shape[-1] > 1:  # kernels read a row's channels side by side
         operands = operands._replace(x=x.contiguous())

@@ -146,9 +146,7 @@ class PatchReport:
     halves_left: dict[str, dict[str, str]] = field(default_factory=dict)
 
     def __str__(self) -> str:
-        total = len(self.replaced) + len(self.already_patched) + len(self.left)
-        lines = [f"window attention replaced in {len(self.replaced)} of {total} blocks"]
-        lines += self.of_halves()
+        lines = [self.in_short()]
         lines += grouped("replaced", dict.fromkeys(self.replaced, ""))
         lines += grouped("already patched", dict.fromkeys(self.already_patched, ""))
         lines += grouped("left on the stock path", self.left)
@@ -157,10 +155,16 @@ class PatchReport:
         lines += grouped("note", self.notes)
         return "\n".join(lines)
 
+    def in_short(self) -> str:
+        """A line: how many blocks, and how many of their halves are one operation."""
+        total = len(self.replaced) + len(self.already_patched) + len(self.left)
+        told = [f"window attention replaced in {len(self.replaced)} of {total} blocks"]
+        return "; ".join(told + self.of_halves())
+
     def of_halves(self) -> list[str]:
-        """In a line, how many halves are one operation."""
-        told = [f"of {len(names)} the {half} half" for half, names in self.halves.items()]
-        return [f"  whole sublayers: {', '.join(told)}"] if told else []
+        """In words, how many halves are one operation."""
+        told = [f"{len(names)} {half} halves" for half, names in self.halves.items()]
+        return [f"whole sublayers: {', '.join(told)}"] if told else []
 
 
 def grouped(title: str, entries: Mapping[str, str]) -> list[str]:

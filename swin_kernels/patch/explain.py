@@ -93,7 +93,7 @@ def _model(model: nn.Module) -> str:
     name, report = type(model).__name__, report_on(found)
     fused = sum(f.reason is None for f in found)
     lines = [f"{name}: {fused} of {len(found)} blocks of window attention run fused once patched"]
-    lines += report.of_halves()
+    lines += [f"  {told}" for told in report.of_halves()]
     lines += grouped("would be replaced", dict.fromkeys(report.replaced, ""))
     lines += grouped("would be left", report.left)
     patched = [f for f in found if f.patched]
