@@ -80,7 +80,7 @@ class Fused:
         raise NotImplementedError
 
     @classmethod
-    def why_stock(cls, block: nn.Module) -> str | None:
+    def why_stock(cls, block: Any) -> str | None:
         """Why `block` must take the stock path now, or None; asked on each call."""
         raise NotImplementedError
 

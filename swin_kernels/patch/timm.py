@@ -28,18 +28,8 @@ from swin_kernels.ops.layers import (
     scale_fits,
     sum_of,
 )
-from swin_kernels.ops.sublayers import FUSED_ON
-from swin_kernels.patch.core import Fused
 from swin_kernels.patch.static_mask import CheckedMask, can_be_read_now
-from swin_kernels.patch.timm_halves import (
-    attention_half,
-    mlp_half,
-    why_attention_stock,
-    why_attention_stock_on,
-    why_mlp_stock,
-    why_mlp_stock_on,
-)
-from swin_kernels.patch.timm_halves import why_unknown as why_halves_unknown
+from swin_kernels.patch.timm_halves import WholeHalves, why_unknown
 from swin_kernels.problem import is_traced_by_mode
 
 MAX_LOG_SCALE = math.log(1.0 / 0.01)  # timm multiplies cosines by 100 at most
@@ -65,16 +55,7 @@ def _look_again(key: str) -> None:
         block._look_again()
 
 
-def _as(block: Any, cls: type) -> Any:
-    """A look at a block as one of this class, which it may become; nothing is copied or changed."""
-    if isinstance(block, cls):
-        return block
-    view: Any = object.__new__(cls)
-    view.__dict__ = block.__dict__
-    return view
-
-
-class _FusedBlock(Fused):
+class _FusedBlock(WholeHalves):
     """What the three blocks share; subclasses say where qkv and bias come from."""
 
     stock_attention: ClassVar[type[nn.Module]]
@@ -88,9 +69,7 @@ class _FusedBlock(Fused):
     }
     # the attribute with the size that the static mask is made for
     resolution: ClassVar[str] = "input_resolution"
-    norm: ClassVar[str] = "post"  # where the norms of both halves are, as `mlp_sublayer` has it
-    _scripted: ClassVar[Callable]  # the stock methods
-    _scripted_forward: ClassVar[Callable]
+    _scripted: ClassVar[Callable]  # the stock method
 
     # of the stock block
     attn: Any
@@ -154,23 +133,9 @@ class _FusedBlock(Fused):
                 return f"its shift {shifts} does not fit its window {windows}"
         return None
 
-    @classmethod
-    def why_half_stock(cls, block: Any, half: str) -> str | None:
-        memory = getattr(block, "_swin_kernels", None)
-        if memory is not None and memory.level == "attention":
-            return 'patched with level="attention"'
-        if (reason := why_halves_unknown()) is not None:
-            return reason
-        backend = None if memory is None else memory.backend
-        if half == "MLP":
-            return why_mlp_stock(block) or why_mlp_stock_on(block, block.mlp.fc1.weight, backend)
-        # before the change of class the block has none of the methods that tell
-        reason = cls.why_stock(block) or why_attention_stock(_as(block, cls))
-        return reason or why_attention_stock_on(block, block.attn.qkv.weight, backend)
-
     def on_patch(self) -> None:
         _blocks[self._swin_kernels.key] = self
-        self._swin_kernels.halves_unknown = why_halves_unknown()
+        self._swin_kernels.halves_unknown = why_unknown()
         self._check_mask()
 
     def _apply(self, *args, **kwargs):
@@ -274,55 +239,6 @@ class _FusedBlock(Fused):
             **self._bias(),
         )
 
-    def _with_attention(self, x: Tensor) -> Tensor:
-        """The first half of the stock forward."""
-        raise NotImplementedError
-
-    def _with_mlp(self, x: Tensor) -> Tensor:
-        """The second half of the stock forward."""
-        raise NotImplementedError
-
-    def _behind(self, x: Tensor) -> Tensor:
-        """What the stock forward does behind both halves."""
-        return x
-
-    def _halves(self, x: Tensor) -> Tensor | None:
-        """The stock forward, each half one operation where it can be; None where neither is."""
-        memory = self._swin_kernels
-        if memory.level == "attention" or memory.halves_unknown is not None or is_exporting(x):
-            return None
-        if x.device.type not in FUSED_ON:
-            return None
-        backend = memory.backend
-        fuses_mlp = why_mlp_stock(self) is None and why_mlp_stock_on(self, x, backend) is None
-        attended = self._attention_half(x)
-        if attended is None and not fuses_mlp:
-            return None
-        if attended is None:
-            attended = self._with_attention(x)
-        if fuses_mlp:
-            return self._behind(mlp_half(self, attended, self.norm, backend))
-        return self._behind(self._with_mlp(attended))
-
-    def _attention_half(self, x: Tensor) -> Tensor | None:
-        """The first half as one operation; None where it cannot be."""
-        backend = self._swin_kernels.backend
-        if self.why_stock(self) is not None or why_attention_stock(self) is not None:
-            return None
-        if why_attention_stock_on(self, x, backend) is not None:
-            return None
-        masking = self._masking((x.shape[1], x.shape[2]))
-        if isinstance(masking, str):
-            return None
-        return attention_half(self, x, self.norm, backend, **masking, **self._bias())
-
-    def forward(self, x):
-        if torch.jit.is_scripting():
-            return self._scripted_forward(x)
-        else:  # noqa: RET505  as below
-            out = self._halves(x)
-            return super().forward(x) if out is None else out  # type: ignore[misc]
-
     def _attn(self, x):
         if torch.jit.is_scripting():
             return self._scripted(x)
@@ -343,13 +259,6 @@ class SwinTransformerBlock(_FusedBlock, swin_transformer.SwinTransformerBlock):
         "876aa8f7011b5d41": "timm 1.0.22 to 1.0.30",
         "82532d67d5377160": "timm 1.0.9 to 1.0.19",
     }
-
-    def _with_attention(self, x: Tensor) -> Tensor:
-        return x + self.drop_path1(self._attn(self.norm1(x)))
-
-    def _with_mlp(self, x: Tensor) -> Tensor:
-        tokens = x.flatten(1, 2)  # as stock hands them over
-        return (tokens + self.drop_path2(self.mlp(self.norm2(tokens)))).reshape(x.shape)
 
     def _bias(self) -> dict[str, Any]:
         attn = self.attn
@@ -383,13 +292,6 @@ class SwinTransformerV2Block(_FusedBlock, swin_transformer_v2.SwinTransformerV2B
             f"attn.qkv ({type(attn.qkv).__name__}) is not called, as in stock timm, which reads "
             "its weight only; attn.qkv_bias_separate = True has it called"
         )
-
-    def _with_attention(self, x: Tensor) -> Tensor:
-        return x + self.drop_path1(self.norm1(self._attn(x)))
-
-    def _with_mlp(self, x: Tensor) -> Tensor:
-        tokens = x.flatten(1, 2)  # as stock hands them over
-        return (tokens + self.drop_path2(self.norm2(self.mlp(tokens)))).reshape(x.shape)
 
     def _qkv_bias(self) -> Tensor | None:
         attn = self.attn
@@ -438,10 +340,6 @@ class SwinTransformerV2CrBlock(_FusedBlock, swin_transformer_v2_cr.SwinTransform
         "4f7d9af03b92d308": "timm 1.0.22 to 1.0.30",
         "37ee1d6bdcc43a66": "timm 1.0.9 to 1.0.19",
     }
-
-    def _with_attention(self, x: Tensor) -> Tensor:
-        branch: Tensor = self._shifted_window_attn(x)
-        return x + self.drop_path1(self.norm1(branch))
 
     def _behind(self, x: Tensor) -> Tensor:
         return self.norm3(x.flatten(1, 2)).reshape(x.shape)  # as stock hands it over

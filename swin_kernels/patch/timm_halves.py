@@ -7,20 +7,28 @@ modules' own parameters, read on each call, and what they would draw for stochas
 from __future__ import annotations
 
 import math
-from typing import Any
+from collections.abc import Callable
+from typing import Any, ClassVar
 
 import torch
 from timm.layers import DropPath, Mlp, activations
 from timm.layers import drop as timm_drop
 from torch import Tensor, nn
 
-from swin_kernels.ops.layers import is_plain, is_plain_parameter, why_modules_are_watched
+from swin_kernels.ops.layers import (
+    is_exporting,
+    is_plain,
+    is_plain_parameter,
+    why_modules_are_watched,
+)
 from swin_kernels.ops.sublayers import (
+    FUSED_ON,
     mlp_sublayer,
     why_attention_unfused,
     why_mlp_unfused,
     window_attention_sublayer,
 )
+from swin_kernels.patch.core import Fused
 from swin_kernels.patch.source import fingerprint
 
 KNOWN_SOURCES = {"2293f10db7de28a0": "timm 1.0.9 to 1.0.31"}
@@ -156,6 +164,15 @@ def why_attention_stock_on(block: Any, x: Tensor, backend: str | None) -> str | 
     return _why_dtype(x, weight) or why_attention_unfused(x, weight, windows, backend)
 
 
+def _as(block: Any, cls: type) -> Any:
+    """A look at a block as one of this class, which it may become; nothing is copied or changed."""
+    if isinstance(block, cls):
+        return block
+    view: Any = object.__new__(cls)
+    view.__dict__ = block.__dict__
+    return view
+
+
 def residual_scale(drop_path: nn.Module, x: Tensor) -> Tensor | None:
     """The factors (B,) that `drop_path` would draw for a branch of the shape of x."""
     if not isinstance(drop_path, DropPath) or drop_path.drop_prob == 0.0 or not drop_path.training:
@@ -209,3 +226,93 @@ def attention_half(block: Any, x: Tensor, norm: str, backend: str | None, **opti
         backend=backend,
         **options,
     )
+
+
+class WholeHalves(Fused):
+    """The forward of timm's blocks: each half one operation where it can be, its modules if not.
+
+    Subclasses have the methods of `patch.timm` that tell when attention itself runs fused.
+    """
+
+    norm: ClassVar[str] = "post"  # where the norms of both halves are, as `mlp_sublayer` has it
+    # of the stock block; the second is its attention, of the map
+    block_methods: ClassVar[tuple[str, ...]]
+    _scripted_forward: ClassVar[Callable]
+
+    norm1: Any
+    norm2: Any
+    drop_path1: Any
+    drop_path2: Any
+    mlp: Any
+    _masking: Callable[[tuple[int, int]], dict[str, Any] | str]
+    _bias: Callable[[], dict[str, Any]]
+
+    @classmethod
+    def why_half_stock(cls, block: Any, half: str) -> str | None:
+        memory = getattr(block, "_swin_kernels", None)
+        if memory is not None and memory.level == "attention":
+            return 'patched with level="attention"'
+        if (reason := why_unknown()) is not None:
+            return reason
+        backend = None if memory is None else memory.backend
+        if half == "MLP":
+            return why_mlp_stock(block) or why_mlp_stock_on(block, block.mlp.fc1.weight, backend)
+        # before the change of class the block has none of the methods that tell
+        reason = cls.why_stock(block) or why_attention_stock(_as(block, cls))
+        return reason or why_attention_stock_on(block, block.attn.qkv.weight, backend)
+
+    def _branch(self, x: Tensor, module: Callable, norm: Any) -> Tensor:
+        out: Tensor = module(norm(x)) if self.norm == "pre" else norm(module(x))
+        return out
+
+    def _with_attention(self, x: Tensor) -> Tensor:
+        """The first half of the stock forward."""
+        attention = getattr(self, self.block_methods[1])
+        return x + self.drop_path1(self._branch(x, attention, self.norm1))
+
+    def _with_mlp(self, x: Tensor) -> Tensor:
+        """The second half of the stock forward."""
+        tokens = x.flatten(1, 2)  # as stock hands them over
+        out = tokens + self.drop_path2(self._branch(tokens, self.mlp, self.norm2))
+        return out.reshape(x.shape)
+
+    def _behind(self, x: Tensor) -> Tensor:
+        """What the stock forward does behind both halves."""
+        return x
+
+    def _halves(self, x: Tensor) -> Tensor | None:
+        """The stock forward, each half one operation where it can be; None where neither is."""
+        memory = self._swin_kernels
+        if memory.level == "attention" or memory.halves_unknown is not None or is_exporting(x):
+            return None
+        if x.device.type not in FUSED_ON:
+            return None
+        backend = memory.backend
+        fuses_mlp = why_mlp_stock(self) is None and why_mlp_stock_on(self, x, backend) is None
+        attended = self._attention_half(x)
+        if attended is None and not fuses_mlp:
+            return None
+        if attended is None:
+            attended = self._with_attention(x)
+        if fuses_mlp:
+            return self._behind(mlp_half(self, attended, self.norm, backend))
+        return self._behind(self._with_mlp(attended))
+
+    def _attention_half(self, x: Tensor) -> Tensor | None:
+        """The first half as one operation; None where it cannot be."""
+        backend = self._swin_kernels.backend
+        if self.why_stock(self) is not None or why_attention_stock(self) is not None:
+            return None
+        if why_attention_stock_on(self, x, backend) is not None:
+            return None
+        masking = self._masking((x.shape[1], x.shape[2]))
+        if isinstance(masking, str):
+            return None
+        return attention_half(self, x, self.norm, backend, **masking, **self._bias())
+
+    def forward(self, x):
+        if torch.jit.is_scripting():
+            return self._scripted_forward(x)
+        else:  # noqa: RET505  TorchScript compiles what follows a return, but not this branch
+            out = self._halves(x)
+            return super().forward(x) if out is None else out  # type: ignore[misc]

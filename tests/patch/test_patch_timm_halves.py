@@ -210,6 +210,18 @@ def test_attention_half_that_is_not_plain_runs_attention_alone(change, halves, c
     assert ["norm_weight" in c for c in calls] == ([] if change is _learnt_scale else [False])
 
 
+@kinds
+@pytest.mark.parametrize("change", [_hook_on_a_layer, _first_norm_with_a_hook])
+def test_one_half_is_whole_where_the_other_is_not(kind, change, halves, calls):
+    block, x = small_block(kind, (14, 14)), torch.randn(2, 14, 14, 16)
+    change(block)
+    stock = copy.deepcopy(block)
+    patch(block)
+    torch.testing.assert_close(block(x), stock(x))
+    whole = (["norm_weight" in c for c in calls], len(halves))
+    assert whole == (([True], 0) if change is _hook_on_a_layer else ([False], 1))
+
+
 def test_attention_that_runs_stock_leaves_the_mlp_half_whole(halves, calls):
     block, x = small_block("v1", (14, 14)), torch.randn(2, 14, 14, 16)
     patch(block)
